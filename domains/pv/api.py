@@ -2,8 +2,8 @@
 
 * `GuestFrames` is the domain's machine memory as this process sees it (implemented by `domains.pv.frames`).
 * `PagingHost` is what the memory-management code (`domains/pv/mm/`) asks of the CPU side.
-* `PagingApi` is the memory-management code itself (implemented by `domains.pv.mm.Mmu`): page types, page tables,
-  descriptor tables.
+* `PagingApi` is the memory-management code itself (implemented by `domains.pv.mm.Mmu`): page types, page
+  tables, descriptor tables.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class GuestFault(Exception):
 
 
 class Continuation(NamedTuple):
-    """A hypercall was preempted and goes on later (hypercall_create_continuation): the CPU side puts `args` in the
-    argument registers, in order, and has the guest execute the hypercall again (or does so itself after looking at
-    events). Inside a multicall, the entry's `args` are rewritten instead."""
+    """A hypercall was preempted and goes on later (hypercall_create_continuation): the CPU side puts `args`
+    in the argument registers, in order, and has the guest execute the hypercall again (or does so itself
+    after looking at events). Inside a multicall, the entry's `args` are rewritten instead."""
 
     args: tuple[int, ...]
 
@@ -44,15 +44,16 @@ class Continuation(NamedTuple):
 class GuestFrames(Protocol):
     """Machine frames that this domain process can reach.
 
-    A domain's own frames are one contiguous MFN range [base, base + count): first its guest RAM (as much as the domain
-    may ever own), then its Xen-heap frames (shared info, grant table frames, ...). Frames granted by others may be
-    mapped in addition, each at its own MFN.
+    A domain's own frames are one contiguous MFN range [base, base + count): first its guest RAM (as much as
+    the domain may ever own), then its Xen-heap frames (shared info, grant table frames, ...). Frames granted
+    by others may be mapped in addition, each at its own MFN.
     """
 
     base: Mfn
     count: int
     ram_count: int
-    """The first `ram_count` frames of the range are guest RAM; the rest are Xen-heap frames shared with the guest."""
+    """The first `ram_count` frames of the range are guest RAM; the rest are Xen-heap frames shared with the
+    guest."""
     words: memoryview
     """The own range as 64-bit words: word `(mfn - base) * 512 + i`. Format 'Q', writable."""
     octets: memoryview
@@ -73,23 +74,28 @@ class GuestFrames(Protocol):
         """4096 bytes of any frame that is reachable here, own or granted; None if there is none."""
 
     def set_owned(self, mfn: Mfn, owned: bool) -> None:
-        """A RAM frame is populated or given back. Call it through `PagingApi.populate_frames`/`release_frames` only."""
+        """A RAM frame is populated or given back. Call it through
+        `PagingApi.populate_frames`/`release_frames` only."""
 
     def share(self, mfn: Mfn, shared: bool) -> None:
-        """A Xen-heap frame becomes mappable by the guest, or no longer is. Through `PagingApi.share_frame` only."""
+        """A Xen-heap frame becomes mappable by the guest, or no longer is. Through `PagingApi.share_frame`
+        only."""
 
 
 class PagingHost(Protocol):
-    """What the MMU needs of the CPU side. Called only from within a call into the MMU, on the vCPU's thread."""
+    """What the MMU needs of the CPU side. Called only from within a call into the MMU, on the vCPU's
+    thread."""
 
     def flush_tlb(self) -> None:
-        """Drop cached translations of the vCPU that runs (the only one with any: vCPUs take turns, and a switch flushes)."""
+        """Drop cached translations of the vCPU that runs (the only one with any: vCPUs take turns, and a
+        switch flushes)."""
 
     def drop_code(self, mfn: Mfn) -> None:
         """Drop translated code of a frame."""
 
     def load_cr3(self, kernel: Mfn, user: Mfn | None) -> None:
-        """New page-table roots of the current vCPU; the one of its current mode is loaded into CR3, flushed."""
+        """New page-table roots of the current vCPU; the one of its current mode is loaded into CR3,
+        flushed."""
 
     def current_roots(self) -> tuple[Mfn, Mfn | None]:
         """(kernel, user) page-table roots of the current vCPU."""
@@ -106,8 +112,9 @@ class PagingHost(Protocol):
 
 
 class PagingApi(Protocol):
-    """Xen's memory management for the domain (what `domains.pv.mm.Mmu` gives). Return values are Xen's: >= 0, or a
-    negative errno; nothing that a guest passes raises, except GuestFault from the virtual-memory access methods.
+    """Xen's memory management for the domain (what `domains.pv.mm.Mmu` gives). Return values are Xen's: >=
+    0, or a negative errno; nothing that a guest passes raises, except GuestFault from the virtual-memory
+    access methods.
 
     The caller sets `writable_page_tables` and `m2p_strict` for VMASST_TYPE_writable_pagetables / _m2p_strict.
     """
@@ -141,19 +148,23 @@ class PagingApi(Protocol):
     # --- page-table roots and vCPU state ---
 
     def adopt_initial_tables(self, cr3_mfn: int) -> int:
-        """Validate and pin the builder's L4 (as its MMUEXT_PIN_L4_TABLE), and take the reference that vCPU 0 holds."""
+        """Validate and pin the builder's L4 (as its MMUEXT_PIN_L4_TABLE), and take the reference that vCPU 0
+        holds."""
 
     def take_root(self, mfn: int) -> int:
-        """An L4 becomes root of a vCPU (VCPUOP_initialise): 0 or -EINVAL and so on. Kernel roots get the M2P."""
+        """An L4 becomes root of a vCPU (VCPUOP_initialise): 0 or -EINVAL and so on. Kernel roots get the
+        M2P."""
 
     def drop_root(self, mfn: int) -> None:
-        """The vCPU no longer uses a root taken by `take_root`, `adopt_initial_tables` or NEW_(USER_)BASEPTR."""
+        """The vCPU no longer uses a root taken by `take_root`, `adopt_initial_tables` or
+        NEW_(USER_)BASEPTR."""
 
     def destroy_vcpu(self, vcpu: VcpuId) -> None:
         """Release the GDT and LDT frames of a vCPU."""
 
     def gdt_base(self, vcpu: VcpuId) -> VirtAddr:
-        """Virtual address of the vCPU's GDT in Xen's area; its limit is always 0xEFFF (Xen's descriptors included)."""
+        """Virtual address of the vCPU's GDT in Xen's area; its limit is always 0xEFFF (Xen's descriptors
+        included)."""
 
     def gdt_entries(self, vcpu: VcpuId) -> int:
         """Descriptors that the guest installed by set_gdt (vcpu_guest_context.gdt_ents)."""
@@ -167,12 +178,13 @@ class PagingApi(Protocol):
     # --- faults ---
 
     def write_fault(self, va: int, error_code: int, regs: Registers) -> bool:
-        """Page-fault assist for writes to L1 tables (ptwr). True: done, `regs` has the state behind the instruction.
-        False: the fault is the guest's. Only for faults of guest-kernel mode."""
+        """Page-fault assist for writes to L1 tables (ptwr). True: done, `regs` has the state behind the
+        instruction. False: the fault is the guest's. Only for faults of guest-kernel mode."""
 
     def ldt_fault(self, va: int, vcpu: VcpuId) -> bool | int:
-        """A page fault on an address in Xen's LDT area. True: a page was mapped, run the instruction again. Otherwise
-        the guest-virtual address that CR2 must show (the guest's own LDT address), or False if `va` is not there."""
+        """A page fault on an address in Xen's LDT area. True: a page was mapped, run the instruction again.
+        Otherwise the guest-virtual address that CR2 must show (the guest's own LDT address), or False if
+        `va` is not there."""
 
     # --- guest memory by virtual address, through the kernel root of the current vCPU ---
 
@@ -188,8 +200,8 @@ class PagingApi(Protocol):
     # --- grants: what this domain maps, and what it grants ---
 
     def create_grant_mapping(self, address: int, mfn: int, flags: int) -> int:
-        """GNTMAP_host_map of a frame that `GuestFrames.foreign` (or own RAM) has. `address` is a virtual address, or
-        the machine address of a PTE with GNTMAP_contains_pte. GNTST_*."""
+        """GNTMAP_host_map of a frame that `GuestFrames.foreign` (or own RAM) has. `address` is a virtual
+        address, or the machine address of a PTE with GNTMAP_contains_pte. GNTST_*."""
 
     def replace_grant_mapping(self, address: int, mfn: int, new_address: int, flags: int) -> int:
         """Unmap (`new_address` 0) or GNTTABOP_unmap_and_replace. GNTST_*."""
@@ -198,7 +210,8 @@ class PagingApi(Protocol):
         """A writable type reference could be had: no page table, no descriptor table."""
 
     def hold_for_grant(self, mfn: int, writable: bool) -> int:
-        """A domain maps this own frame by a grant: hold a (writable type) reference. 0, -EINVAL (not owned), -EBUSY."""
+        """A domain maps this own frame by a grant: hold a (writable type) reference. 0, -EINVAL (not owned),
+        -EBUSY."""
 
     def release_from_grant(self, mfn: int, writable: bool) -> None:
         """End of `hold_for_grant`."""
@@ -206,14 +219,15 @@ class PagingApi(Protocol):
     # --- ownership ---
 
     def populate_frames(self, mfns: Iterable[int]) -> None:
-        """The hypervisor gave these frames (populate_physmap, increase_reservation, exchange). ValueError if outside RAM."""
+        """The hypervisor gave these frames (populate_physmap, increase_reservation, exchange). ValueError if
+        outside RAM."""
 
     def releasable(self, mfn: int) -> bool:
         """The frame is owned and has no reference: it could be released now."""
 
     def release_frames(self, mfns: Sequence[int]) -> int:
-        """Give frames up. Returns how many of them, from the first, were released: it stops at one that is not owned,
-        or is still referenced (mapped, typed, granted). The TLB is flushed."""
+        """Give frames up. Returns how many of them, from the first, were released: it stops at one that is
+        not owned, or is still referenced (mapped, typed, granted). The TLB is flushed."""
 
     def share_frame(self, mfn: int, shared: bool) -> int:
         """A Xen-heap frame (grant table, ...) becomes mappable, or no longer: -EBUSY while it is mapped."""
