@@ -9,14 +9,21 @@ made from it::
     EVTCHN_SEND = Layout(evtchn_send)
     EVTCHN_SEND.unpack(data).port
 
-Fields take their natural alignment, as the C compiler gives it; padding is written as zero and ignored when read.
-`packed=True` leaves the padding out (`__attribute__((packed))`).
+Fields take their natural alignment, as the C compiler gives it; padding is written as zero and ignored when
+read. `packed=True` leaves the padding out (`__attribute__((packed))`). A C union is one field of `Union`: its
+value is the raw bytes, which the caller packs and unpacks with the layout of the member that the other fields
+select.
+
+`tests/unit/abi/test_abi_layouts.py` compares every `Layout` of `bus/abi` with what the C compiler makes of
+the headers. `c` and `c_fields` tell it the C type, and the C names of fields that a NamedTuple cannot have:
+a leading underscore is dropped, `count` and `index` (methods of tuples) become `count_` and `index_`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Annotated, Any, Final, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T", bound=tuple[Any, ...])
@@ -31,16 +38,26 @@ class Prim(NamedTuple):
 
 
 class Array(NamedTuple):
-    """`count` elements of a primitive or of a structure; the field's value is a tuple."""
+    """`length` elements of a primitive or of a structure; the field's value is a tuple."""
 
     element: Any
-    count: int
+    length: int
 
 
 class Bytes(NamedTuple):
-    """`count` raw bytes (`char x[count]`); the field's value is `bytes` of that very length."""
+    """`length` raw bytes (`char x[length]`); the field's value is `bytes` of that very length."""
 
-    count: int
+    length: int
+
+
+class Union:
+    """A C union: the field's value is raw bytes, as long as the largest member and aligned as the strictest.
+
+    A shorter value is allowed when packing (one member's bytes); the rest is written as zero.
+    """
+
+    def __init__(self, **members: Any) -> None:
+        self.members: Final[Mapping[str, Any]] = members
 
 
 u8 = Annotated[int, Prim("B", 1)]
@@ -67,26 +84,33 @@ class _Field(NamedTuple):
     name: str
     offset: int
     size: int
-    slots: int  # how many values of the flat struct.Struct it takes
-    kind: Any  # Prim | Array | Bytes | Layout
+    kind: Any  # Prim | Array | Bytes | Union | Layout
 
 
 class Layout(Generic[T]):
-    """Size, offsets and conversion of one C structure."""
+    """Size, offsets and conversion of one C structure.
 
-    def __init__(self, record: type[T], *, packed: bool = False) -> None:
+    `c` is the C type when it is not `struct <name of the record>`; `c_fields` gives a field's C name where it
+    differs, or "" for one that has no address of its own in C (bit-fields).
+    """
+
+    def __init__(
+        self, record: type[T], *, packed: bool = False, c: str = "", c_fields: Mapping[str, str] | None = None
+    ) -> None:
         self.record: Final = record
         self.name: Final[str] = record.__name__
+        self.c_type: Final[str] = c or f"struct {self.name}"
+        self._c_fields: Final[Mapping[str, str]] = c_fields or {}
         hints = get_type_hints(record, include_extras=True)
         code, offset, align, fields = "<", 0, 1, list[_Field]()
         for name in record._fields:  # type: ignore[attr-defined]  # a NamedTuple, which has no type of its own
-            kind, item_code, size, natural, slots = _describe(hints[name], packed)
+            kind, item_code, size, natural = _describe(hints[name], packed)
             if not packed:
                 pad = -offset % natural
                 code += f"{pad}x" if pad else ""
                 offset += pad
                 align = max(align, natural)
-            fields.append(_Field(name, offset, size, slots, kind))
+            fields.append(_Field(name, offset, size, kind))
             code += item_code
             offset += size
         tail = 0 if packed else -offset % align
@@ -96,8 +120,17 @@ class Layout(Generic[T]):
         self.size: Final = self._struct.size
         self._fields: Final = tuple(fields)
         self._by_name: Final[Mapping[str, _Field]] = {f.name: f for f in fields}
-        self._flat: Final = all(isinstance(f.kind, (Prim, Bytes)) for f in fields)
-        self._slots: Final = sum(f.slots for f in fields)
+        self._flat: Final = all(isinstance(f.kind, (Prim, Bytes, Union)) for f in fields)
+        self._raw: Final = tuple((i, f) for i, f in enumerate(fields) if isinstance(f.kind, (Bytes, Union)))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields, in order."""
+        return tuple(self._by_name)
+
+    def c_field(self, field: str) -> str:
+        """The C name (or path) of `field`; "" if it has no address in C."""
+        return self._c_fields.get(field, field)
 
     def offset(self, field: str) -> int:
         """Byte offset of `field` in the structure. KeyError if there is none of that name."""
@@ -107,6 +140,13 @@ class Layout(Generic[T]):
         """Size of `field` in bytes."""
         return self._by_name[field].size
 
+    def union(self, field: str) -> Mapping[str, Any]:
+        """The members of a union field: name and type (a primitive or a structure)."""
+        kind = self._by_name[field].kind
+        if not isinstance(kind, Union):
+            raise TypeError(f"{self.name}.{field} is not a union")
+        return kind.members
+
     def unpack(self, data: Buffer, offset: int = 0) -> T:
         """The structure at `offset` of `data`. LayoutError if `data` is too short."""
         try:
@@ -114,51 +154,83 @@ class Layout(Generic[T]):
         except struct.error as error:
             raise LayoutError(f"{self.name}: {self.size} bytes needed at {offset}: {error}") from None
         if self._flat:
-            return self.record(*values)  # type: ignore[call-arg,arg-type]  # T is a NamedTuple of these very fields
+            return self.record(*values)
         return self._build(iter(values))
+
+    def unpack_array(self, data: Buffer, count: int, offset: int = 0) -> list[T]:
+        """`count` structures that follow one another. LayoutError if `data` is too short."""
+        return [self.unpack(data, offset + i * self.size) for i in range(count)]
 
     def pack(self, value: T) -> bytes:
         """The structure's bytes. LayoutError if a value does not fit its field."""
         try:
-            if self._flat:
-                return self._struct.pack(*value)
-            return self._struct.pack(*self._spread(value))
-        except (struct.error, TypeError) as error:
+            if not self._flat:
+                return self._struct.pack(*self._spread(value))
+            for index, field in self._raw:
+                _check_raw(field.kind, value[index], field.size, field.name)
+            return self._struct.pack(*value)
+        except (struct.error, TypeError, IndexError) as error:
+            raise LayoutError(f"{self.name}: {error}") from None
+        except ValueError as error:  # zip(strict=True): more or fewer values than fields
             raise LayoutError(f"{self.name}: {error}") from None
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int, value: T) -> None:
-        """Write the structure's bytes at `offset` of `buffer`."""
+        """Write the structure's bytes at `offset` of `buffer`. LayoutError if it does not fit in."""
+        if offset < 0 or offset + self.size > len(buffer):
+            raise LayoutError(
+                f"{self.name}: {self.size} bytes at {offset} are outside a buffer of {len(buffer)}"
+            )
         buffer[offset : offset + self.size] = self.pack(value)
 
-    def _build(self, values: Any) -> T:
-        out: list[Any] = []
-        for field in self._fields:
-            kind = field.kind
-            if isinstance(kind, Array):
-                if isinstance(kind.element, Layout):
-                    out.append(tuple(kind.element._build(values) for _ in range(kind.count)))
-                else:
-                    out.append(tuple(next(values) for _ in range(kind.count)))
-            elif isinstance(kind, Layout):
-                out.append(kind._build(values))
-            else:
-                out.append(next(values))
-        return self.record(*out)  # type: ignore[call-arg,arg-type]  # as in unpack
+    def zero(self) -> T:
+        """The structure with all its bytes zero; for `._replace(...)`."""
+        return self.unpack(bytes(self.size))
 
-    def _spread(self, value: Any) -> list[Any]:
+    def _build(self, values: Iterator[Any]) -> T:
+        out = [_value(field.kind, values) for field in self._fields]
+        return self.record(*out)
+
+    def _spread(self, value: T) -> list[Any]:
         out: list[Any] = []
         for field, item in zip(self._fields, value, strict=True):
-            kind = field.kind
-            if isinstance(kind, Array):
-                if len(item) != kind.count:
-                    raise struct.error(f"{field.name}: {kind.count} elements needed, {len(item)} given")
-                for element in item:
-                    out.extend(kind.element._spread(element) if isinstance(kind.element, Layout) else (element,))
-            elif isinstance(kind, Layout):
-                out.extend(kind._spread(item))
-            else:
-                out.append(item)
+            _slots(field.kind, item, field.size, field.name, out)
         return out
+
+
+def _value(kind: Any, values: Iterator[Any]) -> Any:
+    """The value of one field, taken from the flat values of the struct module."""
+    if isinstance(kind, Array):
+        if isinstance(kind.element, Prim):
+            return tuple(islice(values, kind.length))
+        return tuple(_value(kind.element, values) for _ in range(kind.length))
+    if isinstance(kind, Layout):
+        return kind._build(values)
+    return next(values)
+
+
+def _slots(kind: Any, item: Any, size: int, name: str, out: list[Any]) -> None:
+    """Append the flat values of one field to `out`."""
+    if isinstance(kind, Array):
+        if len(item) != kind.length:
+            raise struct.error(f"{name}: {kind.length} elements needed, {len(item)} given")
+        if isinstance(kind.element, Prim):
+            out.extend(item)
+            return
+        for element in item:
+            _slots(kind.element, element, size // kind.length, name, out)
+    elif isinstance(kind, Layout):
+        out.extend(kind._spread(item))
+    else:
+        if isinstance(kind, (Bytes, Union)):
+            _check_raw(kind, item, size, name)
+        out.append(item)
+
+
+def _check_raw(kind: Any, item: Any, size: int, name: str) -> None:
+    """The struct module cuts and fills byte strings silently; here too long is an error, and too short is for
+    anything but a union."""
+    if len(item) > size or (len(item) < size and isinstance(kind, Bytes)):
+        raise struct.error(f"{name}: {size} bytes needed, {len(item)} given")
 
 
 _cache: dict[tuple[type, bool], Layout[Any]] = {}
@@ -171,20 +243,25 @@ def _nested(record: type, packed: bool) -> Layout[Any]:
     return _cache[key]
 
 
-def _describe(hint: Any, packed: bool) -> tuple[Any, str, int, int, int]:
-    """(kind, struct code, size, alignment, slots) of one annotated field."""
+def _describe(hint: Any, packed: bool) -> tuple[Any, str, int, int]:
+    """(kind, struct code, size, alignment) of one annotated field."""
     if _is_struct(hint):
         layout = _nested(hint, packed)
-        return layout, layout.code, layout.size, layout.align, layout._slots
+        return layout, layout.code, layout.size, layout.align
     if get_origin(hint) is not Annotated:
         raise TypeError(f"not an ABI type: {hint!r}")
     kind = get_args(hint)[1]
     if isinstance(kind, Prim):
-        return kind, kind.code, kind.size, kind.size, 1
+        return kind, kind.code, kind.size, kind.size
     if isinstance(kind, Bytes):
-        return kind, f"{kind.count}s", kind.count, 1, 1
+        return kind, f"{kind.length}s", kind.length, 1
+    if isinstance(kind, Union):
+        members = [_describe(member, packed) for member in kind.members.values()]
+        align = max(m[3] for m in members)
+        size = max(m[2] for m in members)
+        size += 0 if packed else -size % align
+        return kind, f"{size}s", size, align
     if isinstance(kind, Array):
-        inner, code, size, align, slots = _describe(kind.element, packed)
-        element = inner if isinstance(inner, Layout) else kind.element
-        return Array(element, kind.count), code * kind.count, size * kind.count, align, slots * kind.count
+        element, code, size, align = _describe(kind.element, packed)
+        return Array(element, kind.length), code * kind.length, size * kind.length, align
     raise TypeError(f"not an ABI type: {hint!r}")

@@ -1,0 +1,1 @@
+"""Xen public headers: io/."""

@@ -1,0 +1,19 @@
+"""The console ring of a domain (io/console.h)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, NamedTuple
+
+from bus.abi.layout import Bytes, Layout, u32
+
+
+class xencons_interface(NamedTuple):
+    in_: Annotated[bytes, Bytes(1024)]
+    out: Annotated[bytes, Bytes(2048)]
+    in_cons: u32
+    in_prod: u32
+    out_cons: u32
+    out_prod: u32
+
+
+XENCONS_INTERFACE: Final = Layout(xencons_interface, c_fields={"in_": "in"})
