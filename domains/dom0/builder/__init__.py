@@ -1,0 +1,19 @@
+"""The domain builder: a kernel file and a ramdisk into a new guest's memory and first vCPU state. No I/O.
+
+`load_kernel` recognises the file, `build_pv` makes a PV guest of it, `build_pvh` a PVH guest.
+"""
+
+from .errors import BuildError
+from .kernel import Kernel, load_kernel
+from .pv import GuestMemory, PvBuildRequest, PvBuilt, PvContext, build_pv
+
+__all__ = [
+    "BuildError",
+    "GuestMemory",
+    "Kernel",
+    "PvBuildRequest",
+    "PvBuilt",
+    "PvContext",
+    "build_pv",
+    "load_kernel",
+]

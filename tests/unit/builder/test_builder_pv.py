@@ -1,0 +1,232 @@
+"""The PV builder: what it builds is the start-of-day layout of xen.h, proved by walking the tables from
+CR3."""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+
+import pytest
+from elf_maker import Memory, Seg, elf64, notes, read_virtual, walk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bus.abi.xen import SIF_MOD_START_PFN, START_INFO
+from bus.addresses import Mfn, Port
+from domains.dom0.builder import BuildError, PvBuildRequest, PvBuilt, build_pv, load_kernel
+
+ENTRY, HYPERCALL, BASE, PADDR_OFFSET, P2M, MOD_PFN = 1, 2, 3, 4, 15, 16
+FEATURES, HV_START_LOW, XEN_VERSION, LOADER, PHYS32 = 10, 12, 5, 8, 18
+LINUX = 0xFFFFFFFF80000000
+
+
+def check(request: PvBuildRequest, memory: Memory, built: PvBuilt) -> None:
+    """Everything that xen.h promises of the initial layout, from the memory's content alone."""
+    p2m, context = request.p2m, built.context
+    found = walk(memory, list(p2m), context.cr3)
+    mfn_to_pfn = {mfn: pfn for pfn, mfn in enumerate(p2m)}
+    assert [(mfn_to_pfn[m], level) for m, level in built.page_tables] == sorted(found.tables)
+    assert built.page_tables[0] == (context.cr3, 4)
+    table_frames = {pfn for pfn, _ in found.tables}
+    assert len(table_frames) == len(found.tables), "a table that is used twice"
+    for page in found.mappings.values():
+        assert page.writable == (page.pfn not in table_frames), f"{page.va:#x}"
+    # The region is a 1:1 map of the first frames, ends at 4 MiB, and has 512 KiB behind the stack.
+    assert built.virt_end % (4 << 20) == 0
+    for index in range((built.virt_end - built.virt_base) >> 12):
+        assert found.mappings[built.virt_base + (index << 12)].pfn == index
+    assert built.virt_end - context.rsp >= 512 << 10
+    assert found.mappings[context.rsp - 4096].writable
+    # Kernel.
+    notes_ = request.kernel.notes
+    assert notes_ is not None
+    offset = (notes_.virt_base or 0) - (notes_.paddr_offset or 0)
+    for segment in request.kernel.elf.segments:
+        whole = bytes(segment.data).ljust(segment.mem_size, b"\0")
+        seen = read_virtual(memory, found, segment.paddr + offset, segment.mem_size)
+        if built.hypercall_page is not None:
+            start = built.hypercall_page - segment.paddr - offset
+            if 0 <= start < len(whole):
+                whole = whole[:start] + seen[start : start + 4096] + whole[start + 4096 :]
+        assert seen == whole
+    # Start info.
+    info = START_INFO.unpack(read_virtual(memory, found, context.rsi, START_INFO.size))
+    assert found.mappings[context.rsi].pfn == built.start_info
+    assert info.magic.rstrip(b"\0") == b"xen-3.0-x86_64"
+    assert (info.nr_pages, info.shared_info) == (len(p2m), request.shared_info << 12)
+    assert (info.store_mfn, info.store_evtchn) == (p2m[built.xenstore], request.xenstore_port)
+    assert (info.console_mfn, info.console_evtchn) == (p2m[built.console], request.console_port)
+    assert info.cmd_line.rstrip(b"\0") == request.cmdline
+    assert found.mappings[info.pt_base].pfn == mfn_to_pfn[context.cr3]
+    inside = [pfn for pfn in table_frames if pfn < (built.virt_end - built.virt_base) >> 12]
+    assert info.nr_pt_frames == len(inside)
+    first_table = mfn_to_pfn[context.cr3]
+    assert sorted(inside) == list(range(first_table, first_table + len(inside)))
+    # P2M list.
+    assert info.mfn_list == built.p2m
+    assert read_virtual(memory, found, info.mfn_list, 8 * len(p2m)) == struct.pack(f"<{len(p2m)}Q", *p2m)
+    if notes_.init_p2m is not None:
+        pages = -(-8 * len(p2m) // 4096)
+        span = range(info.first_p2m_pfn, info.first_p2m_pfn + info.nr_p2m_frames)
+        assert found.mappings[info.mfn_list].pfn == info.first_p2m_pfn
+        assert set(span[pages:]) == table_frames - set(inside)
+    else:
+        assert (info.first_p2m_pfn, info.nr_p2m_frames) == (0, 0)
+    # Ramdisk.
+    assert info.mod_len == len(request.ramdisk)
+    if info.mod_len:
+        if info.flags & SIF_MOD_START_PFN:
+            start = info.mod_start << 12
+            assert memory.octets[start : start + info.mod_len] == request.ramdisk
+            assert info.mod_start not in {m.pfn for m in found.mappings.values()}
+        else:
+            assert read_virtual(memory, found, info.mod_start, info.mod_len) == request.ramdisk
+    # Order and no overlap of the elements.
+    order = [built.kernel_end]
+    if info.mod_len and not info.flags & SIF_MOD_START_PFN:
+        order.append(info.mod_start)
+    if notes_.init_p2m is None:
+        order.append(info.mfn_list)
+    base = built.virt_base
+    order += [base + (built.start_info << 12), base + (built.xenstore << 12), base + (built.console << 12)]
+    order += [info.pt_base, context.rsp - 4096]
+    assert order == sorted(order)
+    assert len(set(order[1:])) == len(order) - 1
+    assert memory.octets[built.xenstore << 12 : built.console + 1 << 12] == bytes(8192)
+
+
+def request_for(kernel: bytes, p2m: range | list[int], **more: object) -> PvBuildRequest:
+    values: dict[str, object] = {"shared_info": Mfn(999), "xenstore_port": Port(1), "console_port": Port(2)}
+    values.update(more)
+    return PvBuildRequest(kernel=load_kernel(kernel), p2m=p2m, **values)  # type: ignore[arg-type]  # by name
+
+
+def build(request: PvBuildRequest) -> tuple[PvBuilt, Memory]:
+    memory = Memory(len(request.p2m))
+    built = build_pv(request, memory)
+    check(request, memory, built)
+    return built, memory
+
+
+def kernel_at(base: int, numbers: dict[int, int] | None = None, size: int = 0x3000, **more: bytes) -> bytes:
+    values = {BASE: base, ENTRY: base + 0x10, PADDR_OFFSET: 0}
+    values.update(numbers or {})
+    content = bytes(range(256)) * (size // 256)
+    return elf64([Seg(0, content, size + 0x2345)], notes(values, {5: b"xen-3.0", 8: b"generic"}))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    base=st.sampled_from([0, 0x400000, LINUX, 0xFFFFFFFF80200000, 0xFFFF880000000000, 0x7FC0000000]),
+    pages=st.integers(2500, 6000),
+    ramdisk=st.integers(0, 3000).map(lambda n: bytes(n) + b"R" * min(n, 3)),
+    p2m_note=st.booleans(),
+    unmapped=st.booleans(),
+    seed=st.integers(0, 99),
+    command=st.sampled_from([b"", b"console=hvc0", b"x" * 1023, bytes(range(1, 256))]),
+)
+def test_layout_holds_for_every_shape(base, pages, ramdisk, p2m_note, unmapped, seed, command) -> None:  # type: ignore[no-untyped-def]  # hypothesis fills them
+    """The checker's promises hold for kernels anywhere, with any p2m order, ramdisk and notes."""
+    numbers = {MOD_PFN: 1} if unmapped else {}
+    if p2m_note:
+        numbers[P2M] = 0x8000000000
+    p2m = list(range(100, 100 + pages))
+    random.Random(seed).shuffle(p2m)
+    built, _ = build(request_for(kernel_at(base, numbers), p2m, ramdisk=ramdisk, cmdline=command))
+    assert built.context.rip == base + 0x10
+
+
+def test_hypercall_page_stubs() -> None:
+    """The page holds the PV stubs: number in EAX, SYSCALL, RCX and R11 kept; iret pushes RAX, R11 and RCX
+    instead."""
+    built, memory = build(request_for(kernel_at(0, {HYPERCALL: 0x1000}), range(50, 4000)))
+    page = memory.octets[0x1000:0x2000]
+    assert built.hypercall_page == 0x1000
+    assert page[17 * 32 : 17 * 32 + 14] == bytes.fromhex("51 4153 b811000000 0f05 415b 59 c3")
+    assert page[23 * 32 : 23 * 32 + 11] == bytes.fromhex("51 4153 50 b817000000 0f05")
+    assert page[127 * 32 + 3 : 127 * 32 + 8] == b"\xb8" + struct.pack("<I", 127)
+
+
+def test_ramdisk_that_needs_another_page_table() -> None:
+    """A mapped ramdisk of several MiB makes the region and its tables grow together."""
+    built, _ = build(request_for(kernel_at(0), range(7, 8007), ramdisk=bytes(9 << 20)))
+    assert built.virt_end >= 12 << 20
+
+
+def test_large_guest_is_built_fast() -> None:
+    """4 GiB with INIT_P2M: bulk work only, far below a second on an idle machine."""
+    numbers = {P2M: 0x8000000000, MOD_PFN: 1}
+    request = request_for(kernel_at(LINUX, numbers), range(1000, 1000 + (1 << 20)))
+
+    class Sink:
+        total = 0
+
+        def write(self, pfn: int, offset: int, data: bytes | memoryview) -> None:
+            self.total += len(data)
+
+    sink = Sink()
+    start = time.process_time()
+    build_pv(request, sink)
+    assert time.process_time() - start < 2.0
+    assert sink.total >= 8 << 20
+
+
+BAD = [
+    (elf64([Seg(0, bytes(4096))], b""), "no Xen ELF notes"),
+    (elf64([Seg(0, bytes(4096))], notes({BASE: 0, ENTRY: 0}), machine=183), "another machine"),
+    (elf64([Seg(0, bytes(4096))], notes({BASE: 0, ENTRY: 0}), kind=1), "not an executable"),
+    (elf64([Seg(0, bytes(4096))], notes({PHYS32: 0x100000})), "type pvh"),
+    (kernel_at(0, {HV_START_LOW: 0xFFFF900000000000}), "HV_START_LOW"),
+    (kernel_at(0xFFFF800000000000), "does not fit"),
+    (kernel_at(0x800000000000), "does not fit"),
+    (kernel_at(0x7FFFFFFFF000 - 0x5000), "leaves the guest's address space"),
+    (kernel_at(0xFFFFFFFFFFFF0000), "leaves the guest's address space"),
+    (kernel_at(0x123), "not the start of a page"),
+    (kernel_at(0, {ENTRY: 0x100000}), "entry point"),
+    (kernel_at(0, {HYPERCALL: 0x1234}), "hypercall page"),
+    (kernel_at(0, {HYPERCALL: 0x7000}), "hypercall page"),
+    (kernel_at(0, {P2M: 0x200000}), "INIT_P2M"),
+    (kernel_at(0, {P2M: 0xFFFF800000000000}), "INIT_P2M"),
+    (elf64([Seg(0, bytes(64), 1 << 40)], notes({BASE: 0, ENTRY: 0})), "too few"),
+    (elf64([Seg(0, bytes(64), (1 << 64) - 1)], notes({BASE: 0, ENTRY: 0})), None),
+    (elf64([Seg(0x1000, bytes(64))], notes({BASE: 0, ENTRY: 0x1000, PADDR_OFFSET: 0x2000})), "does not fit"),
+    (elf64([Seg(0, bytes(8192)), Seg(0x1000, bytes(64))], notes({BASE: 0, ENTRY: 0})), "overlap"),
+    (
+        elf64([Seg(0, bytes(64))], notes({BASE: 0, ENTRY: 0}, {FEATURES: b"!auto_translated_physmap"})),
+        "auto_tr",
+    ),
+    (elf64([Seg(0, bytes(64))], notes({BASE: 0, ENTRY: 0}, {FEATURES: b"!of_my_own"})), "unknown here"),
+    (elf64([Seg(0, bytes(64))], notes({BASE: 0, ENTRY: 0}, {XEN_VERSION: b"xen-2.0"})), "xen-2.0"),
+    (elf64([Seg(0, bytes(64))], notes({BASE: 0, ENTRY: 0}, {LOADER: b"odd"})), "loader"),
+    (elf64([Seg(0, bytes(64))], notes({ENTRY: 0, PADDR_OFFSET: 0})), "without VIRT_BASE"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "message"), BAD)
+def test_bad_kernels_are_refused_before_anything_is_written(kernel: bytes, message: str | None) -> None:
+    """Each fault of a kernel gives a BuildError of one line that names it, and no byte is written."""
+    memory = Memory(4096)
+    with pytest.raises(BuildError) as caught:
+        build_pv(request_for(kernel, range(4096)), memory)
+    assert memory.writes == 0
+    assert "\n" not in str(caught.value)
+    if message:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("pages", [1, 2, 5, 100, 1023])
+def test_too_little_memory(pages: int) -> None:
+    """A guest whose memory does not hold the initial region is refused; 4 MiB hold the smallest."""
+    with pytest.raises(BuildError, match="too few"):
+        build_pv(request_for(kernel_at(0), range(pages)), Memory(pages))
+    build(request_for(kernel_at(0), range(1024)))
+
+
+def test_ramdisk_and_command_line_limits() -> None:
+    """A ramdisk beyond memory, a command line of 1024 bytes and one with a zero byte are refused."""
+    with pytest.raises(BuildError, match="the ramdisk ends at"):
+        build_pv(request_for(kernel_at(0), range(1100), ramdisk=bytes(8 << 20)), Memory(1100))
+    for command in (b"x" * 1024, b"a\0b"):
+        with pytest.raises(BuildError, match="command line"):
+            build_pv(request_for(kernel_at(0), range(1100), cmdline=command), Memory(1100))
