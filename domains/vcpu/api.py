@@ -7,9 +7,22 @@ against this interface; `domains.vcpu.unicorn_vcpu.UnicornVcpu` implements it.
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from bus.addresses import MachineAddr
+
+
+class VcpuError(Exception):
+    """The vCPU itself cannot go on, or was used against its contract: never the guest's doing alone."""
+
+
+class GuestFault(Exception):
+    """Raised by `Vcpu.raise_fault` inside an instruction hook: give the guest this exception instead."""
+
+    def __init__(self, vector: int, error_code: int) -> None:
+        super().__init__(f"exception {vector} (error code {error_code:#x}) instead of the instruction")
+        self.vector = vector
+        self.error_code = error_code
 
 
 class StopReason(Enum):
@@ -70,7 +83,17 @@ class PvTraps(Protocol):
         """OUT at CPL3; as `on_port_in`."""
 
     def on_rdtsc(self) -> int:
-        """RDTSC/RDTSCP: the value of the guest's time stamp counter."""
+        """RDTSC/RDTSCP while `Vcpu.trap_tsc(True)` is on (else machine code answers with `Vcpu.guest_tsc`):
+        the value of the guest's time stamp counter."""
+
+
+@runtime_checkable
+class PvSysenter(Protocol):
+    """What a `PvTraps` may have besides: without it SYSENTER gives #GP, as without a registered sysenter
+    callback."""
+
+    def on_sysenter(self) -> None:
+        """SYSENTER executed. RIP points behind the instruction. Nothing else was changed."""
 
 
 class Registers(Protocol):
@@ -114,6 +137,12 @@ class Registers(Protocol):
     gs: int
     """Selectors only: assigning one sets the selector field. Use `Vcpu.load_segment` for descriptor loads."""
 
+    gdtr_base: int
+    gdtr_limit: int
+    ldtr_base: int
+    ldtr_limit: int
+    """Where the guest's own segment loads look descriptors up (linear address, bytes - 1)."""
+
     def gpr(self, index: int) -> int:
         """General register by its number in machine code (0 RAX, 1 RCX, 2 RDX, 3 RBX, 4 RSP ... 15 R15)."""
 
@@ -124,8 +153,11 @@ class Registers(Protocol):
 class Vcpu(Protocol):
     """One virtual CPU. All methods are called on the thread that runs it, except `ring`."""
 
-    regs: Registers
     bad_access: BadAccess | None
+
+    @property
+    def regs(self) -> Registers:
+        """The live registers; always the same object."""
 
     def run(self, blocks: int) -> StopReason:
         """Run guest code for at most `blocks` translated blocks. The stop is exact: between instructions."""
@@ -133,14 +165,21 @@ class Vcpu(Protocol):
     def request_stop(self) -> None:
         """From a hook: return from `run` before the next block. No instruction is run twice."""
 
+    def raise_fault(self, vector: int, error_code: int = 0) -> NoReturn:
+        """From a SYSCALL, SYSENTER, IN, OUT or CPUID hook: the guest takes this exception instead of the
+        instruction. Raises `GuestFault`, which must be let through; `on_trap` is called next, with RIP at
+        the instruction."""
+
     def ring(self) -> None:
-        """From any thread: make `run` return soon. Not lost if `run` has not begun; cleared by `clear_bell`."""
+        """From any thread: make `run` return soon. Not lost if `run` has not begun; cleared by
+        `clear_bell`."""
 
     def clear_bell(self) -> None:
         """Forget earlier rings. Called before looking at what the ring was for."""
 
     def map(self, address: MachineAddr, host_address: int, size: int, *, writable: bool = True) -> None:
-        """Put host memory at a physical address. Sizes and addresses are whole pages; replaces what was there."""
+        """Put host memory at a physical address. Sizes and addresses are whole pages; replaces what was
+        there."""
 
     def unmap(self, address: MachineAddr, size: int) -> None:
         """Take physical memory away."""
@@ -153,6 +192,32 @@ class Vcpu(Protocol):
 
     def drop_code(self, address: MachineAddr, size: int) -> None:
         """Forget translated code of these physical bytes: they changed behind the vCPU's back."""
+
+    def flush_page(self, address: int) -> None:
+        """Forget the cached translation of one guest-virtual page (0.3 us)."""
+
+    def load_segment(self, name: str, selector: int, base: int, limit: int, attributes: int) -> None:
+        """Load a segment register (es cs ss ds fs gs ldtr tr) with its hidden part. `limit` in bytes;
+        `attributes` as descriptor bits 40..55 (type 0..3, S 4, DPL 5..6, P 7, AVL 12, L 13, D/B 14, G 15).
+        The privilege level follows SS."""
+
+    def save_context(self) -> bytes:
+        """The vCPU's whole state, between runs. One `Vcpu` object serves all vCPUs of a domain in turn."""
+
+    def load_context(self, context: bytes) -> None:
+        """Become another vCPU: what `save_context` of this object gave. Flushes the TLB."""
+
+    def set_tsc(self, *, offset: int, multiplier: int = 1 << 32) -> None:
+        """The guest's TSC is (host TSC x multiplier >> 32) + offset from now on."""
+
+    def trap_tsc(self, enabled: bool) -> None:
+        """Send RDTSC and RDTSCP to the hook instead."""
+
+    def guest_tsc(self) -> int:
+        """What RDTSC gives in the guest now (0.1 us)."""
+
+    def host_tsc(self) -> int:
+        """The host's time stamp counter (0.1 us)."""
 
     def save_extended(self) -> bytes:
         """x87/SSE state as FXSAVE lays it out (512 bytes)."""

@@ -1,0 +1,319 @@
+"""What PV and HVM vCPUs share: a Unicorn instance with its run loop, memory, hooks and contexts.
+
+One instance serves all vCPUs of a domain in turn: `save_context` and `load_context` switch between them.
+They share the translated code and the memory map, and take turns on one thread (atomic instructions are
+atomic then).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+from unicorn import UC_ERR_OK, UC_HOOK_BLOCK, UC_HOOK_INSN, UC_HOOK_MEM_INVALID, unicorn_const
+
+from bus.addresses import MachineAddr
+from domains.vcpu import insides, thunks
+from domains.vcpu.api import BadAccess, GuestFault, StopReason, VcpuError
+from domains.vcpu.extended import ExtendedState
+from domains.vcpu.memory import PhysicalMap
+from domains.vcpu.state import Segment, view
+from domains.vcpu.thunks import Control
+
+CPU_EXTRA: Final = 12
+"""Bytes of a context behind the CPU state: halted, interrupt_request, exception_index."""
+TSC_ONE: Final = 1 << 32
+"""The multiplier of a guest whose TSC runs as the host's."""
+
+_WRITES: Final = (
+    unicorn_const.UC_MEM_WRITE,
+    unicorn_const.UC_MEM_WRITE_UNMAPPED,
+    unicorn_const.UC_MEM_WRITE_PROT,
+)
+_MEMORY_ERRORS: Final = (
+    unicorn_const.UC_ERR_READ_UNMAPPED,
+    unicorn_const.UC_ERR_WRITE_UNMAPPED,
+    unicorn_const.UC_ERR_FETCH_UNMAPPED,
+    unicorn_const.UC_ERR_READ_PROT,
+    unicorn_const.UC_ERR_WRITE_PROT,
+    unicorn_const.UC_ERR_FETCH_PROT,
+    unicorn_const.UC_ERR_MAP,
+)
+_patched = threading.Lock()
+
+_MemoryHook = ctypes.CFUNCTYPE(
+    ctypes.c_bool,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint64,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+)
+
+
+class Machine:
+    """The parts common to both kinds of vCPU. See `domains.vcpu.api.Vcpu` for the contract of each method."""
+
+    def __init__(self) -> None:
+        found = self._found = insides.offsets()
+        lib = insides.library()
+        with _patched:
+            thunks.make_barriers_real()
+        self._machine: Final = insides.open_machine()
+        self._uc: Final = insides.uc_address(self._machine)
+        self._cpu: Final = insides.cpu_address(self._machine, found)
+        self._env: Final = insides.env_address(self._machine, found)
+        # From here on Unicorn leaves translated code only at the start of a block, never inside an
+        # instruction.
+        ctypes.c_uint8.from_address(self._uc + found.uc_no_exit_request).value = 1
+        self.regs: Final = view(self._env, found)
+        self.bad_access: BadAccess | None = None
+        self._control: Final = thunks.ControlPage()
+        self._code: Final = thunks.CodePage()
+        self._memory: Final = PhysicalMap(self._uc, self._cpu)
+        self._extended: Final = ExtendedState(self._uc)
+        self._halted: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_halted)
+        self._interrupts: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_interrupt_request)
+        self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
+        self._context_size: Final = found.uc
+        self._running = False
+        self._requested = False
+        self._error: BaseException | None = None
+        self._callbacks: list[Any] = []  # ctypes callbacks must outlive their hooks
+        pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
+        self._start = lib.releasing("uc_emu_start", ctypes.c_int, pointer, u64, u64, u64, ctypes.c_size_t)
+        self._stop = lib.held("uc_emu_stop", ctypes.c_int, pointer)
+        self._flush = lib.held("tlb_flush_x86_64", None, pointer)
+        self._flush_page = lib.held("tlb_flush_page_x86_64", None, pointer, u64)
+        self._update_hflags = lib.held("x86_update_hflags_x86_64", None, pointer)
+        self._control.q[Control.TSC_MULTIPLIER // 8] = TSC_ONE
+        code = self._code
+        tsc = ctypes.PYFUNCTYPE(u64)
+        host = code.add(thunks.host_tsc_function())
+        guest = code.add(thunks.guest_tsc_function(self._control.address))
+        self._add_hook(UC_HOOK_BLOCK, code.add(thunks.block_hook()), self._control.address)
+        self._add_hook(UC_HOOK_MEM_INVALID, self._callback(_MemoryHook, self._on_bad_access))
+        self._install()
+        code.seal()
+        self.host_tsc: Final[Callable[[], int]] = tsc(host)
+        """The host's time stamp counter (0.1 us)."""
+        self.guest_tsc: Final[Callable[[], int]] = tsc(guest)
+        """What RDTSC gives in the guest now: the same formula, the same counter."""
+
+    # ---- running
+
+    def run(self, blocks: int) -> StopReason:
+        """See `Vcpu.run`. VcpuError if Unicorn stops for a reason it should not have, or when called inside
+        a hook.
+
+        An exception that a hook raised comes out here, after the guest stopped cleanly.
+        """
+        if self._running:
+            raise VcpuError("run called inside a hook")
+        if blocks <= 0:
+            raise VcpuError(f"a slice of {blocks} blocks")
+        words = self._control.q
+        if self._control.d[Control.BELL // 4]:
+            return StopReason.BELL
+        words[Control.COUNTDOWN // 8] = blocks
+        self._requested = False
+        self.bad_access = None
+        self._running = True
+        try:
+            error = self._start(self._uc, self.regs.rip, 0, 0, 0)
+        finally:
+            self._running = False
+        return self._reason(error)
+
+    def _reason(self, error: int) -> StopReason:
+        if self._error is not None:
+            raised, self._error = self._error, None
+            raise raised
+        if error in _MEMORY_ERRORS:
+            if self.bad_access is None:
+                raise VcpuError(f"Unicorn: {insides.error_text(error)} without telling the address")
+            return StopReason.BAD_ACCESS
+        if error != UC_ERR_OK:
+            raise VcpuError(f"Unicorn: {insides.error_text(error)} at RIP {self.regs.rip:#x}")
+        if self._requested:
+            return StopReason.REQUESTED
+        special = self._special_stop()
+        if special is not None:
+            return special
+        if self._control.d[Control.BELL // 4]:
+            return StopReason.BELL
+        if not 0 < self._control.q[Control.COUNTDOWN // 8] < 1 << 63:
+            return StopReason.SLICE
+        return self._unexplained_stop()
+
+    def _special_stop(self) -> StopReason | None:
+        """A reason that only one kind of guest has."""
+        return None
+
+    def _unexplained_stop(self) -> StopReason:
+        raise VcpuError(f"Unicorn stopped for no reason that is known, at RIP {self.regs.rip:#x}")
+
+    def request_stop(self) -> None:
+        """See `Vcpu.request_stop`."""
+        self._requested = True
+        self._stop(self._uc)
+
+    def ring(self) -> None:
+        """See `Vcpu.ring`: one store to a word that the block hook reads."""
+        self._control.d[Control.BELL // 4] = 1
+
+    def clear_bell(self) -> None:
+        """See `Vcpu.clear_bell`."""
+        self._control.d[Control.BELL // 4] = 0
+
+    @property
+    def bell_address(self) -> int:
+        """Host address of the bell word (u32), for code that rings without Python."""
+        return self._control.address + Control.BELL
+
+    def raise_fault(self, vector: int, error_code: int = 0) -> NoReturn:
+        """See `Vcpu.raise_fault`."""
+        raise GuestFault(vector, error_code)
+
+    # ---- memory
+
+    def map(self, address: MachineAddr, host_address: int, size: int, *, writable: bool = True) -> None:
+        """See `Vcpu.map`."""
+        self._memory.map(address, host_address, size, writable=writable)
+        self._flush(self._cpu)
+
+    def unmap(self, address: MachineAddr, size: int) -> None:
+        """See `Vcpu.unmap`."""
+        self._memory.unmap(address, size)
+        self._flush(self._cpu)
+
+    def protect(self, address: MachineAddr, size: int, *, writable: bool) -> None:
+        """See `Vcpu.protect`."""
+        self._memory.protect(address, size, writable=writable)
+        self._flush(self._cpu)
+
+    def flush_tlb(self) -> None:
+        """See `Vcpu.flush_tlb`."""
+        self._flush(self._cpu)
+
+    def flush_page(self, address: int) -> None:
+        """Forget the cached translation of one page of guest-virtual addresses, as INVLPG does."""
+        self._flush_page(self._cpu, address)
+
+    def drop_code(self, address: MachineAddr, size: int) -> None:
+        """See `Vcpu.drop_code`."""
+        self._memory.drop_code(address, size)
+
+    # ---- state
+
+    def load_segment(self, name: str, selector: int, base: int, limit: int, attributes: int) -> None:
+        """See `Vcpu.load_segment`."""
+        if name not in insides.SEGMENT_NAMES:
+            raise VcpuError(f"no segment register {name!r}")
+        self.regs.set_segment(name, Segment(selector, base, limit, attributes))
+        if name in ("cs", "ss", "ds", "es"):
+            self._update_hflags(self._env)
+
+    def save_extended(self) -> bytes:
+        """See `Vcpu.save_extended`."""
+        return self._extended.save()
+
+    def load_extended(self, state: bytes) -> None:
+        """See `Vcpu.load_extended`."""
+        self._extended.load(state)
+
+    def save_context(self) -> bytes:
+        """The whole state of the vCPU that this instance holds now (about 7 KB), for `load_context`."""
+        self._between_runs("save_context")
+        return ctypes.string_at(self._env, self._context_size) + b"".join(
+            cell.value.to_bytes(4, "little", signed=cell is self._exception_index)
+            for cell in (self._halted, self._interrupts, self._exception_index)
+        )
+
+    def load_context(self, context: bytes) -> None:
+        """Hold another vCPU: a context of this same object; cached translations are forgotten.
+
+        VcpuError if it has another size. The bytes are trusted: they hold host pointers of this instance.
+        """
+        self._between_runs("load_context")
+        size = self._context_size
+        if len(context) != size + CPU_EXTRA:
+            raise VcpuError(f"a context of {len(context)} bytes, not {size + CPU_EXTRA}")
+        ctypes.memmove(self._env, context, size)
+        for number, cell in enumerate((self._halted, self._interrupts, self._exception_index)):
+            at = size + 4 * number
+            cell.value = int.from_bytes(context[at : at + 4], "little", signed=cell is self._exception_index)
+        self._flush(self._cpu)
+
+    def _between_runs(self, what: str) -> None:
+        if self._running:
+            raise VcpuError(f"{what} called inside a hook")
+
+    # ---- time
+
+    def set_tsc(self, *, offset: int, multiplier: int = TSC_ONE) -> None:
+        """The guest's TSC = (host TSC x multiplier >> 32) + offset, modulo 2**64."""
+        if not 0 < multiplier < 1 << 64:
+            raise VcpuError(f"TSC multiplier {multiplier}")
+        self._control.q[Control.TSC_MULTIPLIER // 8] = multiplier
+        self._control.q[Control.TSC_OFFSET // 8] = offset & ((1 << 64) - 1)
+
+    def trap_tsc(self, enabled: bool) -> None:
+        """RDTSC and RDTSCP go to the hook `on_rdtsc` (half a microsecond) instead of machine code."""
+        self._control.d[Control.TSC_TRAP // 4] = enabled
+
+    # ---- hooks
+
+    def _install(self) -> None:
+        """Add the hooks of this kind of vCPU; the code pages are sealed afterwards."""
+        raise NotImplementedError
+
+    def _callback(self, prototype: Any, function: Callable[..., Any]) -> int:
+        """Address of a C function that calls `function`, which must not raise."""
+        callback = prototype(function)
+        self._callbacks.append(callback)
+        address = ctypes.cast(callback, ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    def _add_hook(self, kind: int, address: int, user: int = 0, instruction: int | None = None) -> None:
+        handle = ctypes.c_size_t()
+        add = insides.library().held("uc_hook_add", ctypes.c_int)
+        add.argtypes = None  # variadic: each argument carries its own type
+        arguments = [
+            ctypes.c_void_p(self._uc),
+            ctypes.byref(handle),
+            ctypes.c_int(kind),
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(user),
+            ctypes.c_uint64(1),  # begin > end: everywhere
+            ctypes.c_uint64(0),
+        ]
+        if instruction is not None:
+            arguments.append(ctypes.c_int(instruction))
+        error = add(*arguments)
+        if error != UC_ERR_OK:
+            raise VcpuError(f"hook {kind}: {insides.error_text(error)}")
+
+    def _add_instruction_hook(self, instruction: int, address: int, user: int = 0) -> None:
+        self._add_hook(UC_HOOK_INSN, address, user, instruction)
+
+    def _failed(self, error: BaseException) -> None:
+        """A hook raised: keep the first exception for `run`, and stop."""
+        if self._error is None:
+            self._error = error
+        self._stop(self._uc)
+
+    def _fault(self, fault: GuestFault) -> None:
+        """A hook asked for an exception instead of its instruction: the thunk raises it."""
+        words = self._control.d
+        words[Control.FAULT_VECTOR // 4] = fault.vector & 0xFF
+        words[Control.FAULT_ERROR // 4] = fault.error_code & 0xFFFFFFFF
+        words[Control.FAULT // 4] = 1
+
+    def _on_bad_access(self, uc: int, kind: int, address: int, size: int, value: int, user: int) -> bool:
+        self.bad_access = BadAccess(address, size, kind in _WRITES)
+        return False

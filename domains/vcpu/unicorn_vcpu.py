@@ -1,0 +1,186 @@
+"""The vCPU of a PV guest: kernel and user code at CPL3 in long mode, every trap to the hypervisor side in
+Python.
+
+See `domains.vcpu.api` for the contract and `docs/vcpu.md` for what had to be worked round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Final
+
+from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
+
+from domains.vcpu import thunks
+from domains.vcpu.api import GuestFault, PvSysenter, PvTraps, Trap
+from domains.vcpu.machine import Machine
+from domains.vcpu.state import RAX, RBX, RCX, RDX
+
+PV_CR0: Final = 0x80010033
+"""PG, WP, NE, ET, MP, PE."""
+PV_CR4: Final = 0x10620
+"""FSGSBASE, OSXMMEXCPT, OSFXSR, PAE."""
+PV_EFER: Final = 0xD01
+"""NXE, LMA, LME, SCE."""
+CODE64_DPL3: Final = 0xA0FB
+DATA_DPL3: Final = 0xC0F3
+FLAT_LIMIT: Final = 0xFFFFFFFF
+GP: Final = 13
+
+M32: Final = 0xFFFFFFFF
+_MAX_TRAPS: Final = 4096
+
+_pointer, _u32, _i32 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
+_Interrupt = ctypes.CFUNCTYPE(None, _pointer, _u32, _pointer)
+_Invalid = ctypes.CFUNCTYPE(ctypes.c_bool, _pointer, _pointer)
+_Plain = ctypes.CFUNCTYPE(None, _pointer, _pointer)
+_Answer = ctypes.CFUNCTYPE(_i32, _pointer, _pointer)
+_In = ctypes.CFUNCTYPE(_u32, _pointer, _u32, _i32, _pointer)
+_Out = ctypes.CFUNCTYPE(None, _pointer, _u32, _i32, _u32, _pointer)
+
+
+class UnicornVcpu(Machine):
+    """`domains.vcpu.api.Vcpu` for PV guests.
+
+    At first: 64-bit code at CPL3, flat segments with null selectors but CS and SS, general registers zero,
+    RFLAGS 0x202, CR3 0, no memory. The guest's TSC is the host's.
+    """
+
+    def __init__(self, traps: PvTraps) -> None:
+        self._traps: Final = traps
+        self._known_traps: Final[dict[tuple[int, int, int], Trap]] = {}
+        super().__init__()
+        machine = self._machine
+        machine.reg_write(x86_const.UC_X86_REG_MSR, (0xC0000080, PV_EFER))
+        machine.reg_write(x86_const.UC_X86_REG_CR4, PV_CR4)
+        machine.reg_write(x86_const.UC_X86_REG_CR0, PV_CR0)
+        for name in ("ds", "es", "fs", "gs"):
+            self.load_segment(name, 0, 0, FLAT_LIMIT, DATA_DPL3)
+        self.load_segment("ss", 0xE02B, 0, FLAT_LIMIT, DATA_DPL3)
+        self.load_segment("cs", 0xE033, 0, FLAT_LIMIT, CODE64_DPL3)
+        regs = self.regs
+        for number in range(16):
+            regs.q[number] = 0
+        regs.rflags = 0x202
+        regs.rip = 0
+
+    def _install(self) -> None:
+        env, control, found, page = self._env, self._control.address, self._found, self._code
+        interrupt = self._callback(_Interrupt, self._hook_interrupt())
+        invalid = self._callback(_Invalid, self._on_invalid)
+        self._add_hook(UC_HOOK_INTR, page.add(thunks.forget_exception(env, found, interrupt)))
+        self._add_hook(UC_HOOK_INSN_INVALID, page.add(thunks.forget_exception(env, found, invalid)))
+        syscall = self._callback(_Plain, self._hook_syscall())
+        sysenter = self._callback(_Plain, self._on_sysenter)
+        for instruction, target in (
+            (x86_const.UC_X86_INS_SYSCALL, syscall),
+            (x86_const.UC_X86_INS_SYSENTER, sysenter),
+        ):
+            self._add_instruction_hook(instruction, page.add(thunks.syscall_hook(env, control, target)))
+        for instruction, target in (
+            (x86_const.UC_X86_INS_IN, self._callback(_In, self._on_in)),
+            (x86_const.UC_X86_INS_OUT, self._callback(_Out, self._on_out)),
+            (x86_const.UC_X86_INS_CPUID, self._callback(_Answer, self._on_cpuid)),
+        ):
+            self._add_instruction_hook(instruction, page.add(thunks.instruction_hook(env, control, target)))
+        for instruction, with_aux in (
+            (x86_const.UC_X86_INS_RDTSC, False),
+            (x86_const.UC_X86_INS_RDTSCP, True),
+        ):
+            target = self._callback(_Answer, self._on_rdtscp if with_aux else self._on_rdtsc)
+            fast = page.add(thunks.tsc_hook(env, found, target, with_aux=with_aux))
+            self._add_instruction_hook(instruction, fast, control)
+
+    # The two hot hooks are closures: no attribute is looked up on the way.
+
+    def _hook_syscall(self) -> Callable[..., None]:
+        on_syscall, fault, failed = self._traps.on_syscall, self._fault, self._failed
+
+        def hook(uc: int, user: int) -> None:
+            try:
+                on_syscall()
+            except GuestFault as wanted:
+                fault(wanted)
+            except BaseException as error:  # nothing may be lost in a C callback: run() raises it again
+                failed(error)
+
+        return hook
+
+    def _hook_interrupt(self) -> Callable[..., None]:
+        on_trap, failed, known, words = self._traps.on_trap, self._failed, self._known_traps, self.regs.d
+        at_error, at_software = self._found.error_code // 4, self._found.exception_is_int // 4
+
+        def hook(uc: int, vector: int, user: int) -> None:
+            try:
+                key = (vector, words[at_error], words[at_software])
+                trap = known.get(key)
+                if trap is None:
+                    trap = Trap(vector, key[1], bool(key[2]))
+                    if len(known) < _MAX_TRAPS:
+                        known[key] = trap
+                on_trap(trap)
+            except BaseException as error:
+                failed(error)
+
+        return hook
+
+    def _on_invalid(self, uc: int, user: int) -> bool:
+        try:
+            self._traps.on_invalid_opcode()
+        except BaseException as error:
+            self._failed(error)
+        return True
+
+    def _on_sysenter(self, uc: int, user: int) -> None:
+        try:
+            traps = self._traps
+            if isinstance(traps, PvSysenter):
+                traps.on_sysenter()
+            else:
+                self._fault(GuestFault(GP, 0))
+        except GuestFault as wanted:
+            self._fault(wanted)
+        except BaseException as error:
+            self._failed(error)
+
+    def _on_in(self, uc: int, port: int, size: int, user: int) -> int:
+        try:
+            return self._traps.on_port_in(port, size) & M32
+        except GuestFault as wanted:
+            self._fault(wanted)
+        except BaseException as error:
+            self._failed(error)
+        return M32
+
+    def _on_out(self, uc: int, port: int, size: int, value: int, user: int) -> None:
+        try:
+            self._traps.on_port_out(port, size, value & ((1 << 8 * size) - 1))
+        except GuestFault as wanted:
+            self._fault(wanted)
+        except BaseException as error:
+            self._failed(error)
+
+    def _on_cpuid(self, uc: int, user: int) -> int:
+        try:
+            q = self.regs.q
+            eax, ebx, ecx, edx = self._traps.on_cpuid(q[RAX] & M32, q[RCX] & M32)
+            q[RAX], q[RBX], q[RCX], q[RDX] = eax & M32, ebx & M32, ecx & M32, edx & M32
+        except GuestFault as wanted:
+            self._fault(wanted)
+        except BaseException as error:
+            self._failed(error)
+        return 1
+
+    def _on_rdtsc(self, uc: int, user: int) -> int:
+        try:
+            value = self._traps.on_rdtsc()
+            q = self.regs.q
+            q[RAX], q[RDX] = value & M32, value >> 32 & M32
+        except BaseException as error:
+            self._failed(error)
+        return 1
+
+    def _on_rdtscp(self, uc: int, user: int) -> int:
+        self.regs.rcx = self.regs.tsc_aux & M32
+        return self._on_rdtsc(uc, user)
