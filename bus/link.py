@@ -1,0 +1,159 @@
+"""`DomainLink`: a domain's end of its link to the hypervisor. One thread owns it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import zmq
+
+from bus.credentials import ClientCredentials
+from bus.messages.domain import (
+    DESCRIPTORS,
+    TO_DOMAIN,
+    Descriptors,
+    Hypercall,
+    HypercallReply,
+    Order,
+    OrderDone,
+    Raised,
+    Refused,
+)
+from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, decode, encode
+from bus.packets import LinkClosed, PacketLink, close_all
+
+CALL_TIMEOUT_S: Final = 10.0
+"""Longest wait for the hypervisor's answer to a hypercall. (Grant maps wait on a third party for at most one second.)"""
+
+
+class HypervisorGone(ConnectionError):
+    """The hypervisor, or this domain's relay, does not answer any more: nothing is left to run for."""
+
+
+class DomainLink:
+    """Hypercalls out, orders and events in; descriptors beside them."""
+
+    def __init__(self, keys: ClientCredentials, descriptors: socket.socket) -> None:
+        """Connects to the endpoint of `keys`; `descriptors` is this domain's end of its descriptor socket."""
+        self._context = zmq.Context(io_threads=1)
+        sock = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 200),
+            (zmq.MAXMSGSIZE, MAX_MESSAGE),
+            (zmq.RECONNECT_IVL, 5),
+            (zmq.RECONNECT_IVL_MAX, 100),
+            (zmq.SNDTIMEO, int(CALL_TIMEOUT_S * 1000)),
+        ):
+            sock.setsockopt(option, value)
+        sock.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public)
+        sock.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        sock.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        sock.connect(keys.endpoint)
+        self._socket = sock
+        self._descriptors = PacketLink(descriptors, DESCRIPTORS)
+        self._early: dict[int, list[int]] = {}
+        self._token = 0
+        self._pending: deque[Message] = deque()
+        self.on_message: Callable[[Message], None] = self._pending.append
+        """Takes orders and events, also while a call waits for its reply."""
+        self.refused = 0
+        self.calls = 0
+
+    def fileno(self) -> int:
+        """Readable when the socket may have something. Edge-triggered by nature: call `dispatch` until it returns 0."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def close(self) -> None:
+        """Close sockets; unsent messages are given up after 200 ms."""
+        self._socket.close()
+        self._context.term()
+        self._descriptors.close()
+        for fds in self._early.values():
+            close_all(fds)
+
+    def send(self, message: Message) -> None:
+        """Queue a message for the hypervisor. HypervisorGone if it takes none."""
+        try:
+            self._socket.send(encode(message))
+        except zmq.Again:
+            raise HypervisorGone("the hypervisor takes no more messages") from None
+
+    def receive(self) -> Message | None:
+        """The next message of any kind that waits, or None."""
+        try:
+            raw = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return decode(raw, TO_DOMAIN)
+
+    def dispatch(self) -> int:
+        """Give all waiting messages to `on_message`; how many there were."""
+        count = 0
+        while (message := self.receive()) is not None:
+            count += 1
+            if isinstance(message, Refused):
+                self.refused = message.count
+            self.on_message(message)
+        return count
+
+    def call(self, nr: int, cmd: int, data: bytes = b"", vcpu: int = 0) -> tuple[int, bytes]:
+        """A hypercall and its answer: (return value, updated structures). Orders and events that come meanwhile go to
+        `on_message` at once. HypervisorGone after CALL_TIMEOUT_S."""
+        self._token = token = self._token + 1
+        self.calls += 1
+        self.send(Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data))
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            message = self.receive()
+            if message is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._socket.poll(int(left * 1000) + 1):
+                    raise HypervisorGone(f"no answer to hypercall {nr}.{cmd} within {CALL_TIMEOUT_S:.0f} s")
+            elif isinstance(message, HypercallReply):
+                if message.token == token:
+                    return message.rc, message.data
+            elif isinstance(message, Refused):
+                self.refused = message.count
+                raise BadMessage(f"the hypervisor refused a message: {message.why}")
+            else:
+                self.on_message(message)
+
+    def answer(self, order: Order, rc: int = 0, data: bytes = b"") -> None:
+        """Report an order done (those of number 0 want no answer)."""
+        if not order.order:
+            return
+        self.send(OrderDone(order=order.order, rc=rc, data=data))
+
+    def descriptors_of(self, order: Order, timeout: float = 1.0) -> list[int]:
+        """The descriptors that came with an order; the caller owns them. HypervisorGone if they do not come."""
+        if not order.descriptors:
+            return []
+        deadline = time.monotonic() + timeout
+        while order.bundle not in self._early:
+            try:
+                packet = self._descriptors.receive()
+            except LinkClosed as error:
+                raise HypervisorGone(str(error)) from None
+            if packet is None:
+                poller = zmq.Poller()
+                poller.register(self._descriptors.fileno(), zmq.POLLIN)
+                left = deadline - time.monotonic()
+                if left <= 0 or not poller.poll(int(left * 1000) + 1):
+                    raise HypervisorGone(f"no descriptors for order {order.what}")
+                continue
+            message, fds = packet
+            assert isinstance(message, Descriptors)
+            self._early.setdefault(message.bundle, []).extend(fds)
+        fds = self._early.pop(order.bundle)
+        if len(fds) != order.descriptors:
+            close_all(fds)
+            raise HypervisorGone(
+                f"order {order.what}: {order.descriptors} descriptors announced, {len(fds)} came"
+            )
+        return fds
+
+
+__all__ = ["DomainLink", "HypervisorGone", "Raised"]

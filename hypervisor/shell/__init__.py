@@ -1,0 +1,1 @@
+"""The process side of the hypervisor: sockets, memfds and time around `hypervisor.core`."""

@@ -1,0 +1,142 @@
+"""Machine memory in memfds: one sparse, sealed memfd for each domain's extent, one for each window of granted frames."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Final
+
+from bus import sealed
+from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
+MAP_NORESERVE: Final = 0x4000
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+
+
+@dataclass(slots=True)
+class _Region:
+    fd: int
+    frames: int
+    view: memoryview
+    mapping: mmap.mmap
+
+    def close(self) -> None:
+        self.view.release()
+        self.mapping.close()
+        os.close(self.fd)
+
+
+def _region(name: str, frames: int) -> _Region:
+    size = frames << PAGE_SHIFT
+    fd = sealed.create(name, size)
+    mapping = mmap.mmap(fd, size, mmap.MAP_SHARED | MAP_NORESERVE)
+    return _Region(fd, frames, memoryview(mapping), mapping)
+
+
+class MemfdMemory:
+    """Implements `hypervisor.core.ports.MachineMemory` (its methods are documented there)."""
+
+    def __init__(self) -> None:
+        self._bases: list[int] = []
+        self._extents: dict[int, _Region] = {}
+        self._windows: dict[int, _Region] = {}
+        self._placed: dict[int, tuple[_Region, int]] = {}
+
+    def _at(self, mfn: int) -> tuple[memoryview, int]:
+        placed = self._placed.get(mfn)
+        if placed is not None:
+            return placed[0].view, placed[1] << PAGE_SHIFT
+        index = bisect_right(self._bases, mfn) - 1
+        if index >= 0:
+            base = self._bases[index]
+            region = self._extents[base]
+            if mfn - base < region.frames:
+                return region.view, (mfn - base) << PAGE_SHIFT
+        raise KeyError(f"no machine memory at mfn {mfn:#x}")
+
+    def read(self, mfn: Mfn, offset: int, length: int) -> bytes:
+        """See MachineMemory."""
+        view, start = self._at(mfn)
+        start += offset
+        return bytes(view[start : start + length])
+
+    def write(self, mfn: Mfn, offset: int, data: bytes) -> None:
+        """See MachineMemory."""
+        view, start = self._at(mfn)
+        start += offset
+        view[start : start + len(data)] = data
+
+    def copy(self, source: Mfn, source_offset: int, target: Mfn, target_offset: int, length: int) -> None:
+        """See MachineMemory."""
+        from_view, from_start = self._at(source)
+        to_view, to_start = self._at(target)
+        from_start += source_offset
+        to_start += target_offset
+        to_view[to_start : to_start + length] = from_view[from_start : from_start + length]
+
+    def clear(self, mfn: Mfn, count: int = 1) -> None:
+        """See MachineMemory. Runs of frames in one extent become holes in one step."""
+        index = bisect_right(self._bases, mfn) - 1
+        base = self._bases[index] if index >= 0 else -1
+        region = self._extents.get(base)
+        if region is None or mfn + count > base + region.frames or self._placed:
+            for one in range(mfn, mfn + count):
+                view, start = self._at(one)
+                view[start : start + PAGE_SIZE] = bytes(PAGE_SIZE)
+            if region is None or mfn + count > base + region.frames:
+                return
+        flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+        if _libc.fallocate(region.fd, flags, (mfn - base) << PAGE_SHIFT, count << PAGE_SHIFT) != 0:
+            raise OSError(ctypes.get_errno(), "fallocate(PUNCH_HOLE)")
+
+    def create_extent(self, base: Mfn, frames: int) -> None:
+        """See MachineMemory."""
+        self._extents[base] = _region(f"domicile-extent-{base:x}", frames)
+        self._bases = sorted(self._extents)
+
+    def drop_extent(self, base: Mfn) -> None:
+        """See MachineMemory."""
+        region = self._extents.pop(base)
+        self._bases = sorted(self._extents)
+        for mfn in [mfn for mfn in self._placed if base <= mfn < base + region.frames]:
+            del self._placed[mfn]
+        region.close()
+
+    def create_window(self, window: int, frames: int) -> None:
+        """See MachineMemory."""
+        self._windows[window] = _region(f"domicile-window-{window}", frames)
+
+    def place(self, mfn: Mfn, window: int, index: int) -> None:
+        """See MachineMemory."""
+        self._placed[mfn] = (self._windows[window], index)
+
+    def restore(self, mfn: Mfn) -> None:
+        """See MachineMemory."""
+        self._placed.pop(mfn, None)
+
+    def drop_window(self, window: int) -> None:
+        """See MachineMemory."""
+        self._windows.pop(window).close()
+
+    def extent_descriptor(self, base: int) -> int:
+        """The memfd of an extent; stays this object's. KeyError if there is none."""
+        return self._extents[base].fd
+
+    def window_descriptor(self, window: int) -> int:
+        """The memfd of a window; stays this object's."""
+        return self._windows[window].fd
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._placed.clear()
+        for region in [*self._extents.values(), *self._windows.values()]:
+            region.close()
+        self._extents.clear()
+        self._windows.clear()
+        self._bases = []

@@ -1,0 +1,216 @@
+"""The hypervisor's side of the link to one domain: its listening socket, connections, descriptor socket, and what waits to be sent."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from bus.addresses import DomId
+from bus.credentials import ServerCredentials
+from bus.messages.domain import DESCRIPTORS, FROM_DOMAIN, Descriptors, Order, Raised, Refused
+from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, decode, encode
+from bus.packets import LinkClosed, LinkFull, PacketLink
+from bus.zmtp import ProtocolError, ServerConnection
+
+MAX_BACKLOG: Final = 512
+"""Messages that may wait for a domain that does not read. One more, and the domain is crashed: it is not running."""
+MAX_HANDSHAKES: Final = 4
+"""Connections of one domain that may be in their handshake; further ones are closed at once."""
+HANDSHAKE_S: Final = 2.0
+CHUNK: Final = MAX_MESSAGE
+"""Bytes taken from one connection at a time."""
+
+
+class PeerLost(ConnectionError):
+    """The domain's process takes nothing any more."""
+
+
+class _Connection:
+    def __init__(self, sock: socket.socket, keys: ServerCredentials) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self.zmtp = ServerConnection(keys.secret, keys.client_public, MAX_MESSAGE)
+        self.deadline = time.monotonic() + HANDSHAKE_S
+
+
+class Peer:
+    """One domain's connection. It exists before the process does; what is sent meanwhile waits."""
+
+    def __init__(self, domain: DomId, keys: ServerCredentials, descriptors: socket.socket) -> None:
+        """Takes over `descriptors`, the hypervisor's end of the descriptor socket."""
+        self.domain = domain
+        self._keys = keys
+        # The domain may send anything here; nothing is ever read, so its descriptors never arrive in this process.
+        self._descriptors = PacketLink(descriptors, DESCRIPTORS, descriptors=False)
+        self._bundles = itertools.count(1)
+        self._backlog: deque[bytes] = deque()
+        self._partial = b""
+        self.listener: socket.socket | None = None
+        self._connection: _Connection | None = None
+        self._handshakes: dict[int, _Connection] = {}
+        self.connected = False
+        """Its process said hello."""
+        self.bad = 0
+        """Messages that did not validate."""
+        self.received = 0
+
+    # ------------------------------------------------------------------ connections
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take over the listening socket of this domain's endpoint."""
+        listener.setblocking(False)
+        self.listener = listener
+
+    def accept(self) -> int | None:
+        """Take one waiting connection; its descriptor to poll, or None if it was refused or none waits."""
+        assert self.listener is not None
+        try:
+            sock, _ = self.listener.accept()
+        except OSError:
+            return None
+        now = time.monotonic()
+        for fd, old in list(self._handshakes.items()):
+            if now > old.deadline:
+                self._forget(fd)
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            sock.close()
+            return None
+        connection = _Connection(sock, self._keys)
+        self._handshakes[sock.fileno()] = connection
+        self._put(connection)
+        return sock.fileno()
+
+    def _forget(self, fd: int) -> None:
+        self._handshakes.pop(fd).socket.close()  # closing takes it out of epoll
+
+    def _put(self, connection: _Connection) -> None:
+        """Send handshake bytes. They are few: a peer whose socket is full of them is not one of ours."""
+        output = connection.zmtp.output
+        if output:
+            try:
+                connection.socket.send(output)
+            except OSError:
+                connection.deadline = 0.0
+            output.clear()
+
+    def receive(self, fd: int) -> list[Message]:
+        """What came on one of this peer's connections, validated. Bad messages are counted and refused."""
+        connection = self._connection
+        if connection is None or connection.socket.fileno() != fd:
+            connection = self._handshakes.get(fd)
+            if connection is None:
+                return []
+        try:
+            data = connection.socket.recv(CHUNK)
+            if not data:
+                raise ProtocolError("closed")
+            raws = connection.zmtp.receive(data)
+        except BlockingIOError:
+            return []
+        except (ProtocolError, OSError):
+            self._close(connection, fd)
+            return []
+        if connection is not self._connection:
+            self._put(connection)
+            if not connection.zmtp.ready:
+                return []
+            del self._handshakes[fd]
+            if self._connection is not None:  # the domain opened a second one: the newer is served
+                self._connection.socket.close()
+            self._connection = connection
+            self._partial = b""
+        messages: list[Message] = []
+        for raw in raws:
+            try:
+                messages.append(decode(raw, FROM_DOMAIN))
+            except BadMessage as error:
+                self.bad += 1
+                self.send(Refused(why=str(error)[:400], count=self.bad))
+        if connection.zmtp.dropped:
+            self.bad += connection.zmtp.dropped
+            connection.zmtp.dropped = 0
+            self.send(Refused(why="message of several frames", count=self.bad))
+        self.received += len(messages)
+        return messages
+
+    def _close(self, connection: _Connection, fd: int) -> None:
+        if connection is self._connection:
+            self._connection = None
+            self.connected = False
+            connection.socket.close()
+        else:
+            self._forget(fd)
+
+    # ------------------------------------------------------------------ sending
+
+    @property
+    def write_fd(self) -> int | None:
+        """The connection on which something waits to be sent."""
+        if self.connected and self._connection is not None and (self._partial or self._backlog):
+            return self._connection.socket.fileno()
+        return None
+
+    def send(self, message: Message) -> None:
+        """Send, or queue if the domain is not there yet or slow. PeerLost if it takes nothing any more."""
+        self._backlog.append(encode(message))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits, as far as it goes."""
+        connection = self._connection
+        if not self.connected or connection is None:
+            if len(self._backlog) > MAX_BACKLOG:
+                raise PeerLost("too many messages for a process that does not come up")
+            return
+        while self._partial or self._backlog:
+            if not self._partial:
+                self._partial = connection.zmtp.encode(self._backlog.popleft())
+            try:
+                sent = connection.socket.send(self._partial)
+            except BlockingIOError:
+                if len(self._backlog) > MAX_BACKLOG:
+                    raise PeerLost("its process does not read its messages") from None
+                return
+            except OSError:
+                self._close(connection, connection.socket.fileno())
+                return
+            self._partial = self._partial[sent:]
+
+    def order(self, number: int, what: str, body: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+        """Send an order; descriptors go ahead on their own socket. They stay the caller's."""
+        bundle = 0
+        if descriptors:
+            bundle = next(self._bundles)
+            try:
+                self._descriptors.send(Descriptors(bundle=bundle), descriptors)
+            except (LinkFull, LinkClosed) as error:
+                raise PeerLost(f"descriptor socket: {error}") from None
+        self.send(Order(order=number, what=what, body=body, descriptors=len(descriptors), bundle=bundle))
+
+    def raised(self, events: list[tuple[int, int]]) -> None:
+        """Tell of pending event channels."""
+        self.send(Raised(events=events))
+
+    def close(self) -> None:
+        """Close every socket (which takes them out of epoll)."""
+        for connection in [*self._handshakes.values(), *([self._connection] if self._connection else [])]:
+            connection.socket.close()
+        self._handshakes.clear()
+        self._connection = None
+        self.connected = False
+        if self.listener is not None:
+            self.listener.close()
+        self._descriptors.close()
+
+    def descriptors(self) -> list[int]:
+        """All descriptors that are polled for this peer."""
+        fds = list(self._handshakes)
+        if self._connection is not None:
+            fds.append(self._connection.socket.fileno())
+        if self.listener is not None:
+            fds.append(self.listener.fileno())
+        return fds

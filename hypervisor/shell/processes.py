@@ -1,0 +1,128 @@
+"""Processes of domains, through the warden: who runs, under which process id, and what follows when one starts or ends."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from bus import credentials
+from bus.addresses import DomId
+from bus.messages.envelope import BadMessage
+from bus.messages.warden import FROM_WARDEN, Ended, Halt, Signal, Spawn, Started
+from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
+from hypervisor.shell.peers import Peer
+
+
+class WardenGone(ConnectionError):
+    """The warden does not answer: the machine cannot go on."""
+
+
+@dataclass(slots=True)
+class Running:
+    """The process of one domain."""
+
+    domain: DomId
+    role: str
+    process: int
+    pid: int = 0
+    uid: int = 0
+
+
+class Processes:
+    """Starts domains' processes and follows them."""
+
+    def __init__(self, warden: socket.socket, bus_directory: str, transport: str = "ipc") -> None:
+        """`transport`: 'ipc' (sockets in `bus_directory`) or 'tcp' (loopback)."""
+        self._link = PacketLink(warden, FROM_WARDEN)
+        self._directory = bus_directory
+        self._transport = transport
+        self._ids = itertools.count(1)
+        self._by_domain: dict[DomId, Running] = {}
+        self._by_id: dict[int, Running] = {}
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self._link.fileno()
+
+    def of(self, domain: DomId) -> Running | None:
+        """The running processes of a domain."""
+        return self._by_domain.get(domain)
+
+    def start(self, domain: DomId, role: str, settings: dict[str, Any]) -> Peer:
+        """Start its process; the returned peer queues until the process says hello. WardenGone.
+
+        Over ipc its listening socket comes with `Started`; over tcp this process listens itself."""
+        ours, theirs = pair()
+        name, listener = f"{domain}-{secrets.token_hex(4)}", None
+        if self._transport == "tcp":
+            listener = socket.socket()
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            server, client = credentials.make(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        else:
+            server, client = credentials.make(f"ipc://{self._directory}/{name}")
+        keys = credentials.to_descriptor(client)
+        running = Running(domain, role, next(self._ids))
+        try:
+            self._send(
+                Spawn(
+                    id=running.process,
+                    role=role,
+                    name=f"d{domain}",
+                    domain=domain,
+                    fds=["keys", "descriptors"],
+                    settings=settings,
+                    endpoint="" if listener else name,
+                ),
+                [keys, theirs.fileno()],
+            )
+        finally:
+            close_all([keys])
+            theirs.close()
+        self._by_domain[domain] = running
+        self._by_id[running.process] = running
+        peer = Peer(domain, server, ours)
+        if listener is not None:
+            peer.listen(listener)
+        return peer
+
+    def signal(self, domain: DomId, what: str) -> None:
+        """Stop, continue or kill a domain's process."""
+        running = self._by_domain.get(domain)
+        if running is not None:
+            self._send(Signal(id=running.process, what=what))  # type: ignore[arg-type]  # validated by the model
+
+    def halt(self, reason: str) -> None:
+        """End the machine."""
+        self._send(Halt(reason=reason[:400]))
+
+    def receive(self) -> tuple[Running, Ended | None, socket.socket | None] | None:
+        """The next process that ended (with how), or started (with its listening socket, if the warden made one); None if
+        nothing waits. WardenGone."""
+        while True:
+            try:
+                packet = self._link.receive()
+            except (LinkClosed, BadMessage) as error:
+                raise WardenGone(str(error)) from None
+            if packet is None:
+                return None
+            message, fds = packet
+            if isinstance(message, Started) and message.id in self._by_id:
+                running = self._by_id[message.id]
+                running.pid, running.uid = message.pid, message.uid
+                return running, None, socket.socket(fileno=fds[0]) if fds else None
+            close_all(fds)
+            if isinstance(message, Ended) and message.id in self._by_id:
+                running = self._by_id.pop(message.id)
+                if self._by_domain.get(running.domain) is running:
+                    del self._by_domain[running.domain]
+                return running, message, None
+
+    def _send(self, message: Spawn | Signal | Halt, fds: list[int] | None = None) -> None:
+        try:
+            self._link.send(message, fds or [])
+        except (LinkClosed, LinkFull) as error:
+            raise WardenGone(str(error)) from None

@@ -1,0 +1,253 @@
+"""The hypervisor process: one thread, one epoll loop; calls into the core, effects out of it."""
+
+from __future__ import annotations
+
+import json
+import select
+import sys
+import time
+from collections import defaultdict
+from typing import Any, Final
+
+from bus.addresses import DomId
+from bus.doorbell import Doorbell
+from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
+from bus.messages.envelope import Message
+from bus.packets import close_all
+from bus.sealed import read_only
+from hypervisor.core import effects as fx
+from hypervisor.core.core import HypervisorCore
+from hypervisor.shell.memory import MemfdMemory
+from hypervisor.shell.peers import Peer, PeerLost
+from hypervisor.shell.processes import Processes
+
+IDLE_S: Final = 1.0
+
+
+class Server:
+    """Sockets, processes, doorbells and time around the core."""
+
+    def __init__(
+        self, core: HypervisorCore, memory: MemfdMemory, processes: Processes, *, doorbells: bool
+    ) -> None:
+        """`doorbells` False: all notifications go over ZeroMQ."""
+        self.core = core
+        self.memory = memory
+        self.processes = processes
+        self.doorbells = doorbells
+        self.peers: dict[DomId, Peer] = {}
+        self._epoll = select.epoll()
+        self._epoll.register(processes.fileno(), select.EPOLLIN)
+        self._by_fd: dict[int, Peer] = {}
+        self._lost: list[tuple[DomId, str]] = []
+        self._stopped: str | None = None
+        self._settings: dict[str, Any] = {"doorbells": doorbells}
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> str:
+        """Serve until the machine stops; why it did."""
+        self._apply()
+        while self._stopped is None:
+            deadline = self.core.next_deadline()
+            timeout = (
+                IDLE_S if deadline is None else min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
+            )
+            for fd, events in self._epoll.poll(timeout):
+                if fd == self.processes.fileno():
+                    self._process_news()
+                else:
+                    peer = self._by_fd.get(fd)
+                    if peer is not None:
+                        self._serve(peer, fd, events)
+            now = time.monotonic_ns()
+            if deadline is not None and now >= deadline:
+                self.core.tick(now)
+                self._apply()
+        return self._stopped
+
+    def _serve(self, peer: Peer, fd: int, events: int) -> None:
+        try:
+            if peer.listener is not None and fd == peer.listener.fileno():
+                new = peer.accept()
+                if new is not None:
+                    self._by_fd[new] = peer
+                    self._epoll.register(new, select.EPOLLIN)
+                return
+            if events & select.EPOLLOUT:
+                peer.flush()
+                self._epoll.modify(fd, select.EPOLLIN)
+            for message in peer.receive(fd):
+                self._take(peer, message)
+            self._watch(peer)
+        except PeerLost as lost:
+            self._lose(peer.domain, str(lost))
+            self._apply()
+
+    def _take(self, peer: Peer, message: Message) -> None:
+        now = time.monotonic_ns()
+        if isinstance(message, Hypercall):
+            self.core.call(
+                now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
+            )
+        elif isinstance(message, OrderDone):
+            self.core.order_done(now, peer.domain, message.order, message.rc, message.data)
+        elif isinstance(message, Hello):
+            peer.connected = True
+            peer.flush()
+        elif isinstance(message, Report):
+            self._report(peer, message)
+        self._apply()
+
+    def _report(self, peer: Peer, report: Report) -> None:
+        self.log("info", f"{report.what} {json.dumps(report.body, default=str)[:1000]}", peer.domain)
+
+    def _process_news(self) -> None:
+        while (news := self.processes.receive()) is not None:
+            running, ended, listener = news
+            peer = self.peers.get(running.domain)
+            if ended is not None:
+                how = f"signal {-ended.status}" if ended.status < 0 else f"status {ended.status}"
+                if ended.status and ended.text:
+                    self.log("warning", f"process ended with {how}: {ended.text[-2000:]}", running.domain)
+                self._drop_peer(running.domain)
+                self.core.process_ended(time.monotonic_ns(), running.domain, how)
+            elif listener is not None:
+                if peer is None or peer.listener is not None:
+                    listener.close()
+                else:
+                    peer.listen(listener)
+                    self._by_fd[listener.fileno()] = peer
+                    self._epoll.register(listener.fileno(), select.EPOLLIN)
+            self._apply()
+
+    def _lose(self, domain: DomId, why: str) -> None:
+        """A domain's link is useless: end its process; the rest follows from that."""
+        self.log("error", f"link lost: {why}", domain)
+        self._drop_peer(domain)
+        self.processes.signal(domain, "kill")
+
+    def _drop_peer(self, domain: DomId) -> None:
+        peer = self.peers.pop(domain, None)
+        if peer is not None:
+            self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not peer}
+            peer.close()
+
+    def _watch(self, peer: Peer) -> None:
+        """Have epoll tell when a connection with something to send takes more."""
+        fd = peer.write_fd
+        if fd is not None:
+            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+
+    # ------------------------------------------------------------------ effects
+
+    def _apply(self) -> None:
+        """Carry out what the core wants, in order; event notifications of one batch go together."""
+        raised: dict[DomId, list[tuple[int, int]]] = defaultdict(list)
+        while batch := self.core.take_effects():
+            for effect in batch:
+                if isinstance(effect, fx.Raise):
+                    raised[effect.domain].append((effect.port, effect.vcpu))
+                    continue
+                if raised and isinstance(effect, fx.Reply) and effect.domain in raised:
+                    self._send_raised(effect.domain, raised.pop(effect.domain))
+                self._one(effect)
+            for domain, events in raised.items():
+                self._send_raised(domain, events)
+            raised.clear()
+            lost, self._lost = self._lost, []
+            for domain, why in lost:
+                self._lose(domain, why)
+
+    def _send_raised(self, domain: DomId, events: list[tuple[int, int]]) -> None:
+        peer = self.peers.get(domain)
+        if peer is not None:
+            try:
+                peer.raised(events)
+                self._watch(peer)
+            except PeerLost as lost:
+                self._lost.append((domain, str(lost)))
+
+    def _one(self, effect: fx.Effect) -> None:
+        if isinstance(effect, fx.StartProcess):
+            peer = self.processes.start(effect.domain, effect.role, self._settings)
+            self.peers[effect.domain] = peer
+            if peer.listener is not None:
+                self._by_fd[peer.listener.fileno()] = peer
+                self._epoll.register(peer.listener.fileno(), select.EPOLLIN)
+        elif isinstance(effect, fx.KillProcess):
+            self.log("info", f"killed: {effect.reason}", effect.domain)
+            if self.processes.of(effect.domain) is None:
+                self._drop_peer(effect.domain)
+                self.core.process_ended(time.monotonic_ns(), effect.domain, "not running")
+            else:
+                self.processes.signal(effect.domain, "kill")
+        elif isinstance(effect, fx.StopMachine):
+            self._stopped = effect.reason
+            self.processes.halt(effect.reason)
+        elif isinstance(effect, fx.Log):
+            self.log(effect.level, effect.text, effect.domain)
+        elif isinstance(effect, fx.Bind):
+            self._bind(effect)
+        else:
+            self._to_peer(effect)
+
+    def _to_peer(self, effect: fx.Reply | fx.Order | fx.Unbind | fx.Raise) -> None:
+        peer = self.peers.get(effect.domain)
+        if peer is None:
+            return
+        try:
+            if isinstance(effect, fx.Reply):
+                peer.send(HypercallReply(token=effect.token, rc=effect.rc, data=effect.data))
+            elif isinstance(effect, fx.Order):
+                self._order(peer, effect)
+            elif isinstance(effect, fx.Unbind):
+                peer.order(0, "doorbell_off", {"port": effect.port})
+            self._watch(peer)
+        except PeerLost as lost:
+            self._lost.append((effect.domain, str(lost)))
+
+    def _order(self, peer: Peer, order: fx.Order) -> None:
+        borrowed: list[int] = []
+        copies: list[int] = []
+        try:
+            for window, writable in order.windows:
+                fd = self.memory.window_descriptor(window)
+                if not writable:
+                    fd = read_only(fd)
+                    copies.append(fd)
+                borrowed.append(fd)
+            borrowed.extend(self.memory.extent_descriptor(base) for base in order.extents)
+            peer.order(order.order_id, order.kind, order.body, borrowed)
+        finally:
+            close_all(copies)
+
+    def _bind(self, bind: fx.Bind) -> None:
+        """A doorbell each way: what one side rings the other listens to."""
+        if not self.doorbells:
+            return
+        to_left, to_right = Doorbell(), Doorbell()
+        try:
+            for domain, port, ring, listen in (
+                (bind.left, bind.left_port, to_right, to_left),
+                (bind.right, bind.right_port, to_left, to_right),
+            ):
+                peer = self.peers.get(domain)
+                if peer is not None:
+                    try:
+                        peer.order(0, "doorbell", {"port": port}, [ring.fd, listen.fd])
+                        self._watch(peer)
+                    except PeerLost as lost:
+                        self._lost.append((domain, str(lost)))
+        finally:
+            to_left.close()
+            to_right.close()
+
+    # ------------------------------------------------------------------ log
+
+    def log(self, level: str, text: str, domain: DomId | None = None) -> None:
+        """One JSON line on standard error: the structured log of the hypervisor."""
+        record = {"time": round(time.time(), 6), "level": level, "event": text}
+        if domain is not None:
+            record["domain"] = domain
+        print(json.dumps(record), file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The warden: the parent of every process of a machine."""

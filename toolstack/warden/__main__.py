@@ -1,0 +1,58 @@
+"""`domicile-warden`: `python -m toolstack.warden domicile-warden NAME SETTINGS-JSON OWNER-FD`.
+
+OWNER-FD is a descriptor whose other end the owner holds; 'none' makes the machine outlive whoever started it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+
+from bus import privileges
+from toolstack.warden.runtime import RuntimeDirectory
+from toolstack.warden.warden import Warden
+
+
+def main() -> None:
+    """Entry point of the process."""
+    _, _role, name, settings_text, owner = sys.argv
+    settings = json.loads(settings_text)
+    runtime = RuntimeDirectory(name)
+    runtime.create()
+    runtime.pid.write_text(str(os.getpid()), encoding="ascii")
+    listeners = {}
+    for label, path in (("control", runtime.control), ("xenstored", runtime.xenstore)):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(16)
+        listeners[label] = listener
+    own_uids = os.getuid() == 0 and settings.pop("own_uids", True)
+    settings["bus"] = str(runtime.bus)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warden = Warden(runtime, own_uids=own_uids, listeners=listeners)
+
+    def terminate(_number: int, _frame: object) -> None:
+        warden.ending = "terminated"
+        raise InterruptedError
+
+    signal.signal(signal.SIGTERM, terminate)
+    privileges._prctl(privileges.PR_SET_DUMPABLE, 0)
+    if owner != "none":
+        warden.watch(int(owner))
+    try:
+        warden.start_hypervisor(settings)
+        warden.prestart()
+        reason = warden.run()
+        print(f"warden: {reason}", file=sys.stderr, flush=True)
+    except InterruptedError:
+        pass
+    finally:
+        runtime.remove()
+
+
+if __name__ == "__main__":
+    main()
