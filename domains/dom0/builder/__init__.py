@@ -5,15 +5,24 @@
 
 from .errors import BuildError
 from .kernel import Kernel, load_kernel
-from .pv import GuestMemory, PvBuildRequest, PvBuilt, PvContext, build_pv
+from .pv import GuestMemory, PvBuildRequest, PvBuilt, PvContext, build_pv, check_pv
+from .pvh import MapEntry, PvhBuildRequest, PvhBuilt, build_pvh, check_pvh, ram_ranges, special_pages
 
 __all__ = [
     "BuildError",
     "GuestMemory",
     "Kernel",
+    "MapEntry",
     "PvBuildRequest",
     "PvBuilt",
     "PvContext",
+    "PvhBuildRequest",
+    "PvhBuilt",
     "build_pv",
+    "build_pvh",
+    "check_pv",
+    "check_pvh",
     "load_kernel",
+    "ram_ranges",
+    "special_pages",
 ]

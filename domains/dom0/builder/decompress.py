@@ -73,7 +73,7 @@ def decompress(payload: bytes, *, limit: int = MAX_UNPACKED) -> bytes:
         elif name == "lz4":
             out, finished = _lz4_legacy(payload, limit), True
         elif name == "zstd":
-            out, finished = _zstd(payload, limit)
+            out, finished = _zstd(payload, limit), True
         else:
             raise BuildError(f"kernel payload: {name} compression is not supported")
     except (zlib.error, OSError, EOFError, ValueError, lzma.LZMAError, zstandard.ZstdError) as error:
@@ -93,20 +93,26 @@ def _gzip(payload: bytes, limit: int) -> tuple[bytes, bool]:
     return out, stream.eof
 
 
-def _zstd(payload: bytes, limit: int) -> tuple[bytes, bool]:
-    """One Zstandard frame. Its end is told from truncation by the reader being able to stop before the input
-    does."""
-    stream = zstandard.ZstdDecompressor(max_window_size=_DECODER_MEMORY).decompressobj()
-    # decompressobj has no output limit: feed it little by little. A 64 KiB piece unpacks to some 2 GiB in the
-    # worst case only if its blocks are run-length coded at 128 KiB each from 4 bytes, hence the small pieces.
+def _zstd(payload: bytes, limit: int) -> bytes:
+    """One Zstandard frame. Its end is found first (RFC 8878, 3.1.1): the decoder does not tell truncation."""
+    header = zstandard.get_frame_parameters(payload)
+    offset = zstandard.frame_header_size(payload)
+    last = False
+    while not last:
+        block = int.from_bytes(payload[offset : offset + 3], "little")
+        last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
+        offset += 3 + (1 if kind == 1 else size)  # kind 1: one byte, repeated
+        if offset > len(payload):
+            raise BuildError("kernel payload: truncated zstd stream")
+    end = offset + (4 if header.has_checksum else 0)
+    if end > len(payload):
+        raise BuildError("kernel payload: truncated zstd stream")
+    decoder = zstandard.ZstdDecompressor(max_window_size=_DECODER_MEMORY)
     out = io.BytesIO()
-    view = memoryview(payload)
-    step = 1024
-    for start in range(0, len(view), step):
-        out.write(stream.decompress(view[start : start + step]))
-        if stream.eof or out.tell() > limit:
-            break
-    return out.getvalue(), stream.eof
+    with decoder.stream_reader(payload[:end]) as reader:
+        while out.tell() <= limit and (piece := reader.read(1 << 20)):
+            out.write(piece)
+    return out.getvalue()
 
 
 def _lz4_legacy(payload: bytes, limit: int) -> bytes:
