@@ -14,8 +14,9 @@ from domains.vcpu.insides import error_text, library
 SIZE: Final = 512
 MXCSR_MASK: Final = 0xFFFF
 """Bits of MXCSR that exist."""
-_SMALL: Final = ("FPCW", "FPSW", "FPTAG", "MXCSR", "FOP", "FIP", "FCS", "FDP", "FDS")
-_HEADER: Final = struct.Struct("<HHBxHIHxxIHxxII")
+_SMALL: Final = ("FPCW", "FPSW", "FPTAG", "MXCSR", "FOP", "FIP", "FDP")
+"""Written in this order: the ST registers that follow are counted from the top of stack in FPSW."""
+_HEADER: Final = struct.Struct("<HHBxHQQII")
 _SLOT: Final = 16
 
 
@@ -41,49 +42,35 @@ class ExtendedState:
         self._write = lib.held("uc_reg_write_batch", ctypes.c_int, *types)
 
     def save(self) -> bytes:
-        """The 512 bytes that FXSAVE64 would store (FIP and FDP with their low 32 bits and selectors)."""
+        """The 512 bytes that FXSAVE64 would store."""
         self._view[:] = bytes(len(self._buffer))
         _ok(self._read(self._uc, self._ids, self._pointers, self._count))
-        fcw, fsw, tag, mxcsr, fop, fip, fcs, fdp, fds = (
-            int.from_bytes(self._view[_SLOT * i : _SLOT * i + 4], "little") for i in range(len(_SMALL))
+        fcw, fsw, tag, mxcsr, fop, fip, fdp = (
+            int.from_bytes(self._view[_SLOT * i : _SLOT * i + 8], "little") for i in range(len(_SMALL))
         )
         abridged = sum(1 << i for i in range(8) if tag >> 2 * i & 3 != 3)
         header = _HEADER.pack(
-            fcw & 0xFFFF,
-            fsw & 0xFFFF,
-            abridged,
-            fop & 0x7FF,
-            fip,
-            fcs & 0xFFFF,
-            fdp,
-            fds & 0xFFFF,
-            mxcsr,
-            MXCSR_MASK,
+            fcw & 0xFFFF, fsw & 0xFFFF, abridged, fop & 0x7FF, fip, fdp, mxcsr & MXCSR_MASK, MXCSR_MASK
         )
-        top = fsw >> 11 & 7
         start = _SLOT * len(_SMALL)
-        stack = b"".join(  # FXSAVE stores them from the top; the API names them by their physical number
-            bytes(self._view[start + _SLOT * ((top + i) & 7) :][:10]) + bytes(6) for i in range(8)
-        )
+        stack = b"".join(bytes(self._view[start + _SLOT * i :][:10]) + bytes(6) for i in range(8))
         xmm = bytes(self._view[start + _SLOT * 8 :])
         return (header + stack + xmm).ljust(SIZE, b"\0")
 
     def load(self, state: bytes) -> None:
-        """Take over an FXSAVE image. VcpuError if it is short or sets bits of MXCSR that do not exist (#GP
-        on hardware)."""
+        """Take over an FXSAVE image. VcpuError if it is short or sets bits of MXCSR that do not exist (on
+        hardware that is #GP)."""
         if len(state) < SIZE:
             raise VcpuError(f"an FXSAVE image of {len(state)} bytes")
-        fcw, fsw, abridged, fop, fip, fcs, fdp, fds, mxcsr, _ = _HEADER.unpack_from(state)
+        fcw, fsw, abridged, fop, fip, fdp, mxcsr, _ = _HEADER.unpack_from(state)
         if mxcsr & ~MXCSR_MASK:
             raise VcpuError(f"MXCSR {mxcsr:#x} has reserved bits")
         tag = sum(3 << 2 * i for i in range(8) if not abridged >> i & 1)
-        small = (fcw, fsw, tag, mxcsr, fop, fip, fcs, fdp, fds)
-        for i, value in enumerate(small):
+        for i, value in enumerate((fcw, fsw, tag, mxcsr, fop, fip, fdp)):
             self._view[_SLOT * i : _SLOT * i + 8] = value.to_bytes(8, "little")
-        top = fsw >> 11 & 7
         start = _SLOT * len(_SMALL)
         for i in range(8):
-            at = start + _SLOT * ((top + i) & 7)
+            at = start + _SLOT * i
             self._view[at : at + 10] = state[32 + 16 * i : 42 + 16 * i]
         self._view[start + _SLOT * 8 :] = state[160:416]
         _ok(self._write(self._uc, self._ids, self._pointers, self._count))

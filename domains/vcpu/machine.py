@@ -24,6 +24,8 @@ from domains.vcpu.thunks import Control
 
 CPU_EXTRA: Final = 12
 """Bytes of a context behind the CPU state: halted, interrupt_request, exception_index."""
+EXCP_INTERRUPT: Final = 0x10000
+"""QEMU's number for "leave the run loop" among its exceptions."""
 TSC_ONE: Final = 1 << 32
 """The multiplier of a guest whose TSC runs as the host's."""
 
@@ -32,14 +34,10 @@ _WRITES: Final = (
     unicorn_const.UC_MEM_WRITE_UNMAPPED,
     unicorn_const.UC_MEM_WRITE_PROT,
 )
-_MEMORY_ERRORS: Final = (
-    unicorn_const.UC_ERR_READ_UNMAPPED,
-    unicorn_const.UC_ERR_WRITE_UNMAPPED,
-    unicorn_const.UC_ERR_FETCH_UNMAPPED,
-    unicorn_const.UC_ERR_READ_PROT,
-    unicorn_const.UC_ERR_WRITE_PROT,
-    unicorn_const.UC_ERR_FETCH_PROT,
-    unicorn_const.UC_ERR_MAP,
+_FETCHES: Final = (
+    unicorn_const.UC_MEM_FETCH,
+    unicorn_const.UC_MEM_FETCH_UNMAPPED,
+    unicorn_const.UC_MEM_FETCH_PROT,
 )
 _patched = threading.Lock()
 
@@ -95,7 +93,9 @@ class Machine:
         host = code.add(thunks.host_tsc_function())
         guest = code.add(thunks.guest_tsc_function(self._control.address))
         self._add_hook(UC_HOOK_BLOCK, code.add(thunks.block_hook()), self._control.address)
-        self._add_hook(UC_HOOK_MEM_INVALID, self._callback(_MemoryHook, self._on_bad_access))
+        bad = self._callback(_MemoryHook, self._on_bad_access)
+        thunk = thunks.instruction_hook(self._env, self._control.address, bad)
+        self._add_hook(UC_HOOK_MEM_INVALID, code.add(thunk))
         self._install()
         code.seal()
         self.host_tsc: Final[Callable[[], int]] = tsc(host)
@@ -132,9 +132,7 @@ class Machine:
         if self._error is not None:
             raised, self._error = self._error, None
             raise raised
-        if error in _MEMORY_ERRORS:
-            if self.bad_access is None:
-                raise VcpuError(f"Unicorn: {insides.error_text(error)} without telling the address")
+        if self.bad_access is not None:
             return StopReason.BAD_ACCESS
         if error != UC_ERR_OK:
             raise VcpuError(f"Unicorn: {insides.error_text(error)} at RIP {self.regs.rip:#x}")
@@ -145,7 +143,7 @@ class Machine:
             return special
         if self._control.d[Control.BELL // 4]:
             return StopReason.BELL
-        if not 0 < self._control.q[Control.COUNTDOWN // 8] < 1 << 63:
+        if self._control.q[Control.COUNTDOWN // 8] >> 63:
             return StopReason.SLICE
         return self._unexplained_stop()
 
@@ -307,6 +305,21 @@ class Machine:
             self._error = error
         self._stop(self._uc)
 
+    def _undo(self, error: BaseException) -> None:
+        """The hook of an instruction raised: as `_failed`, and the instruction has not happened (RIP at it)."""
+        self._failed(error)
+        self._leave()
+
+    def _leave(self) -> None:
+        """From a hook behind `thunks.instruction_hook`: leave the run loop with RIP at the instruction.
+
+        Without this the rest of the block would run: that exit is switched off by no_exit_request.
+        """
+        words = self._control.d
+        words[Control.FAULT_VECTOR // 4] = EXCP_INTERRUPT
+        words[Control.FAULT_ERROR // 4] = 0
+        words[Control.FAULT // 4] = 1
+
     def _fault(self, fault: GuestFault) -> None:
         """A hook asked for an exception instead of its instruction: the thunk raises it."""
         words = self._control.d
@@ -316,4 +329,6 @@ class Machine:
 
     def _on_bad_access(self, uc: int, kind: int, address: int, size: int, value: int, user: int) -> bool:
         self.bad_access = BadAccess(address, size, kind in _WRITES)
+        if kind not in _FETCHES:
+            self._leave()
         return False

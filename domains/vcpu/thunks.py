@@ -79,7 +79,7 @@ class Code:
         return self.emit(opcode, value.to_bytes(8, "little"))
 
     def jump(self, opcode: str, label: str) -> Code:
-        """A short jump (`74` je, `75` jne, `eb` jmp, `72` jb, `73` jae) to a label."""
+        """A short jump (`74` je, `75` jne, `78` js, `eb` jmp, `72` jb, `73` jae) to a label."""
         self.emit(opcode, "00")
         self._jumps.append((len(self._bytes) - 1, label))
         return self
@@ -147,11 +147,12 @@ def protect(address: int, size: int, protection: int) -> None:
 
 
 def block_hook() -> Code:
-    """UC_HOOK_BLOCK: (rdi uc, rsi address, edx size, rcx control page)."""
+    """UC_HOOK_BLOCK: (rdi uc, rsi address, edx size, rcx control page). Unicorn looks for a stop behind the hook and
+    before the block: a block whose hook asks for a stop is not run."""
     return (
         Code()
         .emit("48ff09")  # dec qword [rcx + COUNTDOWN]
-        .jump("74", "stop")
+        .jump("78", "stop")  # js: before the block that would be one too many
         .emit("83790800")  # cmp dword [rcx + BELL], 0
         .jump("75", "stop")
         .emit("c3")  # ret
@@ -176,7 +177,7 @@ def forget_exception(env: int, found: Offsets, target: int) -> Code:
 
 
 def instruction_hook(env: int, control: int, target: int) -> Code:
-    """IN, OUT, CPUID: the hook proper, then, if it asks for that, an exception instead of the instruction."""
+    """IN, OUT, CPUID, a bad access: the hook proper, then, if it asks for that, an exception instead of the instruction."""
     code = Code().emit("4883ec08").call(target)  # sub rsp, 8; call target
     return _fault_or_return(code, env, control)
 

@@ -95,7 +95,7 @@ class UnicornVcpu(Machine):
     # The two hot hooks are closures: no attribute is looked up on the way.
 
     def _hook_syscall(self) -> Callable[..., None]:
-        on_syscall, fault, failed = self._traps.on_syscall, self._fault, self._failed
+        on_syscall, fault, undo = self._traps.on_syscall, self._fault, self._undo
 
         def hook(uc: int, user: int) -> None:
             try:
@@ -103,7 +103,7 @@ class UnicornVcpu(Machine):
             except GuestFault as wanted:
                 fault(wanted)
             except BaseException as error:  # nothing may be lost in a C callback: run() raises it again
-                failed(error)
+                undo(error)
 
         return hook
 
@@ -142,7 +142,7 @@ class UnicornVcpu(Machine):
         except GuestFault as wanted:
             self._fault(wanted)
         except BaseException as error:
-            self._failed(error)
+            self._undo(error)
 
     def _on_in(self, uc: int, port: int, size: int, user: int) -> int:
         try:
@@ -150,7 +150,7 @@ class UnicornVcpu(Machine):
         except GuestFault as wanted:
             self._fault(wanted)
         except BaseException as error:
-            self._failed(error)
+            self._undo(error)
         return M32
 
     def _on_out(self, uc: int, port: int, size: int, value: int, user: int) -> None:
@@ -159,7 +159,7 @@ class UnicornVcpu(Machine):
         except GuestFault as wanted:
             self._fault(wanted)
         except BaseException as error:
-            self._failed(error)
+            self._undo(error)
 
     def _on_cpuid(self, uc: int, user: int) -> int:
         try:
@@ -169,7 +169,7 @@ class UnicornVcpu(Machine):
         except GuestFault as wanted:
             self._fault(wanted)
         except BaseException as error:
-            self._failed(error)
+            self._undo(error)
         return 1
 
     def _on_rdtsc(self, uc: int, user: int) -> int:
