@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from bus.abi.hvm.dm_op import xen_dm_op
 from bus.abi.layout import Layout, LayoutError, u16, u32, u64
 
 MAX_WIRE: Final = 60 * 1024
@@ -93,14 +94,19 @@ class ArrayArg:
     in that."""
     element: Layout[Any] | int
     """What it holds: a structure, or so many bytes."""
-    count: str
-    """Path of the number of elements."""
+    count: str | int
+    """Path of the number of elements, or the number."""
     direction: Direction
     limit: int
     """Most elements in one message."""
     reply_count: str = ""
     """Path of their number in the reply, where the call changes it; else `count` of the request's
     structure."""
+
+    bits: bool = False
+    """The count is of bits; the elements are the bytes that hold them, the lowest bit first."""
+    optional: bool = False
+    """The array is absent where the handle is null (the guest asks for a size only)."""
 
     @property
     def size(self) -> int:
@@ -169,8 +175,15 @@ class console_io_arg(NamedTuple):
     length: u32
 
 
+class dm_op_arg(NamedTuple):
+    """Wire form of dm_op: the target, then the first buffer. A second buffer's content is an array."""
+
+    domid: u16
+    op: xen_dm_op
+
+
 class block_arg(NamedTuple):
-    """Wire form of SCHEDOP_block and SCHEDOP_yield: when the vCPU wants to be woken for its own timer."""
+    """Wire form of SCHEDOP_block: when the vCPU wants to be woken for its own timer."""
 
     deadline: u64
     """System time in nanoseconds; 0 for never."""
@@ -179,6 +192,7 @@ class block_arg(NamedTuple):
 DOMID_ARG: Final = Layout(domid_arg)
 VCPU_ARG: Final = Layout(vcpu_arg)
 CONSOLE_IO_ARG: Final = Layout(console_io_arg)
+DM_OP_ARG: Final = Layout(dm_op_arg)
 BLOCK_ARG: Final = Layout(block_arg)
 
 
@@ -193,17 +207,17 @@ class Message(NamedTuple):
     """Bytes of each array, by the path of its handle."""
 
 
-def _at(value: Any, path: str) -> int:
+def _at(value: Any, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
-    return int(value)
+    return value
 
 
 def _root(command: Command, item: Any) -> Any:
     """What the paths of the arrays start from."""
     if command.payload is None:
         return item
-    return command.payload.unpack(getattr(item, command.payload_field))
+    return command.payload.unpack(_at(item, command.payload_field))
 
 
 def _lengths(command: Command, root: Any, reply: bool) -> list[tuple[str, int]]:
@@ -211,12 +225,15 @@ def _lengths(command: Command, root: Any, reply: bool) -> list[tuple[str, int]]:
     for array in command.arrays:
         if (Direction.OUT if reply else Direction.IN) not in array.direction:
             continue
-        count = _at(root, (reply and array.reply_count) or array.count)
+        if array.optional and not _at(root, array.handle):
+            continue
+        path = (reply and array.reply_count) or array.count
+        count = path if isinstance(path, int) else int(_at(root, path))
         if count > array.limit:
             raise WireError(
                 f"{command.name}: {count} elements of {array.handle}, at most {array.limit} a message"
             )
-        out.append((array.handle, count * array.size))
+        out.append((array.handle, (count + 7) // 8 if array.bits else count * array.size))
     return out
 
 
@@ -228,7 +245,7 @@ def check_counts(command: Command, item: Any) -> None:
 
 
 def decode(command: Command, data: bytes, *, reply: bool = False) -> Message:
-    """Take a request's (or reply's) data apart. WireError if its length is not exactly what its counts say."""
+    """Take a request's (or reply's) data apart. WireError if its length is not what its counts say."""
     if len(data) > MAX_WIRE:
         raise WireError(f"{command.name}: {len(data)} bytes, at most {MAX_WIRE}")
     if command.form is Form.NONE or command.argument is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Layout, Union, handle, u8, u16, u32, u64
+from bus.abi.physdev import physdev_pci_device
 
 XENMEM_increase_reservation: Final = 0
 XENMEM_decrease_reservation: Final = 1
@@ -220,15 +221,6 @@ class xen_reserved_device_memory(NamedTuple):
 
 
 XEN_RESERVED_DEVICE_MEMORY: Final = Layout(xen_reserved_device_memory)
-
-
-class physdev_pci_device(NamedTuple):
-    seg: u16
-    bus: u8
-    devfn: u8
-
-
-PHYSDEV_PCI_DEVICE: Final = Layout(physdev_pci_device)
 
 
 class xen_reserved_device_memory_map(NamedTuple):

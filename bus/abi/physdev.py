@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Layout, Union, handle, i32, u8, u16, u32, u64
-from bus.abi.memory import physdev_pci_device
 
 PHYSDEVOP_eoi: Final = 12
 PHYSDEVOP_pirq_eoi_gmfn_v1: Final = 17
@@ -236,6 +235,15 @@ class physdev_pci_device_add(NamedTuple):
 
 
 PHYSDEV_PCI_DEVICE_ADD: Final = Layout(physdev_pci_device_add)
+
+
+class physdev_pci_device(NamedTuple):
+    seg: u16
+    bus: u8
+    devfn: u8
+
+
+PHYSDEV_PCI_DEVICE: Final = Layout(physdev_pci_device)
 
 
 class physdev_dbgp_op(NamedTuple):

@@ -26,6 +26,13 @@ XEN_SYSCTL_CPU_HOTPLUG_ONLINE: Final = 0
 XEN_SYSCTL_CPU_HOTPLUG_OFFLINE: Final = 1
 XEN_SYSCTL_CPU_HOTPLUG_SMT_ENABLE: Final = 2
 XEN_SYSCTL_CPU_HOTPLUG_SMT_DISABLE: Final = 3
+XEN_SYSCTL_pm_op_set_sched_opt_smt: Final = 0x21
+XEN_SYSCTL_pm_op_get_max_cstate: Final = 0x22
+XEN_SYSCTL_pm_op_set_max_cstate: Final = 0x23
+XEN_SYSCTL_pm_op_set_vcpu_migration_delay: Final = 0x24
+XEN_SYSCTL_pm_op_get_vcpu_migration_delay: Final = 0x25
+XEN_SYSCTL_pm_op_enable_turbo: Final = 0x26
+XEN_SYSCTL_pm_op_disable_turbo: Final = 0x27
 XEN_SYSCTL_CX_UNLIMITED: Final = 0xFFFFFFFF
 
 XEN_INVALID_CORE_ID: Final = 0xFFFFFFFF
@@ -84,6 +91,7 @@ XEN_SYSCTL_getcpuinfo: Final = 8
 XEN_SYSCTL_availheap: Final = 9
 XEN_SYSCTL_get_pmstat: Final = 10
 XEN_SYSCTL_cpu_hotplug: Final = 11
+XEN_SYSCTL_pm_op: Final = 12
 XEN_SYSCTL_page_offline_op: Final = 14
 XEN_SYSCTL_lockprof_op: Final = 15
 XEN_SYSCTL_cputopoinfo: Final = 16
@@ -170,6 +178,13 @@ class xen_sysctl_cputopo(NamedTuple):
 
 
 XEN_SYSCTL_CPUTOPO: Final = Layout(xen_sysctl_cputopo)
+
+
+class xen_sysctl_cpuinfo(NamedTuple):
+    idletime: u64
+
+
+XEN_SYSCTL_CPUINFO: Final = Layout(xen_sysctl_cpuinfo)
 
 
 class xen_sysctl_meminfo(NamedTuple):

@@ -51,7 +51,7 @@ def must_notify(old: int, new: int, event: int) -> bool:
 
 
 def unconsumed_requests(req_prod: int, req_cons: int, rsp_prod_pvt: int, size: int) -> int:
-    """Requests that a backend may take now; never more than the ring can hold, whatever the frontend wrote."""
+    """Requests that a backend may take now; never more than it holds, whatever the frontend wrote."""
     return min(distance(req_prod, req_cons), max(0, size - distance(req_cons, rsp_prod_pvt)))
 
 
