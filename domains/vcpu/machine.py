@@ -311,7 +311,8 @@ class Machine:
         self._leave()
 
     def _leave(self) -> None:
-        """From a hook behind `thunks.instruction_hook`: leave the run loop with RIP at the instruction.
+        """From a hook behind `thunks.instruction_hook` that has called for a stop: leave the run loop with RIP
+        at the instruction.
 
         Without this the rest of the block would run: that exit is switched off by no_exit_request.
         """
@@ -329,6 +330,7 @@ class Machine:
 
     def _on_bad_access(self, uc: int, kind: int, address: int, size: int, value: int, user: int) -> bool:
         self.bad_access = BadAccess(address, size, kind in _WRITES)
+        self._stop(self._uc)
         if kind not in _FETCHES:
             self._leave()
         return False
