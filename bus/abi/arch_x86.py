@@ -57,6 +57,9 @@ XEN_HVM_DEBUGCONS_IOPORT: Final = 0xE9
 
 
 class trap_info(NamedTuple):
+    """One exception handler: low two bits of `flags` are the lowest privilege that may use the vector, bit
+    2 masks events on entry."""
+
     vector: u8
     flags: u8
     cs: u16
@@ -76,6 +79,9 @@ VCPU_GUEST_CONTEXT_FPU_CTXT: Final = Layout(
 
 
 class vcpu_guest_context(NamedTuple):
+    """State of a PV vCPU: VCPUOP_initialise and the domctls get and setvcpucontext. ctrlreg[3] and [1]:
+    kernel and user page-table roots as cr3 values; gdt_frames: machine frames."""
+
     fpu_ctxt: vcpu_guest_context_fpu_ctxt
     flags: u64
     user_regs: cpu_user_regs
@@ -101,6 +107,8 @@ VCPU_GUEST_CONTEXT: Final = Layout(vcpu_guest_context)
 
 
 class arch_shared_info(NamedTuple):
+    """max_pfn, p2m_*: written by the guest, for the toolstack; nmi_reason by Xen."""
+
     max_pfn: u64
     pfn_to_mfn_frame_list_list: u64
     nmi_reason: u64
@@ -113,6 +121,8 @@ ARCH_SHARED_INFO: Final = Layout(arch_shared_info)
 
 
 class xen_arch_domainconfig(NamedTuple):
+    """emulation_flags: XEN_X86_EMU_*; misc_flags: XEN_X86_MSR_RELAXED."""
+
     emulation_flags: u32
     misc_flags: u32
 

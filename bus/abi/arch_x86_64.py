@@ -48,6 +48,8 @@ VGCF_IN_SYSCALL: Final = VGCF_in_syscall
 
 
 class iret_context(NamedTuple):
+    """The frame that HYPERVISOR_iret finds at the guest's RSP."""
+
     rax: u64
     r11: u64
     rcx: u64
@@ -63,6 +65,9 @@ IRET_CONTEXT: Final = Layout(iret_context)
 
 
 class cpu_user_regs(NamedTuple):
+    """Registers as Xen keeps them. `entry_vector` and `error_code` are of the last entry; cs to gs are
+    selectors."""
+
     r15: u64
     r14: u64
     r13: u64
@@ -114,6 +119,8 @@ CPU_USER_REGS: Final = Layout(
 
 
 class arch_vcpu_info(NamedTuple):
+    """cr2: the faulting address of the last page fault, written by Xen."""
+
     cr2: u64
     pad: u64
 

@@ -21,6 +21,8 @@ CALLBACKOP_unregister: Final = 1
 
 
 class callback_register(NamedTuple):
+    """type: CALLBACKTYPE_*; flags: CALLBACKF_*."""
+
     type: u16
     flags: u16
     address: u64

@@ -157,6 +157,8 @@ XEN_DOMCTL_gdbsx_domstatus: Final = 1003
 
 
 class xen_domctl_createdomain(NamedTuple):
+    """flags: XEN_DOMCTL_CDF_*. A negative limit asks for the default."""
+
     ssidref: u32
     handle: Annotated[bytes, Bytes(16)]
     flags: u32
@@ -175,6 +177,8 @@ XEN_DOMCTL_CREATEDOMAIN: Final = Layout(xen_domctl_createdomain)
 
 
 class xen_domctl_getdomaininfo(NamedTuple):
+    """flags: XEN_DOMINF_*, with the shutdown code in bits 16 to 23. cpu_time in ns."""
+
     domain: u16
     pad1: u16
     flags: u32
@@ -199,6 +203,8 @@ XEN_DOMCTL_GETDOMAININFO: Final = Layout(xen_domctl_getdomaininfo)
 
 
 class xen_domctl_vcpucontext(NamedTuple):
+    """ctxt: address of a vcpu_guest_context."""
+
     vcpu: u32
     ctxt: handle
 
@@ -207,6 +213,8 @@ XEN_DOMCTL_VCPUCONTEXT: Final = Layout(xen_domctl_vcpucontext)
 
 
 class xen_domctl_max_mem(NamedTuple):
+    """KiB."""
+
     max_memkb: u64
 
 
@@ -233,6 +241,8 @@ XEN_DOMCTL_GETVCPUINFO: Final = Layout(xen_domctl_getvcpuinfo)
 
 
 class xenctl_bitmap(NamedTuple):
+    """bitmap: address of (nr_bits + 7) / 8 bytes, the lowest bit first."""
+
     bitmap: handle
     nr_bits: u32
 
@@ -380,6 +390,8 @@ XEN_DOMCTL_HYPERCALL_INIT: Final = Layout(xen_domctl_hypercall_init)
 
 
 class xen_domctl_settimeoffset(NamedTuple):
+    """Seconds."""
+
     time_offset_seconds: i64
 
 
@@ -500,6 +512,8 @@ XEN_DOMCTL_PAGING_MEMPOOL: Final = Layout(xen_domctl_paging_mempool)
 
 
 class xen_domctl(NamedTuple):
+    """Envelope of every domctl: `u` is 128 bytes, of which the member that belongs to `cmd` is used."""
+
     cmd: u32
     interface_version: u32
     domain: u16

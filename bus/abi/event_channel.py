@@ -48,6 +48,8 @@ EVTCHN_FIFO_NR_CHANNELS: Final = 1 << EVTCHN_FIFO_LINK_BITS
 
 
 class evtchn_alloc_unbound(NamedTuple):
+    """Out: port. `dom` may be DOMID_SELF."""
+
     dom: u16
     remote_dom: u16
     port: u32
@@ -57,6 +59,8 @@ EVTCHN_ALLOC_UNBOUND: Final = Layout(evtchn_alloc_unbound)
 
 
 class evtchn_bind_interdomain(NamedTuple):
+    """Out: local_port."""
+
     remote_dom: u16
     remote_port: u32
     local_port: u32
@@ -66,6 +70,8 @@ EVTCHN_BIND_INTERDOMAIN: Final = Layout(evtchn_bind_interdomain)
 
 
 class evtchn_bind_virq(NamedTuple):
+    """Out: port. virq is VIRQ_*."""
+
     virq: u32
     vcpu: u32
     port: u32
@@ -75,6 +81,8 @@ EVTCHN_BIND_VIRQ: Final = Layout(evtchn_bind_virq)
 
 
 class evtchn_bind_pirq(NamedTuple):
+    """Out: port. flags: BIND_PIRQ__*."""
+
     pirq: u32
     flags: u32
     port: u32
@@ -84,6 +92,8 @@ EVTCHN_BIND_PIRQ: Final = Layout(evtchn_bind_pirq)
 
 
 class evtchn_bind_ipi(NamedTuple):
+    """Out: port."""
+
     vcpu: u32
     port: u32
 
@@ -125,6 +135,8 @@ EVTCHN_STATUS_INTERDOMAIN: Final = Layout(
 
 
 class evtchn_status(NamedTuple):
+    """Out: status (EVTCHNSTAT_*), vcpu, and the member of `u` that belongs to the status."""
+
     dom: u16
     port: u32
     status: u32
@@ -160,6 +172,8 @@ EVTCHN_RESET: Final = Layout(evtchn_reset)
 
 
 class evtchn_init_control(NamedTuple):
+    """Switches a vCPU to the FIFO format. control_gfn, offset: where its control block is. Out: link_bits."""
+
     control_gfn: u64
     offset: u32
     vcpu: u32
@@ -171,6 +185,8 @@ EVTCHN_INIT_CONTROL: Final = Layout(evtchn_init_control, c_fields={"pad": "_pad"
 
 
 class evtchn_expand_array(NamedTuple):
+    """One more page of 1024 event words."""
+
     array_gfn: u64
 
 
@@ -178,6 +194,8 @@ EVTCHN_EXPAND_ARRAY: Final = Layout(evtchn_expand_array)
 
 
 class evtchn_set_priority(NamedTuple):
+    """0 is the highest priority, 15 the lowest."""
+
     port: u32
     priority: u32
 
@@ -186,6 +204,8 @@ EVTCHN_SET_PRIORITY: Final = Layout(evtchn_set_priority)
 
 
 class evtchn_fifo_control_block(NamedTuple):
+    """`ready`: one bit a priority with events queued; head: first port of each queue, 0 for none."""
+
     ready: u32
     rsvd: u32
     head: Annotated[tuple[int, ...], Array(u32, 16)]

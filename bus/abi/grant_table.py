@@ -77,6 +77,9 @@ GNTST_no_space: Final = -13
 
 
 class grant_entry_v1(NamedTuple):
+    """Written by the granter; Xen sets GTF_reading and GTF_writing in `flags` while the frame is mapped.
+    frame: gfn."""
+
     flags: u16
     domid: u16
     frame: u32
@@ -86,6 +89,8 @@ GRANT_ENTRY_V1: Final = Layout(grant_entry_v1)
 
 
 class grant_entry_header(NamedTuple):
+    """Common first part of the version 2 entries."""
+
     flags: u16
     domid: u16
 
@@ -129,6 +134,9 @@ GRANT_ENTRY_V2_TRANSITIVE: Final = Layout(
 
 
 class gnttab_map_grant_ref(NamedTuple):
+    """In: host_addr (address, or machine address of a PTE with GNTMAP_contains_pte), flags GNTMAP_*, ref,
+    dom. Out: status, handle, dev_bus_addr."""
+
     host_addr: u64
     flags: u32
     ref: u32
@@ -142,6 +150,8 @@ GNTTAB_MAP_GRANT_REF: Final = Layout(gnttab_map_grant_ref)
 
 
 class gnttab_unmap_grant_ref(NamedTuple):
+    """In: host_addr, dev_bus_addr (0: ignore), handle. Out: status."""
+
     host_addr: u64
     dev_bus_addr: u64
     handle: u32
@@ -152,6 +162,8 @@ GNTTAB_UNMAP_GRANT_REF: Final = Layout(gnttab_unmap_grant_ref)
 
 
 class gnttab_setup_table(NamedTuple):
+    """In: dom, nr_frames, frame_list (of nr_frames frame numbers that Xen fills in). Out: status."""
+
     dom: u16
     nr_frames: u32
     status: i16
@@ -180,6 +192,8 @@ GNTTAB_TRANSFER: Final = Layout(gnttab_transfer)
 
 
 class gnttab_copy_ptr(NamedTuple):
+    """`u` is a grant reference with GNTCOPY_*_gref, else a gfn. offset in bytes in the page."""
+
     u: u64
     domid: u16
     offset: u16
@@ -189,6 +203,8 @@ GNTTAB_COPY_PTR: Final = Layout(gnttab_copy_ptr)
 
 
 class gnttab_copy(NamedTuple):
+    """Copies `len` bytes within one page each. Out: status."""
+
     source: gnttab_copy_ptr
     dest: gnttab_copy_ptr
     len: u16
@@ -200,6 +216,8 @@ GNTTAB_COPY: Final = Layout(gnttab_copy)
 
 
 class gnttab_query_size(NamedTuple):
+    """Out: nr_frames, max_nr_frames, status."""
+
     dom: u16
     nr_frames: u32
     max_nr_frames: u32
@@ -227,6 +245,8 @@ GNTTAB_SET_VERSION: Final = Layout(gnttab_set_version)
 
 
 class gnttab_get_status_frames(NamedTuple):
+    """As gnttab_setup_table, for the status array of version 2."""
+
     nr_frames: u32
     dom: u16
     status: i16

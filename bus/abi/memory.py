@@ -96,6 +96,8 @@ XENMEM_access_default: Final = 10
 
 
 class xen_memory_reservation(NamedTuple):
+    """extent_start: nr_extents frame numbers, each of 2^extent_order frames."""
+
     extent_start: handle
     nr_extents: u64
     extent_order: u32
@@ -107,6 +109,8 @@ XEN_MEMORY_RESERVATION: Final = Layout(xen_memory_reservation)
 
 
 class xen_memory_exchange(NamedTuple):
+    """Out: nr_exchanged, of the extents of `in`."""
+
     in_: xen_memory_reservation
     out: xen_memory_reservation
     nr_exchanged: u64
@@ -134,6 +138,8 @@ XEN_MACHPHYS_MAPPING: Final = Layout(xen_machphys_mapping)
 
 
 class xen_add_to_physmap(NamedTuple):
+    """space: XENMAPSPACE_*; idx: index in it; gpfn: where it appears."""
+
     domid: u16
     size: u16
     space: u32
@@ -166,6 +172,8 @@ XEN_REMOVE_FROM_PHYSMAP: Final = Layout(xen_remove_from_physmap)
 
 
 class xen_memory_map(NamedTuple):
+    """buffer: e820 entries of 20 bytes. In: room for nr_entries; out: their number."""
+
     nr_entries: u32
     buffer: handle
 
@@ -234,6 +242,9 @@ XEN_RESERVED_DEVICE_MEMORY_MAP: Final = Layout(xen_reserved_device_memory_map)
 
 
 class xen_mem_acquire_resource(NamedTuple):
+    """type: XENMEM_resource_*; `frame`: the first frame of the resource. nr_frames 0 and a null frame_list
+    ask for the number."""
+
     domid: u16
     type: u16
     id: u32

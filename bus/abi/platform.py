@@ -236,6 +236,8 @@ XENPF_CPU_OL: Final = Layout(xenpf_cpu_ol)
 
 
 class xen_platform_op(NamedTuple):
+    """Envelope of every platform operation."""
+
     cmd: u32
     interface_version: u32
     u: Annotated[

@@ -25,6 +25,8 @@ SHUTDOWN_MAX: Final = 5
 
 
 class sched_shutdown(NamedTuple):
+    """reason: SHUTDOWN_*."""
+
     reason: u32
 
 
@@ -32,6 +34,8 @@ SCHED_SHUTDOWN: Final = Layout(sched_shutdown)
 
 
 class sched_poll(NamedTuple):
+    """ports: nr_ports event channel ports of 32 bits. timeout: absolute system time in ns, 0 for none."""
+
     ports: handle
     nr_ports: u32
     timeout: u64
@@ -49,6 +53,8 @@ SCHED_REMOTE_SHUTDOWN: Final = Layout(sched_remote_shutdown)
 
 
 class sched_watchdog(NamedTuple):
+    """timeout in seconds."""
+
     id: u32
     timeout: u32
 

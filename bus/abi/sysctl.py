@@ -109,6 +109,8 @@ XEN_SYSCTL_get_cpu_policy: Final = 29
 
 
 class xen_sysctl_readconsole(NamedTuple):
+    """In: clear, incremental, index, buffer, count (its size). Out: count (bytes copied), index."""
+
     clear: u8
     incremental: u8
     pad0: u8
@@ -153,6 +155,8 @@ XEN_SYSCTL_SCHED_ID: Final = Layout(xen_sysctl_sched_id)
 
 
 class xen_sysctl_getdomaininfolist(NamedTuple):
+    """buffer: max_domains entries of xen_domctl_getdomaininfo. Out: num_domains."""
+
     first_domain: u16
     max_domains: u32
     buffer: handle
@@ -312,6 +316,8 @@ XEN_SYSCTL_CPU_POLICY: Final = Layout(xen_sysctl_cpu_policy, c_fields={"index_":
 
 
 class xen_sysctl(NamedTuple):
+    """Envelope of every sysctl: `u` is 128 bytes, of which the member that belongs to `cmd` is used."""
+
     cmd: u32
     interface_version: u32
     u: Annotated[

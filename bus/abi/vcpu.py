@@ -34,6 +34,9 @@ VCPUOP_register_vcpu_time_memory_area: Final = 13
 
 
 class vcpu_runstate_info(NamedTuple):
+    """state: RUNSTATE_*; times in ns of system time; state_entry_time has XEN_RUNSTATE_UPDATE set while it
+    is written, if the assist is on."""
+
     state: i32
     state_entry_time: u64
     time: Annotated[tuple[int, ...], Array(u64, 4)]
@@ -50,6 +53,8 @@ VCPU_REGISTER_RUNSTATE_MEMORY_AREA: Final = Layout(vcpu_register_runstate_memory
 
 
 class vcpu_set_periodic_timer(NamedTuple):
+    """ns."""
+
     period_ns: u64
 
 
@@ -57,6 +62,8 @@ VCPU_SET_PERIODIC_TIMER: Final = Layout(vcpu_set_periodic_timer)
 
 
 class vcpu_set_singleshot_timer(NamedTuple):
+    """timeout_abs_ns: system time. flags: VCPU_SSHOTTMR_future."""
+
     timeout_abs_ns: u64
     flags: u32
 
@@ -65,6 +72,8 @@ VCPU_SET_SINGLESHOT_TIMER: Final = Layout(vcpu_set_singleshot_timer)
 
 
 class vcpu_register_vcpu_info(NamedTuple):
+    """mfn: machine frame (gfn for auto-translated guests)."""
+
     mfn: u64
     offset: u32
     rsvd: u32

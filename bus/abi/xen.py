@@ -161,6 +161,9 @@ XEN_VGATYPE_EFI_LFB: Final = 0x70
 
 
 class mmuext_op(NamedTuple):
+    """One extended MMU operation: `cmd` is MMUEXT_*; arg1 is `mfn` or `linear_addr`, arg2 `nr_ents`,
+    `vcpumask` (a guest address) or `src_mfn`."""
+
     cmd: u32
     arg1: u64
     arg2: u64
@@ -170,6 +173,9 @@ MMUEXT_OP: Final = Layout(mmuext_op)
 
 
 class mmu_update(NamedTuple):
+    """One page-table update: `ptr` is the machine address of the entry, with the command MMU_* in its low
+    two bits; `val` the new entry."""
+
     ptr: u64
     val: u64
 
@@ -178,6 +184,8 @@ MMU_UPDATE: Final = Layout(mmu_update)
 
 
 class multicall_entry(NamedTuple):
+    """One call of a multicall: `op` is the hypercall number; Xen writes `result`."""
+
     op: u64
     result: u64
     args: Annotated[tuple[int, ...], Array(u64, 6)]
@@ -187,6 +195,9 @@ MULTICALL_ENTRY: Final = Layout(multicall_entry)
 
 
 class vcpu_time_info(NamedTuple):
+    """Clock of a vCPU, written by Xen: system time in ns is system_time + ((TSC - tsc_timestamp) <<
+    tsc_shift) * tsc_to_system_mul >> 32. `version` is odd while it is written."""
+
     version: u32
     pad0: u32
     tsc_timestamp: u64
@@ -201,6 +212,9 @@ VCPU_TIME_INFO: Final = Layout(vcpu_time_info)
 
 
 class vcpu_info(NamedTuple):
+    """Event delivery and time of one vCPU. Guest and Xen both write evtchn_upcall_pending and
+    evtchn_pending_sel; the guest alone evtchn_upcall_mask."""
+
     evtchn_upcall_pending: u8
     evtchn_upcall_mask: u8
     evtchn_pending_sel: u64
@@ -212,6 +226,10 @@ VCPU_INFO: Final = Layout(vcpu_info)
 
 
 class shared_info(NamedTuple):
+    """The page that a domain shares with Xen. evtchn_pending and evtchn_mask: one bit a port (2-level
+    format). wc_*: wall clock at system time 0, in seconds and ns since 1970; wc_version is odd while it is
+    written."""
+
     vcpu_info: Annotated[tuple[vcpu_info, ...], Array(vcpu_info, 32)]
     evtchn_pending: Annotated[tuple[int, ...], Array(u64, 64)]
     evtchn_mask: Annotated[tuple[int, ...], Array(u64, 64)]
@@ -226,6 +244,10 @@ SHARED_INFO: Final = Layout(shared_info)
 
 
 class start_info(NamedTuple):
+    """What a PV guest finds at RSI at its start. `magic` is "xen-3.0-x86_64"; shared_info is a machine
+    address; mfn_list, pt_base, mod_start are virtual; the console is that of a domU (dom0 has a union
+    here)."""
+
     magic: Annotated[bytes, Bytes(32)]
     nr_pages: u64
     shared_info: u64
@@ -250,6 +272,8 @@ START_INFO: Final = Layout(
 
 
 class xen_multiboot_mod_list(NamedTuple):
+    """One module, where SIF_MULTIBOOT_MOD is set; addresses are pseudophysical."""
+
     mod_start: u32
     mod_end: u32
     cmdline: u32
@@ -299,6 +323,8 @@ DOM0_VGA_CONSOLE_INFO_VESA_LFB: Final = Layout(
 
 
 class dom0_vga_console_info(NamedTuple):
+    """The video mode, for the control domain."""
+
     video_type: u8
     u: Annotated[
         bytes, Union(text_mode_3=dom0_vga_console_info_text_mode_3, vesa_lfb=dom0_vga_console_info_vesa_lfb)

@@ -237,6 +237,8 @@ XEN_DM_OP_NR_VCPUS: Final = Layout(xen_dm_op_nr_vcpus)
 
 
 class xen_dm_op(NamedTuple):
+    """`op` is XEN_DMOP_*; `u` its structure."""
+
     op: u32
     pad: u32
     u: Annotated[

@@ -49,6 +49,8 @@ HVMMEM_ioreq_server: Final = 4
 
 
 class xen_hvm_param(NamedTuple):
+    """index: HVM_PARAM_*."""
+
     domid: u16
     pad: u16
     index_: u32

@@ -68,6 +68,8 @@ VCPU_HVM_X86_64: Final = Layout(vcpu_hvm_x86_64)
 
 
 class vcpu_hvm_context(NamedTuple):
+    """mode: VCPU_HVM_MODE_32B or _64B, which selects the member of cpu_regs."""
+
     mode: u32
     pad: u32
     cpu_regs: Annotated[bytes, Union(x86_32=vcpu_hvm_x86_32, x86_64=vcpu_hvm_x86_64)]

@@ -39,6 +39,9 @@ ACPI_GPE0_BLK_LEN: Final = ACPI_GPE0_BLK_LEN_V0
 
 
 class ioreq(NamedTuple):
+    """One I/O access of a vCPU. state: STATE_IOREQ_*; dir: IOREQ_READ is 1; type: IOREQ_TYPE_*;
+    data_is_ptr: `data` is a guest-physical address, for `count` repeats."""
+
     addr: u64
     data: u64
     count_: u32
@@ -63,6 +66,8 @@ BUF_IOREQ: Final = Layout(buf_ioreq, c_fields={"bits": ""})
 
 
 class buffered_iopage(NamedTuple):
+    """Ring of buffered writes; the pointers run freely."""
+
     read_pointer: u32
     write_pointer: u32
     buf_ioreq: Annotated[tuple[buf_ioreq, ...], Array(buf_ioreq, 511)]

@@ -17,6 +17,8 @@ XEN_HVM_MEMMAP_TYPE_PMEM: Final = 7
 
 
 class hvm_start_info(NamedTuple):
+    """Addresses are physical. version 1 has the memory map."""
+
     magic: u32
     version: u32
     flags: u32
@@ -43,6 +45,8 @@ HVM_MODLIST_ENTRY: Final = Layout(hvm_modlist_entry)
 
 
 class hvm_memmap_table_entry(NamedTuple):
+    """type: XEN_HVM_MEMMAP_TYPE_*."""
+
     addr: u64
     size: u64
     type: u32

@@ -30,6 +30,8 @@ VDISK_READONLY: Final = 0x4
 
 
 class blkif_request_segment(NamedTuple):
+    """Sectors first_sect to last_sect (0 to 7, of 512 bytes, both included) of the granted page."""
+
     gref: u32
     first_sect: u8
     last_sect: u8
@@ -39,6 +41,9 @@ BLKIF_REQUEST_SEGMENT: Final = Layout(blkif_request_segment)
 
 
 class blkif_request(NamedTuple):
+    """nr_segments is at most BLKIF_MAX_SEGMENTS_PER_REQUEST; sector_number in sectors of 512 bytes; id is
+    echoed."""
+
     operation: u8
     nr_segments: u8
     handle: u16
@@ -51,6 +56,8 @@ BLKIF_REQUEST: Final = Layout(blkif_request)
 
 
 class blkif_request_discard(NamedTuple):
+    """For BLKIF_OP_DISCARD. flag: BLKIF_DISCARD_SECURE."""
+
     operation: u8
     flag: u8
     handle: u16
@@ -63,6 +70,9 @@ BLKIF_REQUEST_DISCARD: Final = Layout(blkif_request_discard)
 
 
 class blkif_request_indirect(NamedTuple):
+    """For BLKIF_OP_INDIRECT. indirect_op is the operation; the granted pages hold 512 segments of 8 bytes
+    each."""
+
     operation: u8
     indirect_op: u8
     nr_segments: u16
@@ -76,6 +86,8 @@ BLKIF_REQUEST_INDIRECT: Final = Layout(blkif_request_indirect)
 
 
 class blkif_response(NamedTuple):
+    """status: BLKIF_RSP_*."""
+
     id: u64
     operation: u8
     status: i16

@@ -8,6 +8,8 @@ from bus.abi.layout import Bytes, Layout, u32
 
 
 class xencons_interface(NamedTuple):
+    """The ring page. `in` is input to the guest; indexes run freely."""
+
     in_: Annotated[bytes, Bytes(1024)]
     out: Annotated[bytes, Bytes(2048)]
     in_cons: u32

@@ -60,6 +60,8 @@ NETIF_RSP_NULL: Final = 1
 
 
 class netif_tx_request(NamedTuple):
+    """flags: NETTXF_*. size: of the whole packet in the first slot, of the fragment in the others."""
+
     gref: u32
     offset: u16
     flags: u16
@@ -103,6 +105,9 @@ NETIF_EXTRA_INFO_HASH: Final = Layout(
 
 
 class netif_extra_info(NamedTuple):
+    """In the slot behind a first request or response with the extra_info flag. flags:
+    XEN_NETIF_EXTRA_FLAG_MORE."""
+
     type: u8
     flags: u8
     u: Annotated[
@@ -120,6 +125,8 @@ NETIF_EXTRA_INFO: Final = Layout(netif_extra_info)
 
 
 class netif_tx_response(NamedTuple):
+    """status: NETIF_RSP_*."""
+
     id: u16
     status: i16
 
@@ -128,6 +135,8 @@ NETIF_TX_RESPONSE: Final = Layout(netif_tx_response)
 
 
 class netif_rx_request(NamedTuple):
+    """A page for the backend to write into."""
+
     id: u16
     pad: u16
     gref: u32
@@ -137,6 +146,8 @@ NETIF_RX_REQUEST: Final = Layout(netif_rx_request)
 
 
 class netif_rx_response(NamedTuple):
+    """flags: NETRXF_*. status: bytes received, or NETIF_RSP_*."""
+
     id: u16
     offset: u16
     flags: u16

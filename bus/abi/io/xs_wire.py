@@ -52,6 +52,8 @@ XS_WATCH_TOKEN: Final = 1
 
 
 class xsd_sockmsg(NamedTuple):
+    """Header of every message; `len` bytes follow, at most XENSTORE_PAYLOAD_MAX."""
+
     type: u32
     req_id: u32
     tx_id: u32
@@ -62,6 +64,8 @@ XSD_SOCKMSG: Final = Layout(xsd_sockmsg)
 
 
 class xenstore_domain_interface(NamedTuple):
+    """The ring page. Indexes run freely; the guest writes req_prod and rsp_cons, xenstored the others."""
+
     req: Annotated[bytes, Bytes(1024)]
     rsp: Annotated[bytes, Bytes(1024)]
     req_cons: u32
