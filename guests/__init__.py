@@ -1,0 +1,1 @@
+"""The project's own conformance guests (C and assembly) and what builds them."""
