@@ -1,14 +1,14 @@
 """What the core wants done: the only way in which it acts on the world outside machine memory.
 
-The core appends effects in order; a shell carries them out in that order. None of them fails into the core: what can
-fail comes back as a later call (`order_done`, `process_ended`).
+The core appends effects in order; a shell carries them out in that order. None of them fails into the core:
+what can fail comes back as a later call (`order_done`, `order_expired`, `process_ended`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bus.addresses import DomId, Port, VcpuId
+from bus.addresses import DomId, Mfn, Port, VcpuId
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +24,30 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Something that a domain's own process must do; it answers `order_done(domain, order_id, ...)` or the deadline
-    passes (the core is then told `order_expired`)."""
+    """Something that a domain's own process must do; it answers `order_done(domain, order_id, ...)` or the
+    deadline passes (`order_expired`, or the core's own `tick`, whichever comes first).
+
+    Orders to one domain are delivered in the order given, also before its process has connected (the shell
+    queues)."""
 
     domain: DomId
     order_id: int
+    """0: no answer is expected and none is accepted."""
     kind: str
     """One of the kinds in bus.messages.orders."""
     body: dict[str, object] = field(default_factory=dict)
     windows: tuple[tuple[int, bool], ...] = ()
     """Windows whose memfds travel with the order: (window number, writable)."""
     timeout_ns: int = 1_000_000_000
+    extents: tuple[Mfn, ...] = ()
+    """Extents (by their first MFN) whose memfds travel with the order: a domain's own, or one that it
+    builds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raise:
-    """Event channel `port` of the domain became pending, for its vCPU: its process sets the bits and delivers."""
+    """Event channel `port` of the domain became pending, for its vCPU: its process sets the bits and
+    delivers."""
 
     domain: DomId
     port: Port
@@ -74,9 +82,17 @@ class StartProcess:
 
 @dataclass(frozen=True, slots=True)
 class KillProcess:
-    """End a domain's process at once."""
+    """End a domain's process at once. The shell reports `process_ended` when it is known to be gone."""
 
     domain: DomId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopMachine:
+    """Dom0 shut down: the machine ends. `reason` is the name of a SHUTDOWN_* code ("poweroff", "reboot",
+    "crash"...)."""
+
     reason: str
 
 
@@ -89,4 +105,4 @@ class Log:
     domain: DomId | None = None
 
 
-Effect = Reply | Order | Raise | Bind | Unbind | StartProcess | KillProcess | Log
+Effect = Reply | Order | Raise | Bind | Unbind | StartProcess | KillProcess | StopMachine | Log

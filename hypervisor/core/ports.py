@@ -1,4 +1,5 @@
-"""What the core needs from outside: machine memory. (Time comes as an argument; everything else is an effect.)
+"""What the core needs from outside: machine memory. (Time comes as an argument; everything else is an
+effect.)
 
 The real shell implements this with memfds; the simulation with bytearrays.
 """
@@ -13,8 +14,9 @@ from bus.addresses import Mfn
 class MachineMemory(Protocol):
     """The content of machine frames. Offsets and lengths are bytes and never cross a frame's end.
 
-    A frame lives in its domain's own extent (one memfd a domain, sparse), or, while another domain maps it by a grant,
-    in a window: a memfd that holds only frames granted together to one grantee (DESIGN.md, section 4).
+    A frame lives in its domain's own extent (one memfd a domain, sparse), or, while another domain maps it by
+    a grant, in a window: a memfd that holds only frames granted together to one grantee (DESIGN.md, section
+    4).
     """
 
     def read(self, mfn: Mfn, offset: int, length: int) -> bytes:
@@ -39,10 +41,12 @@ class MachineMemory(Protocol):
         """A new window of `frames` zeroed frames, named by a number the core chose."""
 
     def place(self, mfn: Mfn, window: int, index: int) -> None:
-        """From now on the content of `mfn` is frame `index` of the window (already copied there by the owner)."""
+        """From now on the content of `mfn` is frame `index` of the window (already copied there by the
+        owner)."""
 
     def restore(self, mfn: Mfn) -> None:
-        """From now on the content of `mfn` is in its extent again (already copied back there by the owner)."""
+        """From now on the content of `mfn` is in its extent again (already copied back there by the
+        owner)."""
 
     def drop_window(self, window: int) -> None:
         """Give the window back. No frame is placed in it any more."""

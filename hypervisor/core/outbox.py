@@ -1,0 +1,136 @@
+"""The effects that wait for the shell, and the orders whose answers are still outstanding."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bus.addresses import DomId, Mfn
+from hypervisor.core.effects import Effect, Log, Order
+
+Done = Callable[[int, int, bytes], None]
+"""(now_ns, rc, data): the process answered. `rc` and `data` come from a process that is not trusted."""
+Failed = Callable[[int, str], None]
+"""(now_ns, why): no answer will come: "expired", "dead" or "refused" (too many outstanding)."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    domain: DomId
+    kind: str
+    deadline: int
+    done: Done
+    failed: Failed
+
+
+class Outbox:
+    """Collects effects in order; knows the pending orders, their deadlines and what follows from them."""
+
+    def __init__(self, max_orders: int) -> None:
+        self._effects: list[Effect] = []
+        self._pending: dict[int, _Pending] = {}
+        self._count: dict[DomId, int] = {}
+        self._deadlines: list[tuple[int, int]] = []
+        self._next_id = 1
+        self._max_orders = max_orders
+
+    def emit(self, effect: Effect) -> None:
+        """Append one effect."""
+        self._effects.append(effect)
+
+    def take(self) -> list[Effect]:
+        """All effects since the last call, in order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def log(self, level: str, text: str, domain: DomId | None = None) -> None:
+        """A line for the hypervisor's log."""
+        self.emit(Log(level, text, domain))
+
+    def tell(
+        self,
+        domain: DomId,
+        kind: str,
+        body: dict[str, object] | None = None,
+        *,
+        extents: tuple[Mfn, ...] = (),
+    ) -> None:
+        """An order that needs no answer."""
+        self.emit(Order(domain, 0, kind, body or {}, timeout_ns=0, extents=extents))
+
+    def ask(
+        self,
+        now: int,
+        domain: DomId,
+        kind: str,
+        body: dict[str, object],
+        done: Done,
+        failed: Failed,
+        *,
+        timeout_ns: int,
+        windows: tuple[tuple[int, bool], ...] = (),
+        extents: tuple[Mfn, ...] = (),
+    ) -> int:
+        """An order whose outcome matters: exactly one of `done` and `failed` is called later. Returns its id.
+
+        A domain with too many outstanding orders gets no more: `failed(now, "refused")` is called at once (id
+        0)."""
+        if self._count.get(domain, 0) >= self._max_orders:
+            failed(now, "refused")
+            return 0
+        order_id = self._next_id
+        self._next_id += 1
+        self._pending[order_id] = _Pending(domain, kind, now + timeout_ns, done, failed)
+        self._count[domain] = self._count.get(domain, 0) + 1
+        heapq.heappush(self._deadlines, (now + timeout_ns, order_id))
+        self.emit(Order(domain, order_id, kind, body, windows, timeout_ns, extents))
+        return order_id
+
+    def _pop(self, order_id: int) -> _Pending | None:
+        pending = self._pending.pop(order_id, None)
+        if pending is not None:
+            left = self._count[pending.domain] - 1
+            if left:
+                self._count[pending.domain] = left
+            else:
+                del self._count[pending.domain]
+        return pending
+
+    def done(self, now: int, domain: DomId, order_id: int, rc: int, data: bytes) -> bool:
+        """The domain's process answered. False (and nothing happens) if it has no such order outstanding."""
+        pending = self._pending.get(order_id)
+        if pending is None or pending.domain != domain:
+            return False
+        self._pop(order_id)
+        pending.done(now, rc, data)
+        return True
+
+    def expired(self, now: int, order_id: int) -> None:
+        """The order's time is over; nothing happens if it was answered."""
+        pending = self._pop(order_id)
+        if pending is not None:
+            self.log("warning", f"order {pending.kind} was not answered in time", pending.domain)
+            pending.failed(now, "expired")
+
+    def domain_gone(self, now: int, domain: DomId) -> None:
+        """No answer will come from this domain: all its orders fail now."""
+        for order_id in [i for i, p in self._pending.items() if p.domain == domain]:
+            pending = self._pop(order_id)
+            if pending is not None:
+                pending.failed(now, "dead")
+
+    def tick(self, now: int) -> None:
+        """Expire what is due."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.expired(now, heapq.heappop(self._deadlines)[1])
+
+    def next_deadline(self) -> int | None:
+        """When `tick` next has something to do."""
+        while self._deadlines and self._deadlines[0][1] not in self._pending:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def outstanding(self, domain: DomId) -> int:
+        """How many of the domain's orders are unanswered."""
+        return self._count.get(domain, 0)

@@ -1,0 +1,141 @@
+"""The guest-physical address space of an auto-translated domain (HVM, PVH, native): gfn -> mfn with a type,
+and back.
+
+Whoever must follow it (the IOMMU's tables, the domain's own process) subscribes to changes: a listener is
+called before the call that made the change is answered, so that there is no time at which a removed frame can
+be reached.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from bus.addresses import DomId, Gfn, Mfn
+
+
+class P2mType(IntEnum):
+    """What a guest frame is. Values are part of the `memory` order's body."""
+
+    RAM = 1
+    """The domain's own frame, guest RAM or Xen heap."""
+    GRANT_RW = 2
+    GRANT_RO = 3
+    FOREIGN = 4
+    """Another domain's frame, mapped by privilege over it (XENMAPSPACE_gmfn_foreign)."""
+    MMIO = 5
+    """A device's BAR page."""
+
+
+class P2mEntry(NamedTuple):
+    """One guest frame's mapping."""
+
+    mfn: Mfn
+    type: P2mType
+
+
+class P2mChange(NamedTuple):
+    """`old` or `new` None: there was, or is now, nothing."""
+
+    domain: DomId
+    gfn: Gfn
+    old: P2mEntry | None
+    new: P2mEntry | None
+
+
+_CHUNK = 512
+_TYPE_BITS = 4
+GFN_LIMIT = 1 << 36
+"""Guest frames are below this (48-bit guest-physical addresses)."""
+
+
+class P2m:
+    """One domain's table. Only whole 4 KiB entries; compact (8 bytes an entry, in chunks of 512)."""
+
+    def __init__(self, domain: DomId) -> None:
+        self.domain = domain
+        self._chunks: dict[int, array[int]] = {}
+        self._gfn_of: dict[int, int] = {}  # own frames only: mfn -> gfn (one place each, as Xen's m2p)
+        self._listeners: list[Callable[[P2mChange], None]] = []
+        self.count = 0
+
+    def subscribe(self, listener: Callable[[P2mChange], None]) -> None:
+        """Call `listener` at each change."""
+        self._listeners.append(listener)
+
+    def get(self, gfn: int) -> P2mEntry | None:
+        """The entry of a guest frame."""
+        chunk = self._chunks.get(gfn // _CHUNK)
+        word = chunk[gfn % _CHUNK] if chunk is not None else 0
+        return P2mEntry(Mfn(word >> _TYPE_BITS), P2mType(word & 15)) if word else None
+
+    def gfn_of(self, mfn: int) -> Gfn | None:
+        """Where the domain's own frame is mapped."""
+        gfn = self._gfn_of.get(mfn)
+        return None if gfn is None else Gfn(gfn)
+
+    def set(self, gfn: Gfn, mfn: Mfn, kind: P2mType) -> None:
+        """Map. What was there is replaced; references are the caller's matter. ValueError beyond
+        GFN_LIMIT."""
+        if not 0 <= gfn < GFN_LIMIT:
+            raise ValueError(f"gfn {gfn:#x} is beyond the guest-physical address space")
+        old = self.get(gfn)
+        chunk = self._chunks.get(gfn // _CHUNK)
+        if chunk is None:
+            chunk = self._chunks[gfn // _CHUNK] = array("Q", bytes(8 * _CHUNK))
+        chunk[gfn % _CHUNK] = mfn << _TYPE_BITS | kind
+        if old is None:
+            self.count += 1
+        elif old.type is P2mType.RAM and self._gfn_of.get(old.mfn) == gfn:
+            del self._gfn_of[old.mfn]
+        if kind is P2mType.RAM:
+            self._gfn_of[mfn] = gfn
+        self._publish(gfn, old, P2mEntry(mfn, kind))
+
+    def clear(self, gfn: Gfn) -> P2mEntry | None:
+        """Unmap; returns what was there."""
+        old = self.get(gfn)
+        if old is None:
+            return None
+        self._chunks[gfn // _CHUNK][gfn % _CHUNK] = 0
+        self.count -= 1
+        if old.type is P2mType.RAM and self._gfn_of.get(old.mfn) == gfn:
+            del self._gfn_of[old.mfn]
+        self._publish(gfn, old, None)
+        return old
+
+    def _publish(self, gfn: Gfn, old: P2mEntry | None, new: P2mEntry | None) -> None:
+        if self._listeners:
+            change = P2mChange(self.domain, gfn, old, new)
+            for listener in self._listeners:
+                listener(change)
+
+    def entries(self) -> Iterator[tuple[Gfn, P2mEntry]]:
+        """All entries by gfn."""
+        for key in sorted(self._chunks):
+            for index, word in enumerate(self._chunks[key]):
+                if word:
+                    yield Gfn(key * _CHUNK + index), P2mEntry(Mfn(word >> _TYPE_BITS), P2mType(word & 15))
+
+    def max_gfn(self) -> int:
+        """Highest mapped gfn; -1 if there is none."""
+        for key in sorted(self._chunks, reverse=True):
+            chunk = self._chunks[key]
+            for index in range(_CHUNK - 1, -1, -1):
+                if chunk[index]:
+                    return key * _CHUNK + index
+        return -1
+
+    def runs(self) -> list[list[int]]:
+        """[[gfn, mfn, count, type], ...]: runs in which both numbers count up together."""
+        runs: list[list[int]] = []
+        for gfn, (mfn, kind) in self.entries():
+            if runs:
+                g, m, n, k = runs[-1]
+                if gfn == g + n and mfn == m + n and kind == k:
+                    runs[-1][2] = n + 1
+                    continue
+            runs.append([int(gfn), int(mfn), 1, int(kind)])
+        return runs
