@@ -25,6 +25,8 @@ from bus.abi.layout import Layout
 
 MAX_EXTENTS: Final = 4096
 """Most extents, frames or entries of one array in one message; the domain's process splits longer lists."""
+MAX_PAIRS: Final = 3072
+"""The same where two arrays travel in one message."""
 MAX_E820: Final = 128
 
 NO_DOMAIN: Final = Error(errno.XEN_ESRCH, "no such domain")
@@ -39,9 +41,9 @@ def remote(number: int, name: str, argument: Layout[Any] | None, *errors: Error,
     return Command(number=number, name=name, where=Where.HYPERVISOR, argument=argument, errors=errors, **more)
 
 
-def frames(handle: str, count: str, direction: Direction, reply_count: str = "") -> ArrayArg:
+def frames(handle: str, count: str, direction: Direction, limit: int = MAX_EXTENTS) -> ArrayArg:
     """An array of frame numbers (64 bits each)."""
-    return ArrayArg(handle, 8, count, direction, MAX_EXTENTS, reply_count)
+    return ArrayArg(handle, 8, count, direction, limit)
 
 
 # ------------------------------------------------------------------------------------------------ memory_op
@@ -124,9 +126,9 @@ _MEMORY: Final = (
         NOT_ALLOWED,
         Error(errno.XEN_ENOSYS, "space gmfn_range"),
         arrays=(
-            frames("idxs", "size", Direction.IN),
-            frames("gpfns", "size", Direction.IN),
-            ArrayArg("errs", 4, "size", Direction.OUT, MAX_EXTENTS),
+            frames("idxs", "size", Direction.IN, MAX_PAIRS),
+            frames("gpfns", "size", Direction.IN, MAX_PAIRS),
+            ArrayArg("errs", 4, "size", Direction.OUT, MAX_PAIRS),
         ),
         privilege=Privilege.TARGET,
         note="each element's own errno is in errs",
@@ -177,8 +179,8 @@ _MEMORY: Final = (
         Error(errno.XEN_ENOMEM, "no contiguous frames"),
         Error(errno.XEN_EOPNOTSUPP, "an auto-translated domain"),
         arrays=(
-            frames("in_.extent_start", "in_.nr_extents", Direction.IN),
-            frames("out.extent_start", "out.nr_extents", Direction.BOTH),
+            frames("in_.extent_start", "in_.nr_extents", Direction.IN, MAX_PAIRS),
+            frames("out.extent_start", "out.nr_extents", Direction.BOTH, MAX_PAIRS),
         ),
         guests=Guests.PV,
         privilege=Privilege.TARGET,

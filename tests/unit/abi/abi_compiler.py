@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import bus.abi
 from bus.abi.layout import Layout
@@ -56,7 +57,7 @@ def header_modules() -> list[ModuleType]:
     return [importlib.import_module(m.name) for m in found if not m.ispkg and is_header_module(m.name)]
 
 
-def layouts(module: ModuleType) -> Iterator[Layout]:
+def layouts(module: ModuleType) -> Iterator[Layout[Any]]:
     for name, value in vars(module).items():
         if isinstance(value, Layout):
             assert name == value.name.upper(), f"{module.__name__}.{name} is not named after its record"
