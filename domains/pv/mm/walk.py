@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_END
 from bus.addresses import PAGE_MASK, PAGE_SIZE, MachineAddr, Mfn
-from domains.pv.api import FRAME_NONE, GuestFault, PagingHost
+from domains.pv.api import GuestFault, PagingHost
 from domains.pv.mm.bits import ACCESSED, ADDRESS_MASK, DIRTY, PFN_MASK
 from domains.pv.mm.pages import PageTypes
 
@@ -16,11 +16,7 @@ MAX_COPY: Final = 1 << 24
 
 def address_ok(va: int) -> bool:
     """A canonical address outside Xen's part (__addr_ok)."""
-    return (
-        0 <= va < 0x0000_8000_0000_0000
-        or HYPERVISOR_VIRT_END <= va <= 0xFFFF_FFFF_FFFF_FFFF
-        or 0xFFFF_8000_0000_0000 <= va < HYPERVISOR_VIRT_START
-    )
+    return 0 <= va < 0x0000_8000_0000_0000 or HYPERVISOR_VIRT_END <= va <= 0xFFFF_FFFF_FFFF_FFFF
 
 
 class GuestMemory:
@@ -128,8 +124,3 @@ class GuestMemory:
         if page is None:
             raise GuestFault(va)
         return page
-
-    def owned_state(self, mfn: int) -> int:
-        """FRAME_* of any MFN."""
-        index = mfn - self._pages.base
-        return self._pages.frames.ownership[index] if 0 <= index < self._pages.count else FRAME_NONE
