@@ -154,6 +154,8 @@ HYPERCALLS: Final[Mapping[int, Hypercall]] = {
 }
 """All 64 numbers."""
 
+_COMMANDS: Final = {(h.number, c.number): c for h in HYPERCALLS.values() for c in h.commands}
+
 
 def lookup(number: int, command: int) -> Command | None:
     """The entry of a hypercall's sub-command (0 for one without). None if there is no such sub-command or
@@ -161,12 +163,9 @@ def lookup(number: int, command: int) -> Command | None:
 
     The command of memory_op is masked to its low six bits, as Xen does.
     """
-    hypercall = HYPERCALLS.get(number)
-    if hypercall is None:
-        return None
     if number == xen.HYPERVISOR_memory_op:
         command &= 0x3F
-    return hypercall.command(command)
+    return _COMMANDS.get((number, command))
 
 
 class Caller(NamedTuple):
@@ -199,7 +198,8 @@ def verdict(caller: Caller, number: int, command: int) -> int:
         if entry.privilege is Privilege.CONTROL:
             return -errno.XEN_EPERM
         if entry.privilege is Privilege.HARDWARE and not caller.has_device:
-            return -(errno.XEN_EPERM if caller.kind is Guests.PV else errno.XEN_ENOSYS)
+            absent = number == xen.HYPERVISOR_physdev_op and caller.kind is not Guests.PV
+            return -(errno.XEN_ENOSYS if absent else errno.XEN_EPERM)
         if entry.privilege is Privilege.DEVICE_MODEL and not caller.is_device_model:
             return -errno.XEN_EPERM
     return -entry.refusal

@@ -193,50 +193,81 @@ _MEMORY: Final = (
         guests=Guests.PV,
     ),
     *(
-        refused(number, name, refusal, note)
-        for number, name, refusal, note in (
+        refused(number, name, refusal, note, privilege=privilege)
+        for number, name, refusal, note, privilege in (
             (
                 memory.XENMEM_set_pod_target,
                 "XENMEM_set_pod_target",
                 errno.XEN_EOPNOTSUPP,
                 "no populate-on-demand",
+                Privilege.CONTROL,
             ),
             (
                 memory.XENMEM_get_pod_target,
                 "XENMEM_get_pod_target",
                 errno.XEN_EOPNOTSUPP,
                 "no populate-on-demand",
+                Privilege.CONTROL,
             ),
             (
                 memory.XENMEM_get_sharing_freed_pages,
                 "XENMEM_get_sharing_freed_pages",
                 errno.XEN_ENOSYS,
                 "built without memory sharing",
+                Privilege.ANY,
             ),
             (
                 memory.XENMEM_get_sharing_shared_pages,
                 "XENMEM_get_sharing_shared_pages",
                 errno.XEN_ENOSYS,
                 "built without memory sharing",
+                Privilege.ANY,
             ),
-            (memory.XENMEM_paging_op, "XENMEM_paging_op", errno.XEN_ENOSYS, "built without memory paging"),
-            (memory.XENMEM_access_op, "XENMEM_access_op", errno.XEN_ENODEV, "no memory-access monitor"),
-            (memory.XENMEM_sharing_op, "XENMEM_sharing_op", errno.XEN_ENOSYS, "built without memory sharing"),
             (
-                memory.XENMEM_reserved_device_memory_map,
-                "XENMEM_reserved_device_memory_map",
-                errno.XEN_EOPNOTSUPP,
-                "no device has reserved memory",
+                memory.XENMEM_paging_op,
+                "XENMEM_paging_op",
+                errno.XEN_ENOSYS,
+                "built without memory paging",
+                Privilege.ANY,
             ),
-            (memory.XENMEM_get_vnumainfo, "XENMEM_get_vnumainfo", errno.XEN_EOPNOTSUPP, "no virtual NUMA"),
+            (
+                memory.XENMEM_access_op,
+                "XENMEM_access_op",
+                errno.XEN_ENODEV,
+                "no memory-access monitor",
+                Privilege.DEVICE_MODEL,
+            ),
+            (
+                memory.XENMEM_sharing_op,
+                "XENMEM_sharing_op",
+                errno.XEN_ENOSYS,
+                "built without memory sharing",
+                Privilege.ANY,
+            ),
+            (
+                memory.XENMEM_get_vnumainfo,
+                "XENMEM_get_vnumainfo",
+                errno.XEN_EOPNOTSUPP,
+                "no virtual NUMA",
+                Privilege.TARGET,
+            ),
         )
+    ),
+    local(
+        memory.XENMEM_reserved_device_memory_map,
+        "XENMEM_reserved_device_memory_map",
+        FAULT,
+        argument=memory.XEN_RESERVED_DEVICE_MEMORY_MAP,
+        note="no device has reserved memory: 0, and nr_entries becomes 0",
     ),
     remote(
         memory.XENMEM_claim_pages,
         "XENMEM_claim_pages",
         memory.XEN_MEMORY_RESERVATION,
-        NO_DOMAIN,
-        Error(errno.XEN_EINVAL, "an order, flags, or a list of extents; or fewer pages than the domain has"),
+        Error(
+            errno.XEN_EINVAL,
+            "no such domain; an order, flags, or a list of extents; or fewer pages than the domain has",
+        ),
         Error(errno.XEN_ENOMEM, "not so many free frames"),
         privilege=Privilege.CONTROL,
     ),
@@ -380,8 +411,9 @@ _EVENTS: Final = (
         Error(errno.XEN_EINVAL, "no such VIRQ, or a global one on another vCPU than 0"),
         _NO_SUCH_VCPU,
         Error(errno.XEN_EEXIST, "the VIRQ is bound already"),
-        Error(errno.XEN_EPERM, "VIRQ_CONSOLE, VIRQ_DOM_EXC, VIRQ_CON_RING ... without the right to it"),
         _FULL,
+        note="any domain may bind a global VIRQ; only the domain that handles it (XEN_DOMCTL_set_virq_handler, else "
+        "the control domain) gets it",
     ),
     _event(
         event_channel.EVTCHNOP_bind_pirq,
@@ -448,9 +480,7 @@ _EVENTS: Final = (
         event_channel.EVTCHNOP_init_control,
         "init_control",
         event_channel.EVTCHN_INIT_CONTROL,
-        Error(
-            errno.XEN_EINVAL, "bad offset or frame, or events of the 2-level format are bound beyond its end"
-        ),
+        Error(errno.XEN_EINVAL, "an offset that is not 8-byte aligned or crosses the page, or a bad frame"),
         _NO_SUCH_VCPU,
         note="after success the domain's process maps the control block and writes FIFO words itself",
     ),
@@ -467,6 +497,7 @@ _EVENTS: Final = (
         "set_priority",
         event_channel.EVTCHN_SET_PRIORITY,
         Error(errno.XEN_ENOSYS, "no FIFO format"),
+        Error(errno.XEN_EACCES, "a port that is not in use"),
         Error(errno.XEN_EINVAL, "no such port, or a priority over 15"),
     ),
 )
@@ -486,8 +517,7 @@ _SCHED: Final = (
         sched.SCHEDOP_shutdown,
         "SCHEDOP_shutdown",
         sched.SCHED_SHUTDOWN,
-        Error(errno.XEN_EINVAL, "unknown reason"),
-        note="all vCPUs stop; no reply to a domain that is gone",
+        note="all vCPUs stop; the low 8 bits of the reason count, and an earlier shutdown_code stays",
     ),
     remote(
         sched.SCHEDOP_poll,
@@ -508,7 +538,7 @@ _SCHED: Final = (
         sched.SCHEDOP_shutdown_code,
         "SCHEDOP_shutdown_code",
         sched.SCHED_SHUTDOWN,
-        Error(errno.XEN_EBUSY, "the domain shuts down already"),
+        note="kept for the shutdown that follows; only the first one counts",
     ),
     remote(
         sched.SCHEDOP_watchdog,
