@@ -1,0 +1,209 @@
+"""Deadlines, deaths and lies: nobody waits for ever, nothing stays referenced, frames come home."""
+
+from __future__ import annotations
+
+import pytest
+from grants_world import HOST, RO, World
+
+from bus.abi.grant_table import GNTMAP_device_map
+from bus.addresses import DomId
+
+ONE, TWO = DomId(1), DomId(2)
+
+
+def test_a_granter_that_does_not_answer_fails_the_map_after_a_second() -> None:
+    """GNTST_general_error at the deadline; others' maps are refused at once while it is silent; when it comes back it
+    undoes what it did late, and all is as before."""
+    w = World("pv", "pv", "pv")
+    mfn = w.grant(2, 8, 1, 3)
+    w.grant(2, 9, 3, 3)
+    w.doms[TWO].process.page(mfn)[:4] = b"data"
+    answers = w.start_map(1, (2, 8, HOST, 0x1000))
+    w.pump(2)
+    assert answers == []
+    waiting = w.start_map(3, (2, 9, HOST, 0x1000))
+    w.wait(1.1, 2)
+    assert answers[0].status == -1
+    assert waiting[0].status == -1
+    assert w.start_map(3, (2, 9, HOST, 0x1000))[0].status == -1
+    assert TWO not in w.crashed
+    w.pump()  # it wakes up: carries out the late map, then its undoing
+    assert w.doms[TWO].process.page(mfn)[:4] == b"data"
+    assert w.doms[TWO].process.views == {}
+    w.clean()
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    assert answer.status == 0
+    w.unmap(1, (answer.handle, 0x1000, 0))
+    w.clean()
+
+
+def test_a_granter_that_never_answers_is_crashed_in_the_end() -> None:
+    """The undoing of a map has a bound as well."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    w.start_map(1, (2, 8, HOST, 0x1000))
+    w.wait(1.1, 2)
+    assert TWO not in w.crashed
+    w.wait(61, 2)
+    assert TWO in w.crashed
+    w.clean()
+
+
+def test_a_granter_that_does_not_answer_an_unmap_is_crashed() -> None:
+    """The mapper has its answer within a second and nothing keeps the frame."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    unmap = w.start_unmap(1, (answer.handle, 0x1000, 0))
+    w.pump(2)
+    assert unmap == []
+    w.wait(1.1, 2)
+    assert unmap[0].status == 0
+    assert TWO in w.crashed
+    w.clean()
+
+
+def test_an_unmap_behind_a_map_that_missed_its_deadline_does_not_wait_for_it() -> None:
+    """The granter had its second: it is crashed, and the unmap ends."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3, readonly=False)
+    (answer,) = w.map(1, (2, 8, RO, 0x1000))
+    late = w.start_map(1, (2, 8, HOST, 0x2000))
+    unmap = w.start_unmap(1, (answer.handle, 0x1000, 0))
+    w.wait(1.1, 2)
+    assert late[0].status == -1
+    w.pump(2)
+    assert unmap[0].status == 0
+    assert TWO in w.crashed
+    w.clean()
+
+
+def test_a_mapper_that_does_not_let_go_is_not_waited_for() -> None:
+    """Revocation needs the granter only; the mapper's kept view shows the old bytes for ever."""
+    w = World("pv", "pv")
+    mfn = w.grant(2, 8, 1, 3)
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    unmap = w.start_unmap(1, (answer.handle, 0x1000, 0))
+    w.wait(1.1, 1)
+    w.pump(1)
+    assert unmap[0].status == 0
+    w.doms[TWO].process.page(mfn)[:6] = b"secret"
+    assert w.doms[ONE].process.foreign(mfn)[:6] != b"secret"
+    w.clean()
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_the_grantee_dies_at_any_step(steps: int) -> None:
+    """Wherever the map was, all maps are undone and the granter's flags are clear."""
+    w = World("pv", "pv")
+    mfn = w.grant(2, 8, 1, 3)
+    w.grant(2, 9, 1, 4)
+    w.map(1, (2, 9, HOST, 0x8000))
+    w.start_map(1, (2, 8, HOST, 0x1000))
+    for number in range(steps):
+        w.step(DomId(2 - number % 2))
+    w.destroy(ONE)
+    w.pump()
+    assert (w.flags(2, 8), w.flags(2, 9)) == (0, 0)
+    assert w.doms[TWO].process.views == {}
+    assert w.memory.page(mfn) is w.doms[TWO].process.page(mfn)
+    w.clean()
+    assert w.grants.quiet(ONE)
+    w.grants.remove(ONE)
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_the_granter_dies_at_any_step(steps: int) -> None:
+    """Its frames stay, dying, while mapped; the mapper keeps what it maps; after the unmap all is free."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    w.doms[TWO].process.page(w.doms[TWO].ram[3])[:4] = b"left"
+    answers = w.start_map(1, (2, 8, HOST, 0x1000))
+    for number in range(steps):
+        w.step(DomId(2 - number % 2))
+    w.destroy(TWO)
+    w.pump()
+    if answers[0].status == 0:
+        assert w.frames.references(w.doms[TWO].ram[3]) == 1
+        assert w.doms[ONE].process.foreign(w.doms[TWO].ram[3])[:4] == b"left"
+        assert w.unmap(1, (answers[0].handle, 0x1000, 0)) == [0]
+    w.clean()
+    assert w.frames.extent_of(TWO) is None
+    assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -1
+
+
+def test_a_granters_process_that_starts_anew_keeps_the_mapping() -> None:
+    """Only the process died: the hypervisor knows where the frame is and tells; unmapping works without a process."""
+    w = World("pv", "pv")
+    mfn = w.grant(2, 8, 1, 3)
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    w.doms[ONE].process.foreign(mfn)[:4] = b"kept"
+    w.end_process(TWO)
+    (own,) = w.grants.own_windows(TWO)
+    assert (own.mfn, own.index) == (mfn, 0)
+    assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
+    assert w.memory.read(mfn, 0, 4) == b"kept"
+    assert w.memory.read(w.grants.table(TWO).shared[0], 64, 1) == b"\x01"
+    w.clean()
+
+
+def test_a_granter_without_a_process_can_be_mapped() -> None:
+    """A domain whose process is not there (between two lives): the hypervisor sets the bits and moves the frame."""
+    w = World("pv", "pv")
+    mfn = w.grant(2, 8, 1, 3)
+    w.doms[TWO].process.page(mfn)[:4] = b"data"
+    w.end_process(TWO)
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    assert answer.status == 0
+    assert w.doms[ONE].process.foreign(mfn)[:4] == b"data"
+    assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
+    w.clean()
+
+
+def test_a_mapper_that_is_restarted_loses_what_was_under_way() -> None:
+    """release_mappings on a domain that lives on: complete maps go, a map on its way does not come about."""
+    w = World("native", "pv")
+    w.dma.tables[1] = {}
+    w.grant(2, 8, 1, 3)
+    w.grant(2, 9, 1, 4)
+    w.map(1, (2, 8, GNTMAP_device_map, 0x70000))
+    answers = w.start_map(1, (2, 9, GNTMAP_device_map, 0x71000))
+    w.grants.release_mappings(0, ONE)
+    assert w.dma.tables[1] == {}
+    w.pump()
+    assert answers[0].status == -1
+    assert w.dma.tables[1] == {}
+    w.clean()
+
+
+def test_nonsense_from_the_granter_is_no_answer() -> None:
+    """A process that answers a map with rubbish is asked to undo it; one that refuses an unmap is crashed."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    process = w.doms[TWO].process
+    process.grant_map = lambda body: [0]  # two results are due
+    assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -1
+    w.clean()
+    process.grant_map = lambda body: [7, 7]  # positive results are errors
+    assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -1
+    w.clean()
+    del process.grant_map
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    process.grant_unmap = lambda body: [-1, -1]
+    assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
+    assert TWO in w.crashed
+    w.clean()
+
+
+def test_a_frame_given_back_while_mapped_stays_until_the_unmap() -> None:
+    """Ballooning out a granted frame frees it at the last unmap and not before; it cannot be mapped anew."""
+    w = World("pv", "pv")
+    mfn = w.grant(2, 8, 1, 3)
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    assert w.frames.release(mfn) is False
+    assert w.map(1, (2, 8, HOST, 0x2000))[0].status == -1
+    w.doms[ONE].process.foreign(mfn)[:4] = b"mine"
+    assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
+    assert w.frames.owner(mfn) is None
+    assert w.frames.kind(mfn) == 0
+    w.clean()
