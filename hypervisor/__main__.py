@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 from bus import privileges
 from bus.process import begin
@@ -11,6 +12,9 @@ from hypervisor.core.core import HypervisorCore
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.processes import Processes, WardenGone
 from hypervisor.shell.server import Server
+
+DOM0_PAGES = 4096
+"""Dom0's own memory (16 MiB): what it grants to others, no more; the program itself lives in its process."""
 
 
 def main() -> None:
@@ -24,9 +28,9 @@ def main() -> None:
     config = MachineConfig(
         total_pages=int(settings.get("memory_mb", 4096)) << 8, pcpus=int(settings.get("cpus", 2))
     )
-    server = Server(
-        HypervisorCore(memory, config), memory, processes, doorbells=bool(settings.get("doorbells", True))
-    )
+    core = HypervisorCore(memory, config)
+    core.create_dom0(time.monotonic_ns(), max_pages=DOM0_PAGES)
+    server = Server(core, memory, processes, doorbells=bool(settings.get("doorbells", True)))
     try:
         server.run()
     except WardenGone:

@@ -88,7 +88,10 @@ class Raised(Message):
     """Event channels of the domain became pending: (port, vcpu) each."""
 
     KIND: ClassVar[str] = "raised"
-    events: Annotated[list[tuple[U32, VcpuIndex]], Field(max_length=MAX_ITEMS)]
+    events: Annotated[
+        # msgpack has one kind of sequence: a list stands for the pair.
+        list[Annotated[tuple[U32, VcpuIndex], Field(strict=False)]], Field(max_length=MAX_ITEMS)
+    ]
 
 
 class Refused(Message):

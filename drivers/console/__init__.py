@@ -1,1 +1,1 @@
-"""drivers/console"""
+"""The PV console's ring, both ends, without I/O."""

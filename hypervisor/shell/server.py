@@ -218,7 +218,10 @@ class Server:
                     copies.append(fd)
                 borrowed.append(fd)
             borrowed.extend(self.memory.extent_descriptor(base) for base in order.extents)
-            peer.order(order.order_id, order.kind, order.body, borrowed)
+            body = order.body
+            if order.windows:
+                body = {**body, "windows": [window for window, _ in order.windows]}
+            peer.order(order.order_id, order.kind, body, borrowed)
         finally:
             close_all(copies)
 

@@ -24,8 +24,11 @@ def main() -> None:
     runtime.create()
     runtime.pid.write_text(str(os.getpid()), encoding="ascii")
     listeners = {}
-    for label, path in (("control", runtime.control), ("xenstored", runtime.xenstore)):
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    for label, path, kind in (
+        ("control", runtime.control, socket.SOCK_SEQPACKET),
+        ("xenstored", runtime.xenstore, socket.SOCK_STREAM),
+    ):
+        listener = socket.socket(socket.AF_UNIX, kind)
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen(16)
@@ -51,7 +54,10 @@ def main() -> None:
     except InterruptedError:
         pass
     finally:
-        runtime.remove()
+        if os.environ.get("DOMICILE_KEEP_LOGS"):
+            runtime.remove_sockets()
+        else:
+            runtime.remove()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ class RuntimeDirectory:
             directory.mkdir()
             directory.chmod(mode)
 
+    def remove_sockets(self) -> None:
+        """Leave the logs (DOMICILE_KEEP_LOGS)."""
+        for path in (self.control, self.xenstore, self.pid):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.bus, ignore_errors=True)
+
     def remove(self) -> None:
         """Delete everything of this machine."""
         shutil.rmtree(self.root, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""The link between the command (or a test) and Dom0's toolstack: requests, responses, notices.
+
+One SOCK_SEQPACKET connection a client, on a socket that only the machine's owner can reach; files travel as descriptors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from bus.messages.domain import U32
+from bus.messages.envelope import MAX_DATA, MAX_ITEMS, Message, registry
+
+Action = Literal[
+    "destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset"
+]
+Text = Annotated[str, Field(max_length=4096)]
+
+
+class DomainConfig(Message):
+    """What a domain is to be: the fields of an xl.cfg that a machine needs. Files are descriptors sent along, by index."""
+
+    KIND: ClassVar[str] = "domain_config"
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.+-]+$")]
+    type: Literal["pv", "pvh", "hvm"] = "pv"
+    memory_mb: Annotated[int, Field(ge=1, le=1 << 20)] = 128
+    maxmem_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    """0: as `memory_mb`."""
+    vcpus: Annotated[int, Field(ge=1, le=128)] = 1
+    maxvcpus: Annotated[int, Field(ge=0, le=128)] = 0
+    uuid: Annotated[bytes, Field(min_length=16, max_length=16)]
+    kernel: Annotated[int, Field(ge=-1, le=63)] = -1
+    kernel_path: Text = ""
+    ramdisk: Annotated[int, Field(ge=-1, le=63)] = -1
+    ramdisk_path: Text = ""
+    cmdline: Text = ""
+    cpu_weight: Annotated[int, Field(ge=1, le=65535)] = 256
+    cap: Annotated[int, Field(ge=0, le=65535)] = 0
+    on_poweroff: Action = "destroy"
+    on_reboot: Action = "restart"
+    on_crash: Action = "destroy"
+    on_watchdog: Action = "destroy"
+    paused: bool = False
+    disks: Annotated[list[dict[str, Any]], Field(max_length=64)] = []
+    vifs: Annotated[list[dict[str, Any]], Field(max_length=16)] = []
+
+
+class Request(Message):
+    """Do something: `verb` with its arguments."""
+
+    KIND: ClassVar[str] = "request"
+    id: U32
+    verb: Annotated[str, Field(max_length=40)]
+    args: Annotated[dict[str, Any], Field(max_length=64)] = {}
+
+
+class Response(Message):
+    """The outcome of the request with that id: a result, or an error in one line that names the thing and the mend."""
+
+    KIND: ClassVar[str] = "response"
+    id: U32
+    ok: bool
+    result: Any = None
+    error: Text = ""
+
+
+class Notice(Message):
+    """Something happened: console output of an attached console, the end of a domain."""
+
+    KIND: ClassVar[str] = "notice"
+    what: Annotated[str, Field(max_length=40)]
+    body: Annotated[dict[str, Any], Field(max_length=MAX_ITEMS)] = {}
+
+
+MAX_CONSOLE_CHUNK = MAX_DATA // 2
+"""Bytes of console output in one notice."""
+TO_TOOLSTACK = registry(Request)
+FROM_TOOLSTACK = registry(Response, Notice)

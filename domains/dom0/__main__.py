@@ -1,0 +1,41 @@
+"""`domicile-dom0`: the control domain: toolstack, xenstored, consoled."""
+
+from __future__ import annotations
+
+import socket
+
+from bus import privileges
+from bus.abi import sched, xen
+from bus.process import begin
+from domains.dom0.toolstack.manager import Manager
+from domains.dom0.toolstack.server import ToolstackServer, console_directory
+from domains.dom0.xenstore_service import XenstoreService
+from domains.native.domain import NativeDomain
+from domains.native.reactor import Reactor
+
+
+def main() -> None:
+    """Entry point of the process."""
+    start = begin(privileges.Limits(open_files=8192))
+    reactor = Reactor()
+    host = NativeDomain(start, reactor)
+    while host.memory is None:
+        reactor.once(20.0)
+        if not host.memory and reactor.stopping:
+            return
+    store = XenstoreService(host)
+    for path, value in (("domid", "0"), ("name", "Domain-0")):
+        store.write(f"/local/domain/0/{path}", value)
+    store.mkdir("/tool")
+    store.mkdir("/vm")
+    manager = Manager(host, store, console_directory(start.settings["consoles"]))
+    info = {"isolated": start.own_uid, "doorbells": bool(start.settings.get("doorbells", True))}
+    server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info)
+    reactor.run()
+    server.close()
+    request = sched.SCHED_SHUTDOWN.pack(sched.sched_shutdown(sched.SHUTDOWN_poweroff))
+    host.hypercall(xen.HYPERVISOR_sched_op, sched.SCHEDOP_shutdown, request)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Dom0's toolstack: builds, watches and ends domains on behalf of the command."""

@@ -1,0 +1,388 @@
+"""Domains from their creation to their end: what xl does with one, on behalf of the command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from bus.abi import domctl as dc
+from bus.abi import sched
+from bus.abi.grant_table import GNTTAB_RESERVED_CONSOLE
+from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
+from bus.addresses import DomId, GrantRef, Mfn, Port, VcpuId
+from bus.messages.control import DomainConfig
+from bus.packets import close_all
+from domains.dom0.builder.errors import BuildError
+from domains.dom0.builder.kernel import Kernel, load_kernel
+from domains.dom0.consoled import Console
+from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
+from domains.dom0.xc import ControlInterface
+from domains.dom0.xenstore_service import XenstoreService
+from domains.native.domain import GrantError, HypercallError, NativeDomain
+
+SHUTDOWN_NAMES: Final = {
+    sched.SHUTDOWN_poweroff: "poweroff",
+    sched.SHUTDOWN_reboot: "reboot",
+    sched.SHUTDOWN_suspend: "suspend",
+    sched.SHUTDOWN_crash: "crash",
+    sched.SHUTDOWN_watchdog: "watchdog",
+    sched.SHUTDOWN_soft_reset: "soft_reset",
+}
+RESTART_LIMIT_S: Final = 1.0
+"""A domain that reboots sooner than this after its start is not started again: it would go on for ever."""
+
+
+class ToolstackError(Exception):
+    """Told to the user: one line that names the thing, and the mend where there is one."""
+
+
+@dataclass(slots=True)
+class Guest:
+    """A domain that this toolstack made."""
+
+    domid: DomId
+    config: DomainConfig
+    files: dict[int, int]
+    """Descriptors of its files, kept for a restart: index in the configuration -> descriptor."""
+    console: Console
+    uuid: bytes
+    started: float = field(default_factory=time.monotonic)
+    xenstore_port: Port | None = None
+    ending: bool = False
+
+
+Ended = Callable[[DomId, str, str, str], None]
+"""(domid, name, reason, details)"""
+
+
+class Manager:
+    """All domains but Dom0."""
+
+    def __init__(self, host: NativeDomain, store: XenstoreService, consoles: Path) -> None:
+        self._host = host
+        self.store = store
+        self.xc = ControlInterface(host)
+        self._consoles = consoles
+        self.guests: dict[DomId, Guest] = {}
+        self.on_end: list[Ended] = []
+        self.started = time.monotonic()
+        host.bind_virq(VIRQ_DOM_EXC, self.check)
+
+    # ------------------------------------------------------------------ creation
+
+    def create(self, config: DomainConfig, descriptors: Sequence[int]) -> DomId:
+        """Build a domain and start it (unless `paused`). The descriptors are taken over. ToolstackError."""
+        files = dict(enumerate(descriptors))
+        try:
+            return self._create(config, files, None)
+        except BaseException:
+            close_all(list(files.values()))
+            raise
+
+    def _create(self, config: DomainConfig, files: dict[int, int], console: Console | None) -> DomId:
+        if any(guest.config.name == config.name and not guest.ending for guest in self.guests.values()):
+            raise ToolstackError(f"domain {config.name!r} exists already: choose another name, or destroy it")
+        if config.type != "pv":
+            raise ToolstackError(f"type={config.type!r}: this version builds PV guests only")
+        kernel = self._kernel(config, files)
+        ramdisk = read_file(files[config.ramdisk], config.ramdisk_path) if config.ramdisk >= 0 else b""
+        try:
+            domid = self.xc.create_domain(uuid=config.uuid, max_vcpus=config.maxvcpus or config.vcpus)
+        except HypercallError as error:
+            raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
+        try:
+            guest = self._build(domid, config, kernel, ramdisk, files, console)
+        except (BuildError, HypercallError, GrantError, ValueError) as error:
+            self._forget(domid)
+            if isinstance(error, HypercallError) and error.errno == 12:
+                raise ToolstackError(
+                    f"{config.name}: not enough machine memory for {config.memory_mb} MB: give less, or the machine more"
+                ) from None
+            raise ToolstackError(f"{config.kernel_path or config.name}: {error}") from None
+        self.guests[domid] = guest
+        if not config.paused:
+            self.xc.unpause(domid)
+        return domid
+
+    def _kernel(self, config: DomainConfig, files: dict[int, int]) -> Kernel:
+        if config.kernel not in files:
+            raise ToolstackError(f"{config.name}: no kernel given")
+        try:
+            return load_kernel(read_file(files[config.kernel], config.kernel_path))
+        except (BuildError, ValueError) as error:
+            raise ToolstackError(f"{config.kernel_path}: {error}") from None
+
+    def _build(
+        self,
+        domid: DomId,
+        config: DomainConfig,
+        kernel: Kernel,
+        ramdisk: bytes,
+        files: dict[int, int],
+        console: Console | None,
+    ) -> Guest:
+        xc, host = self.xc, self._host
+        pages = config.memory_mb << 8
+        xc.max_vcpus(domid, config.maxvcpus or config.vcpus)
+        xc.max_mem(domid, max(config.memory_mb, config.maxmem_mb) << 10)
+        mfns = xc.populate(domid, range(pages))
+        if mfns[-1] - mfns[0] != pages - 1:
+            raise ValueError("its memory is not contiguous")
+        xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
+        console_port = host.alloc_unbound(domid, DOMID_SELF)
+        fd, extent = host.foreign_extents[domid]
+        memory = ForeignMemory(fd, extent["base"], extent["frames"])
+        try:
+            built = build_pv_domain(
+                memory,
+                kernel,
+                ramdisk,
+                config.cmdline,
+                range(mfns[0], mfns[0] + pages),
+                Mfn(extent["shared_info"]),
+                xenstore_port,
+                console_port,
+                xc.grant_table_frame(domid),
+                DomId(0),
+            )
+        finally:
+            memory.close()
+        xc.set_vcpu_context(domid, VcpuId(0), built.context)
+        xc.scheduler(domid, config.cpu_weight, config.cap)
+        if console is None:
+            console = Console(host, domid, config.name, self._consoles)
+        console.domid = domid
+        guest = Guest(domid, config, files, console, config.uuid, xenstore_port=xenstore_port)
+        try:
+            console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
+            self._write_store(guest, built.console_mfn, console_port)
+            self.store.introduce(domid, xenstore_port)
+        except BaseException:
+            console.close()
+            raise
+        return guest
+
+    def _write_store(self, guest: Guest, console_mfn: int, console_port: Port) -> None:
+        """What a guest and the tools expect to find (docs/misc/xenstore-paths)."""
+        store, config, domid = self.store, guest.config, guest.domid
+        base, own = f"/local/domain/{domid}", f"r{domid}"
+        text = guest.uuid.hex()
+        uuid = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+        store.remove(base)
+        store.mkdir(base)
+        store.permit(base, "n0", own)
+        readable = {
+            "vm": f"/vm/{uuid}",
+            "name": config.name,
+            "domid": str(domid),
+            "cpu/0/availability": "online",
+            "memory/static-max": str(max(config.memory_mb, config.maxmem_mb) << 10),
+            "memory/target": str(config.memory_mb << 10),
+            "memory/videoram": "0",
+            "console/backend": f"/local/domain/0/backend/console/{domid}/0",
+            "console/backend-id": "0",
+            "console/type": "xenconsoled",
+            "console/limit": "1048576",
+            "console/output": "pty",
+            "console/tty": guest.console.tty,
+            "console/port": str(console_port),
+            "console/ring-ref": str(console_mfn),
+            "store/port": str(guest.xenstore_port),
+            "control/platform-feature-multiprocessor-suspend": "1",
+            "control/platform-feature-xs_reset_watches": "1",
+        }
+        for vcpu in range(1, config.maxvcpus or config.vcpus):
+            readable[f"cpu/{vcpu}/availability"] = "online" if vcpu < config.vcpus else "offline"
+        for path, value in readable.items():
+            store.write(f"{base}/{path}", value)
+        owned = (
+            "data",
+            "drivers",
+            "feature",
+            "attr",
+            "error",
+            "device/suspend/event-channel",
+            "control/shutdown",
+            "control/feature-poweroff",
+            "control/feature-reboot",
+            "control/feature-suspend",
+            "control/sysrq",
+        )
+        for path in owned:
+            store.write(f"{base}/{path}", "")
+            store.permit(f"{base}/{path}", f"n{domid}")
+        for path in ("device", "control", "console", "store", "memory", "cpu"):
+            store.mkdir(f"{base}/{path}")
+        store.write(f"/vm/{uuid}/name", config.name)
+        store.write(f"/vm/{uuid}/uuid", uuid)
+        store.permit(f"/vm/{uuid}", "n0", own)
+
+    # ------------------------------------------------------------------ the end of a domain
+
+    def check(self) -> None:
+        """VIRQ_DOM_EXC: look which domains have shut down or died."""
+        for guest in list(self.guests.values()):
+            info = self.xc.domain_info(guest.domid)
+            if guest.ending:
+                continue
+            if info is None:
+                self._end(guest, "destroyed", "")
+            elif info.flags & dc.XEN_DOMINF_shutdown:
+                code = info.flags >> dc.XEN_DOMINF_shutdownshift & dc.XEN_DOMINF_shutdownmask
+                self._shut_down(guest, SHUTDOWN_NAMES.get(code, f"code {code}"))
+
+    def _shut_down(self, guest: Guest, reason: str) -> None:
+        config = guest.config
+        action = {
+            "poweroff": config.on_poweroff,
+            "reboot": config.on_reboot,
+            "crash": config.on_crash,
+            "watchdog": config.on_watchdog,
+            "soft_reset": config.on_reboot,
+        }.get(reason, "destroy")
+        details = self.crash_details(guest.domid) if reason in ("crash", "watchdog") else ""
+        self.store.domain_shutdown(guest.domid)
+        if action == "preserve":
+            guest.ending = True
+            self._tell(guest, reason, details)
+        elif action in ("restart", "rename-restart", "coredump-restart", "soft-reset"):
+            self._restart(guest, reason, details)
+        else:
+            self._end(guest, reason, details)
+
+    def _restart(self, guest: Guest, reason: str, details: str) -> None:
+        if time.monotonic() - guest.started < RESTART_LIMIT_S:
+            self._end(
+                guest,
+                reason,
+                f"{details}\nnot restarted: it ran for less than {RESTART_LIMIT_S:.0f} s".strip(),
+            )
+            return
+        guest.ending = True
+        guest.console.disconnect()
+        self._forget(guest.domid)
+        del self.guests[guest.domid]
+        try:
+            domid = self._create(guest.config, guest.files, guest.console)
+        except ToolstackError as error:
+            guest.console.close()
+            close_all(list(guest.files.values()))
+            self._tell(guest, reason, f"restart failed: {error}")
+            return
+        for notify in list(self.on_end):
+            notify(guest.domid, guest.config.name, "restarted", str(domid))
+
+    def _end(self, guest: Guest, reason: str, details: str) -> None:
+        guest.ending = True
+        guest.console.disconnect()
+        self._forget(guest.domid)
+        self._tell(guest, reason, details)
+        guest.console.close()
+        close_all(list(guest.files.values()))
+        self.guests.pop(guest.domid, None)
+
+    def _tell(self, guest: Guest, reason: str, details: str) -> None:
+        for notify in list(self.on_end):
+            notify(guest.domid, guest.config.name, reason, details)
+
+    def _forget(self, domid: DomId) -> None:
+        """Destroy a domain and what the store knows of it."""
+        self.store.domain_died(domid)
+        base = f"/local/domain/{domid}"
+        vm = self.store.read(f"{base}/vm")
+        try:
+            self.xc.destroy(domid)
+        except HypercallError as error:
+            if error.errno != 3:  # ESRCH: gone already
+                raise
+        self.store.remove(base)
+        if vm:
+            self.store.remove(vm)
+
+    def crash_details(self, domid: DomId) -> str:
+        """What the hypervisor's log has of a domain's crash."""
+        lines = self.xc.read_console().decode("utf-8", "replace").splitlines()
+        mine = [line for line in lines if f"(d{domid})" in line or f"domain {domid} " in line]
+        return "\n".join(mine[-60:])
+
+    # ------------------------------------------------------------------ the command's verbs
+
+    def find(self, name: str | int) -> Guest:
+        """By domid or name. ToolstackError if there is none."""
+        for guest in self.guests.values():
+            if str(guest.domid) == str(name) or guest.config.name == name:
+                return guest
+        raise ToolstackError(f"domain {name!r} does not exist: `domicile list` shows those that do")
+
+    def name_of(self, domid: int) -> str:
+        """A domain's name."""
+        if domid == 0:
+            return "Domain-0"
+        guest = self.guests.get(DomId(domid))
+        return guest.config.name if guest is not None else "(null)"
+
+    def list_domains(self) -> list[dict[str, Any]]:
+        """What `xl list` shows."""
+        rows = []
+        for info in self.xc.domain_list():
+            guest = self.guests.get(DomId(info.domain))
+            config = guest.config.model_dump() if guest is not None else {}
+            config.pop("uuid", None)
+            rows.append(
+                {
+                    "domid": info.domain,
+                    "name": self.name_of(info.domain),
+                    "mem_mb": info.tot_pages >> 8,
+                    "max_mb": info.max_pages >> 8,
+                    "vcpus": info.nr_online_vcpus,
+                    "state": _state(info),
+                    "time_s": info.cpu_time / 1e9,
+                    "uuid": info.handle.hex(),
+                    "config": config,
+                }
+            )
+        return rows
+
+    def shutdown(self, name: str | int, how: str) -> None:
+        """Ask a guest to power off or reboot, through xenstore (control/shutdown)."""
+        guest = self.find(name)
+        self.store.write(f"/local/domain/{guest.domid}/control/shutdown", how)
+
+    def destroy(self, name: str | int) -> None:
+        """End a domain at once."""
+        guest = self.find(name)
+        self._end(guest, "destroyed", "")
+
+    def pause(self, name: str | int) -> None:
+        """Stop its vCPUs."""
+        self.xc.pause(self.find(name).domid)
+
+    def unpause(self, name: str | int) -> None:
+        """Let them run again."""
+        try:
+            self.xc.unpause(self.find(name).domid)
+        except HypercallError as error:
+            raise ToolstackError(f"domain {name}: not paused ({error})") from None
+
+    def close(self) -> None:
+        """End every domain."""
+        for guest in list(self.guests.values()):
+            self._end(guest, "destroyed", "")
+
+
+def _state(info: dc.xen_domctl_getdomaininfo) -> str:
+    """xl's state column: r b p s c d."""
+    code = info.flags >> dc.XEN_DOMINF_shutdownshift & dc.XEN_DOMINF_shutdownmask
+    shut = bool(info.flags & dc.XEN_DOMINF_shutdown)
+    marks = (
+        ("r", bool(info.flags & dc.XEN_DOMINF_running)),
+        ("b", bool(info.flags & dc.XEN_DOMINF_blocked)),
+        ("p", bool(info.flags & dc.XEN_DOMINF_paused)),
+        ("s", shut and code != sched.SHUTDOWN_crash),
+        ("c", shut and code == sched.SHUTDOWN_crash),
+        ("d", bool(info.flags & dc.XEN_DOMINF_dying)),
+    )
+    return "".join(mark if holds else "-" for mark, holds in marks)

@@ -1,0 +1,291 @@
+"""The toolstack's socket: takes requests of the command, answers, and sends notices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from bus.addresses import DomId
+from bus.messages.control import MAX_CONSOLE_CHUNK, TO_TOOLSTACK, DomainConfig, Notice, Request, Response
+from bus.messages.envelope import BadMessage, Message
+from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
+from domains.dom0.consoled import Console
+from domains.dom0.toolstack.manager import Manager, ToolstackError
+from domains.dom0.xenstore_service import XenstoreError
+from domains.native.domain import HypercallError, NativeDomain
+
+MAX_CLIENTS: Final = 64
+MAX_BACKLOG: Final = 64 << 20
+"""Bytes that may wait for a client that does not read; then it is dropped."""
+BURST: Final = 16
+Handler = Callable[["Client", dict[str, Any], list[int]], Any]
+
+
+class Client:
+    """One connection of the command."""
+
+    def __init__(self, server: ToolstackServer, sock: socket.socket) -> None:
+        self._server = server
+        self.link = PacketLink(sock, TO_TOOLSTACK)
+        self._waiting: list[tuple[Message, list[int]]] = []
+        self._size = 0
+        self.attached: list[tuple[Console, Callable[[bytes], None]]] = []
+        self.follows = False
+
+    def send(self, message: Message, descriptors: list[int] | None = None) -> None:
+        """Send, or queue for a client that reads slowly."""
+        self._waiting.append((message, descriptors or []))
+        self._size += 1000 + len(str(getattr(message, "body", "")))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
+        while self._waiting:
+            message, descriptors = self._waiting[0]
+            try:
+                self.link.send(message, descriptors)
+            except LinkFull:
+                if self._size > MAX_BACKLOG:
+                    self._server.drop(self)
+                else:
+                    self._server.host.reactor.writer(self.link.fileno(), self.flush)
+                return
+            except (LinkClosed, OSError):
+                self._server.drop(self)
+                return
+            self._waiting.pop(0)
+        self._size = 0
+        self._server.host.reactor.writer(self.link.fileno(), None)
+
+    def attach(self, console: Console, *, replay: bool) -> None:
+        """Send the console's output as notices."""
+
+        def listener(data: bytes) -> None:
+            for start in range(0, len(data), MAX_CONSOLE_CHUNK):
+                chunk = data[start : start + MAX_CONSOLE_CHUNK]
+                self.send(Notice(what="console", body={"name": console.name, "data": chunk}))
+
+        if replay and console.scrollback:
+            listener(bytes(console.scrollback))
+        console.attach(listener)
+        self.attached.append((console, listener))
+
+
+class ToolstackServer:
+    """Verbs by name; each handler gives the result or raises ToolstackError."""
+
+    def __init__(
+        self, host: NativeDomain, manager: Manager, listener: socket.socket, info: dict[str, Any]
+    ) -> None:
+        self.host = host
+        self.manager = manager
+        self._listener = listener
+        self._clients: list[Client] = []
+        self._info = info
+        listener.setblocking(False)
+        host.reactor.reader(listener.fileno(), self._accept)
+        manager.on_end.append(self._ended)
+        self._verbs: dict[str, Handler] = {
+            "create": self._create,
+            "list": lambda client, args, fds: manager.list_domains(),
+            "vcpu-list": self._vcpu_list,
+            "console": self._console,
+            "type": self._type,
+            "tty": lambda client, args, fds: manager.find(args["domain"]).console.tty,
+            "shutdown": lambda client, args, fds: manager.shutdown(
+                args["domain"], args.get("how", "poweroff")
+            ),
+            "destroy": lambda client, args, fds: manager.destroy(args["domain"]),
+            "pause": lambda client, args, fds: manager.pause(args["domain"]),
+            "unpause": lambda client, args, fds: manager.unpause(args["domain"]),
+            "domid": lambda client, args, fds: int(manager.find(args["domain"]).domid),
+            "domname": self._domname,
+            "dmesg": lambda client, args, fds: manager.xc.read_console(clear=bool(args.get("clear"))),
+            "info": self._machine_info,
+            "uptime": self._uptime,
+            "sched-credit2": self._scheduler,
+            "follow": self._follow,
+            "down": self._down,
+        }
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._clients) >= MAX_CLIENTS:
+            sock.close()
+            return
+        client = Client(self, sock)
+        self._clients.append(client)
+        self.host.reactor.reader(sock.fileno(), lambda: self._serve(client))
+
+    def drop(self, client: Client) -> None:
+        """Forget a client."""
+        if client in self._clients:
+            self._clients.remove(client)
+            for console, listener in client.attached:
+                console.detach(listener)
+            self.host.reactor.forget(client.link.fileno())
+            client.link.close()
+
+    def _serve(self, client: Client) -> None:
+        for _ in range(BURST):
+            try:
+                packet = client.link.receive()
+            except BadMessage as error:
+                client.send(Response(id=0, ok=False, error=f"not understood: {error}"))
+                continue
+            except LinkClosed:
+                self.drop(client)
+                return
+            if packet is None:
+                return
+            request, fds = packet
+            assert isinstance(request, Request)
+            self._answer(client, request, fds)
+            if client not in self._clients:
+                return
+
+    def _answer(self, client: Client, request: Request, fds: list[int]) -> None:
+        handler = self._verbs.get(request.verb)
+        taken = request.verb == "create"
+        try:
+            if handler is None:
+                raise ToolstackError(f"verb {request.verb!r} is not known to this machine")
+            response = Response(id=request.id, ok=True, result=handler(client, request.args, fds))
+        except (ToolstackError, HypercallError, XenstoreError) as error:
+            response = Response(id=request.id, ok=False, error=str(error)[:4000])
+        except KeyError as error:
+            response = Response(id=request.id, ok=False, error=f"{request.verb}: argument {error} is missing")
+        finally:
+            if not taken:
+                close_all(fds)
+        client.send(response)
+
+    # ------------------------------------------------------------------ verbs
+
+    def _create(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
+        try:
+            config = DomainConfig.model_validate(args["config"])
+        except ValidationError as error:
+            close_all(fds)
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ToolstackError(f"configuration: {where}: {first['msg']}") from None
+        domid = self.manager.create(config, fds)
+        if args.get("attach"):
+            client.follows = True
+            client.attach(self.manager.guests[domid].console, replay=True)
+        return int(domid)
+
+    def _console(self, client: Client, args: dict[str, Any], fds: list[int]) -> str:
+        guest = self.manager.find(args["domain"])
+        client.attach(guest.console, replay=bool(args.get("replay", True)))
+        return guest.console.tty
+
+    def _type(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
+        data = args["data"]
+        if not isinstance(data, bytes):
+            raise ToolstackError("type: data must be bytes")
+        return self.manager.find(args["domain"]).console.type(data)
+
+    def _domname(self, client: Client, args: dict[str, Any], fds: list[int]) -> str:
+        if args["domain"] in (0, "0"):
+            return "Domain-0"
+        return self.manager.find(args["domain"]).config.name
+
+    def _vcpu_list(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
+        rows = []
+        for info in self.manager.xc.domain_list():
+            if args.get("domain") and info.domain != self.manager.find(args["domain"]).domid:
+                continue
+            for number in range(info.max_vcpu_id + 1 if info.max_vcpu_id != 0xFFFFFFFF else 0):
+                vcpu = self.manager.xc.vcpu_info(DomId(info.domain), number)
+                rows.append(
+                    {
+                        "name": self.manager.name_of(info.domain),
+                        "domid": info.domain,
+                        "vcpu": number,
+                        "cpu": vcpu.cpu,
+                        "state": "---"
+                        if not vcpu.online
+                        else f"{'r' if vcpu.running else '-'}{'b' if vcpu.blocked else '-'}-",
+                        "time_s": vcpu.cpu_time / 1e9,
+                    }
+                )
+        return rows
+
+    def _machine_info(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        physical = self.manager.xc.physinfo()
+        return {
+            **self._info,
+            "nr_cpus": physical.nr_cpus,
+            "cpu_mhz": physical.cpu_khz / 1000,
+            "total_memory": physical.total_pages >> 8,
+            "free_memory": physical.free_pages >> 8,
+            "xen_major": 4,
+            "xen_minor": 17,
+            "xen_scheduler": "credit2",
+            "xen_caps": "xen-3.0-x86_64",
+        }
+
+    def _uptime(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
+        now = time.monotonic()
+        rows = [{"name": "Domain-0", "domid": 0, "seconds": now - self.manager.started}]
+        rows += [
+            {"name": guest.config.name, "domid": int(guest.domid), "seconds": now - guest.started}
+            for guest in self.manager.guests.values()
+        ]
+        return rows
+
+    def _scheduler(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
+        domains = [DomId(info.domain) for info in self.manager.xc.domain_list()]
+        if args.get("domain") is not None:
+            domains = [self.manager.find(args["domain"]).domid]
+            if args.get("weight") is not None or args.get("cap") is not None:
+                self.manager.xc.scheduler(domains[0], args.get("weight"), args.get("cap"))
+        rows = []
+        for domid in domains:
+            weight, cap = self.manager.xc.scheduler(domid)
+            rows.append(
+                {"name": self.manager.name_of(domid), "domid": int(domid), "weight": weight, "cap": cap}
+            )
+        return rows
+
+    def _follow(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        client.follows = True
+
+    def _down(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        self.host.reactor.soon(self._stop)
+
+    def _stop(self) -> None:
+        self.manager.close()
+        self.host.reactor.stopping = True
+
+    def _ended(self, domid: DomId, name: str, reason: str, details: str) -> None:
+        body = {"domid": int(domid), "name": name, "reason": reason, "details": details[-20000:]}
+        for client in list(self._clients):
+            if client.follows:
+                client.send(Notice(what="ended", body=body))
+
+    def close(self) -> None:
+        """Close every connection."""
+        for client in list(self._clients):
+            self.drop(client)
+        with contextlib.suppress(OSError):
+            self._listener.close()
+
+
+def console_directory(path: str) -> Path:
+    """Where console logs go; made if it is missing."""
+    directory = Path(path)
+    os.makedirs(directory, exist_ok=True)
+    return directory
