@@ -152,6 +152,10 @@ class Hypercall:
     """Errno for a sub-command that is not in `commands`."""
     note: str = ""
 
+    def command(self, number: int) -> Command | None:
+        """The sub-command with that number, or None. A walk: use `hypercalls.lookup` where speed counts."""
+        return next((c for c in self.commands if c.number == number), None)
+
 
 class domid_arg(NamedTuple):
     """Wire form of a call whose argument is a bare domain id."""
