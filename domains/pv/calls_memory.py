@@ -1,0 +1,270 @@
+"""HYPERVISOR_memory_op and the page-table hypercalls: ownership changes go to the hypervisor and are mirrored in the page
+types of this process; page tables and descriptor tables are this process's own business (memory.h, xen.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from struct import pack, unpack
+from typing import Any, Final
+
+from bus.abi import memory as mem
+from bus.abi.arch_x86_64 import MACH2PHYS_VIRT_START
+from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
+from bus.abi.hypercalls_model import Command, State
+from bus.abi.xen import (
+    DOMID_SELF,
+    HYPERVISOR_memory_op,
+    HYPERVISOR_mmu_update,
+    HYPERVISOR_mmuext_op,
+    HYPERVISOR_set_gdt,
+    HYPERVISOR_update_descriptor,
+    HYPERVISOR_update_va_mapping,
+    HYPERVISOR_update_va_mapping_otherdomain,
+)
+from bus.addresses import DomId, VcpuId
+from domains.pv.api import GuestFault
+from domains.pv.calls import LOW32, Handler, Result
+from domains.pv.cpu import Cpu
+from domains.pv.wire import Remote
+
+CHUNK: Final = 1024
+"""Extents of one message to the hypervisor."""
+MAX_ORDER: Final = 9
+EXTENT_SHIFT: Final = 6
+"""MEMOP_EXTENT_SHIFT: bits of the command above it say where to go on."""
+
+
+class MemoryCalls:
+    """See the module. `max_mfn`: the highest entry of the machine-to-physical table."""
+
+    def __init__(
+        self,
+        cpu: Cpu,
+        remote: Remote,
+        commands: Callable[[int, int], Command | None],
+        domain: DomId,
+        max_mfn: int,
+    ) -> None:
+        self._cpu = cpu
+        self._remote = remote
+        self._commands = commands
+        self._domain = domain
+        self._max_mfn = max_mfn
+
+    def handlers(self) -> Mapping[int, Handler]:
+        """By hypercall number."""
+        return {
+            HYPERVISOR_memory_op: self.memory_op,
+            HYPERVISOR_mmu_update: self.mmu_update,
+            HYPERVISOR_mmuext_op: self.mmuext_op,
+            HYPERVISOR_update_va_mapping: self.update_va_mapping,
+            HYPERVISOR_update_va_mapping_otherdomain: self.update_va_mapping_otherdomain,
+            HYPERVISOR_update_descriptor: self.update_descriptor,
+            HYPERVISOR_set_gdt: self.set_gdt,
+        }
+
+    # --- page tables
+
+    def mmu_update(self, reqs: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
+        """See PagingApi."""
+        return self._cpu.mmu.mmu_update(reqs, count & LOW32, pdone, foreigndom & LOW32)
+
+    def mmuext_op(self, uops: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
+        """See PagingApi."""
+        return self._cpu.mmu.mmuext_op(uops, count & LOW32, pdone, foreigndom & LOW32)
+
+    def update_va_mapping(self, va: int, value: int, flags: int, a4: int, a5: int) -> Result:
+        """See PagingApi."""
+        return self._cpu.mmu.update_va_mapping(va, value, flags)
+
+    def update_va_mapping_otherdomain(self, va: int, value: int, flags: int, domid: int, a5: int) -> Result:
+        """See PagingApi."""
+        return self._cpu.mmu.update_va_mapping_otherdomain(va, value, flags, domid & 0xFFFF)
+
+    def update_descriptor(self, maddr: int, descriptor: int, a3: int, a4: int, a5: int) -> Result:
+        """See PagingApi."""
+        return self._cpu.mmu.update_descriptor(maddr, descriptor)
+
+    def set_gdt(self, frame_list: int, entries: int, a3: int, a4: int, a5: int) -> Result:
+        """The frame list is read here once, so that the frames installed are the frames remembered."""
+        entries &= LOW32
+        if entries > 14 * 512:
+            return -XEN_EINVAL
+        count = -(-entries // 512)
+        cpu = self._cpu
+        frames: tuple[int, ...] = (
+            unpack(f"<{count}Q", cpu.mmu.read_virtual(frame_list, 8 * count)) if count else ()
+        )
+        s = cpu.current
+        rc = cpu.mmu.install_gdt(VcpuId(s.id), frames, entries)
+        if rc == 0:
+            s.gdt_frames, s.gdt_entries = frames, entries
+            cpu.flush_tlb()
+        return rc
+
+    # --- memory_op
+
+    def memory_op(self, cmd: int, arg: int, a3: int, a4: int, a5: int) -> Result:
+        """-ENOSYS for an unknown command; otherwise as the table of hypercalls says."""
+        start = (cmd & LOW32) >> EXTENT_SHIFT
+        number = cmd & (1 << EXTENT_SHIFT) - 1
+        if number in (
+            mem.XENMEM_populate_physmap,
+            mem.XENMEM_increase_reservation,
+            mem.XENMEM_decrease_reservation,
+        ):
+            return self._reservation(number, start, arg)
+        if number == mem.XENMEM_machphys_mapping:
+            end = MACH2PHYS_VIRT_START + ((self._max_mfn >> 9) + 1 << 12)
+            self._cpu.mmu.write_virtual(
+                arg,
+                mem.XEN_MACHPHYS_MAPPING.pack(
+                    mem.xen_machphys_mapping(MACH2PHYS_VIRT_START, end, self._max_mfn)
+                ),
+            )
+            return 0
+        if number in (mem.XENMEM_machphys_mfn_list, mem.XENMEM_machphys_compat_mfn_list):
+            return self._machphys_list(arg)
+        command = self._commands(HYPERVISOR_memory_op, number)
+        if command is None:
+            return -XEN_ENOSYS
+        if command.state is State.REFUSED:
+            return -command.refusal
+        if number == mem.XENMEM_exchange:
+            return self._exchange(command, arg)
+        return self._remote.call(HYPERVISOR_memory_op, command, arg)
+
+    def _machphys_list(self, arg: int) -> int:
+        """No frame of the table is one that a domain could map: an empty list."""
+        layout = mem.XEN_MACHPHYS_MFN_LIST
+        item = layout.unpack(self._cpu.mmu.read_virtual(arg, layout.size))
+        self._cpu.mmu.write_virtual(arg, layout.pack(item._replace(nr_extents=0)))
+        return 0
+
+    def _reservation(self, number: int, start: int, arg: int) -> int:
+        """Returns how many extents, from the first, were done."""
+        layout = mem.XEN_MEMORY_RESERVATION
+        memory = self._cpu.mmu
+        item = layout.unpack(memory.read_virtual(arg, layout.size))
+        total = item.nr_extents
+        if start > total or total >> 32:
+            return -XEN_EINVAL
+        if item.extent_order > MAX_ORDER:
+            return start
+        if item.domid not in (DOMID_SELF, self._domain):
+            rc, _ = self._message(number, item, b"")
+            return rc if rc < 0 else -XEN_EPERM
+        done = start
+        while done < total:
+            count = min(CHUNK, total - done)
+            place = item.extent_start + 8 * done
+            try:
+                if number == mem.XENMEM_decrease_reservation:
+                    step, rc = self._decrease(item, place, count)
+                else:
+                    step, rc = self._increase(number, item, place, count)
+            except GuestFault:
+                return done
+            if rc < 0:
+                return rc if done == start else done
+            done += step
+            if step < count:
+                break
+        return done
+
+    def _message(self, number: int, item: Any, extents: bytes) -> tuple[int, tuple[int, ...]]:
+        """One message about len(extents) / 8 extents: (extents done or errno, the array of the reply)."""
+        layout = mem.XEN_MEMORY_RESERVATION
+        count = len(extents) // 8
+        data = layout.pack(item._replace(nr_extents=count)) + extents
+        rc, reply = self._remote.raw(HYPERVISOR_memory_op, number, data)
+        if rc < 0 or len(reply) != layout.size + 8 * count:
+            return rc, ()
+        return min(rc, count), unpack(f"<{count}Q", reply[layout.size :])
+
+    def _increase(self, number: int, item: Any, place: int, count: int) -> tuple[int, int]:
+        """populate_physmap: the list names guest frames, and gets machine frames. increase_reservation: only gets them."""
+        memory = self._cpu.mmu
+        if number == mem.XENMEM_populate_physmap or item.extent_start:
+            extents = memory.read_virtual(place, 8 * count)
+        else:
+            extents = bytes(8 * count)
+        rc, mfns = self._message(number, item, extents)
+        if rc <= 0 or not mfns:
+            return 0, min(rc, 0)
+        size = 1 << item.extent_order
+        for base in mfns[:rc]:
+            memory.populate_frames(range(base, base + size))
+        if number == mem.XENMEM_populate_physmap:
+            gpfns = unpack(f"<{count}Q", extents)
+            for base, gpfn in zip(mfns[:rc], gpfns, strict=False):
+                memory.set_m2p(base, range(gpfn, gpfn + size))
+        if item.extent_start:
+            memory.write_virtual(place, pack(f"<{rc}Q", *mfns[:rc]))
+        return rc, 0
+
+    def _decrease(self, item: Any, place: int, count: int) -> tuple[int, int]:
+        """Frames go here first, so that nothing can reach them any more when the hypervisor takes them."""
+        memory = self._cpu.mmu
+        size = 1 << item.extent_order
+        bases = unpack(f"<{count}Q", memory.read_virtual(place, 8 * count))
+        frames = [base + i for base in bases for i in range(size)]
+        pfns = [memory.get_m2p(frame) for frame in frames]
+        gone = memory.release_frames(frames)
+        whole = gone // size
+        self._take_back(frames[whole * size : gone], pfns[whole * size : gone])
+        if not whole:
+            return 0, 0
+        rc, _ = self._message(mem.XENMEM_decrease_reservation, item, pack(f"<{whole}Q", *bases[:whole]))
+        done = max(rc, 0)
+        self._take_back(frames[done * size : whole * size], pfns[done * size : whole * size])
+        return done, min(rc, 0)
+
+    def _take_back(self, frames: Sequence[int], pfns: Sequence[int]) -> None:
+        """Frames that the hypervisor did not take stay the domain's."""
+        memory = self._cpu.mmu
+        memory.populate_frames(frames)
+        for frame, pfn in zip(frames, pfns, strict=True):
+            memory.set_m2p(frame, (pfn,))
+
+    def _exchange(self, command: Command, arg: int) -> int:
+        """XENMEM_exchange: all of the old frames go, or none."""
+        layout = mem.XEN_MEMORY_EXCHANGE
+        memory = self._cpu.mmu
+        item = layout.unpack(memory.read_virtual(arg, layout.size))
+        given, wanted = item.in_, item.out
+        if (
+            item.nr_exchanged
+            or given.domid != wanted.domid
+            or given.extent_order > MAX_ORDER
+            or wanted.extent_order > MAX_ORDER
+            or given.nr_extents << given.extent_order != wanted.nr_extents << wanted.extent_order
+            or max(given.nr_extents, wanted.nr_extents) > CHUNK
+        ):
+            return -XEN_EINVAL
+        if given.domid not in (DOMID_SELF, self._domain):
+            return -XEN_EPERM
+        size = 1 << given.extent_order
+        bases = unpack(f"<{given.nr_extents}Q", memory.read_virtual(given.extent_start, 8 * given.nr_extents))
+        gpfns = unpack(
+            f"<{wanted.nr_extents}Q", memory.read_virtual(wanted.extent_start, 8 * wanted.nr_extents)
+        )
+        frames = [base + i for base in bases for i in range(size)]
+        pfns = [memory.get_m2p(frame) for frame in frames]
+        released = memory.release_frames(frames)
+        if released < len(frames):
+            self._take_back(frames[:released], pfns[:released])
+            return -XEN_EINVAL
+        data = layout.pack(item) + pack(f"<{len(bases)}Q", *bases) + pack(f"<{len(gpfns)}Q", *gpfns)
+        rc, reply = self._remote.raw(HYPERVISOR_memory_op, mem.XENMEM_exchange, data)
+        if rc < 0 or len(reply) != layout.size + 8 * len(gpfns):
+            self._take_back(frames, pfns)
+            return rc if rc < 0 else -XEN_EFAULT
+        mfns = unpack(f"<{len(gpfns)}Q", reply[layout.size :])
+        out_size = 1 << wanted.extent_order
+        for base, gpfn in zip(mfns, gpfns, strict=True):
+            memory.populate_frames(range(base, base + out_size))
+            memory.set_m2p(base, range(gpfn, gpfn + out_size))
+        memory.write_virtual(wanted.extent_start, pack(f"<{len(mfns)}Q", *mfns))
+        memory.write_virtual(arg, layout.pack(item._replace(nr_exchanged=given.nr_extents)))
+        return 0

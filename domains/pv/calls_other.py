@@ -1,0 +1,134 @@
+"""HYPERVISOR_physdev_op and console_io, and every hypercall of the table that has no handler of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from bus.abi import physdev
+from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
+from bus.abi.hypercalls_model import (
+    CONSOLE_IO_ARG,
+    Command,
+    Form,
+    Guests,
+    Hypercall,
+    Privilege,
+    State,
+    Where,
+    console_io_arg,
+)
+from bus.abi.xen import CONSOLEIO_read, CONSOLEIO_write, HYPERVISOR_console_io, HYPERVISOR_physdev_op
+from domains.pv.calls import LOW32, Handler, Result
+from domains.pv.cpu import Cpu
+from domains.pv.wire import Remote
+
+CONSOLE_CHUNK: Final = 4096
+MAX_CONSOLE: Final = 1 << 31
+MAX_PORTS: Final = 65536
+CMD_IN_STRUCTURE: Final = -2
+
+
+class OtherCalls:
+    """See the module. `control`: the domain is the control domain."""
+
+    def __init__(self, cpu: Cpu, remote: Remote, table: Mapping[int, Hypercall], *, control: bool) -> None:
+        self._cpu = cpu
+        self._remote = remote
+        self._table = table
+        self._control = control
+
+    def handlers(self) -> Mapping[int, Handler]:
+        """By hypercall number."""
+        return {HYPERVISOR_console_io: self.console_io, HYPERVISOR_physdev_op: self.physdev_op}
+
+    def generic(self, number: int) -> Handler:
+        """A handler for a hypercall that does nothing in this process."""
+
+        def handler(a1: int, a2: int, a3: int, a4: int, a5: int) -> Result:
+            return self._generic(number, a1, a2, a3)
+
+        return handler
+
+    def _generic(self, number: int, a1: int, a2: int, a3: int) -> int:
+        entry = self._table.get(number)
+        if entry is None or not entry.commands:
+            return -XEN_ENOSYS
+        argument = a1
+        if entry.command_argument == CMD_IN_STRUCTURE:
+            cmd = int.from_bytes(self._cpu.mmu.read_virtual(a1, 4), "little")
+        elif entry.command_argument >= 0:
+            cmd, argument = a1 & LOW32, a2
+        else:
+            cmd = 0
+        command = entry.command(cmd)
+        if command is None:
+            if entry.command_argument == CMD_IN_STRUCTURE and not self._control:
+                return -XEN_EPERM
+            return -(entry.unknown or XEN_ENOSYS)
+        refusal = self._refusal(command)
+        if refusal:
+            return refusal
+        if command.form is Form.LIST:
+            return self._remote.call_list(number, command, argument, a3 & LOW32)
+        return self._remote.call(number, command, argument)
+
+    def _refusal(self, command: Command) -> int:
+        """What this process can say by itself."""
+        if Guests.PV not in command.guests:
+            return -XEN_ENOSYS
+        if command.where is Where.HYPERVISOR:
+            return 0  # it checks privilege and state
+        if command.privilege is Privilege.CONTROL and not self._control:
+            return -XEN_EPERM
+        if command.state is State.REFUSED:
+            return -command.refusal
+        return -XEN_ENOSYS
+
+    def console_io(self, cmd: int, count: int, buffer: int, a4: int, a5: int) -> Result:
+        """CONSOLEIO_write, CONSOLEIO_read; -EINVAL for a count over 2 GiB, -ENOSYS for an unknown command."""
+        cmd &= LOW32
+        count &= LOW32
+        if cmd not in (CONSOLEIO_write, CONSOLEIO_read):
+            return -XEN_ENOSYS
+        if count >= MAX_CONSOLE:
+            return -XEN_EINVAL
+        memory = self._cpu.mmu
+        if cmd == CONSOLEIO_read:
+            count = min(count, CONSOLE_CHUNK)
+            rc, reply = self._remote.raw(
+                HYPERVISOR_console_io, cmd, CONSOLE_IO_ARG.pack(console_io_arg(count))
+            )
+            if rc > 0:
+                memory.write_virtual(buffer, reply[CONSOLE_IO_ARG.size :][: min(rc, count)])
+            return rc
+        for start in range(0, count, CONSOLE_CHUNK):
+            length = min(CONSOLE_CHUNK, count - start)
+            data = CONSOLE_IO_ARG.pack(console_io_arg(length)) + memory.read_virtual(buffer + start, length)
+            rc, _ = self._remote.raw(HYPERVISOR_console_io, cmd, data)
+            if rc < 0:
+                return rc
+        return 0
+
+    def physdev_op(self, cmd: int, arg: int, a3: int, a4: int, a5: int) -> Result:
+        """set_iopl and set_iobitmap concern the vCPU alone."""
+        cmd &= LOW32
+        memory = self._cpu.mmu
+        s = self._cpu.current
+        if cmd == physdev.PHYSDEVOP_set_iopl:
+            iopl = physdev.PHYSDEV_SET_IOPL.unpack(
+                memory.read_virtual(arg, physdev.PHYSDEV_SET_IOPL.size)
+            ).iopl
+            if iopl > 3:
+                return -XEN_EINVAL
+            s.iopl = iopl << 12
+            return 0
+        if cmd == physdev.PHYSDEVOP_set_iobitmap:
+            layout = physdev.PHYSDEV_SET_IOBITMAP
+            request = layout.unpack(memory.read_virtual(arg, layout.size))
+            if request.nr_ports > MAX_PORTS:
+                return -XEN_EINVAL
+            s.iobmp = request.bitmap
+            s.iobmp_limit = request.nr_ports
+            return 0
+        return self._generic(HYPERVISOR_physdev_op, cmd, arg, a3)
