@@ -7,7 +7,7 @@ from typing import Final
 from bus.abi import xen
 from bus.abi.errno import XEN_EACCES, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EOPNOTSUPP
 from bus.addresses import DomId, Mfn
-from domains.pv.api import Continuation, GuestFault, PagingHost
+from domains.pv.api import Continuation, PagingHost
 from domains.pv.mm.bits import T_L4, T_WRITABLE
 from domains.pv.mm.descriptors import DescriptorTables
 from domains.pv.mm.pages import PageTypes
@@ -15,6 +15,8 @@ from domains.pv.mm.updates import PREEMPTED, Updates, page_owner
 from domains.pv.mm.walk import GuestMemory, address_ok
 
 _SIZE: Final = xen.MMUEXT_OP.size
+CHUNK: Final = 128
+"""Operations that are copied in at a time."""
 BATCH: Final = 1024
 """Operations after which a call is preempted."""
 _FLUSHES: Final = frozenset(
@@ -68,16 +70,18 @@ class ExtendedOps:
             # Nothing here applies to DOMID_IO: no PV domain.
             return -XEN_EINVAL if owner == xen.DOMID_IO else owner
         done, rc = 0, 0
-        while done < min(count, BATCH):
-            try:
-                op = xen.MMUEXT_OP.unpack(self._memory.read(uops + done * _SIZE, _SIZE))
-            except GuestFault:
+        limit = min(count, BATCH)
+        while done < limit and not rc:
+            words = self._updates.read_array(uops + done * _SIZE, _SIZE, min(CHUNK, limit - done))
+            if words is None:
                 rc = -XEN_EFAULT
                 break
-            rc = self.operate(op.cmd, op.arg1, op.arg2)
-            if rc:
-                break
-            done += 1
+            items = iter(words)
+            for command, arg1, arg2 in zip(items, items, items, strict=True):
+                rc = self.operate(command & 0xFFFF_FFFF, arg1, arg2)
+                if rc:
+                    break
+                done += 1
         self._updates.store_done(pdone, before + done)
         if not rc and done < count:
             return Continuation((uops + done * _SIZE, count - done | PREEMPTED, pdone, foreigndom))

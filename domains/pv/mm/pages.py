@@ -26,6 +26,8 @@ from domains.pv.mm.bits import (
     GUEST_KERNEL,
     L1_DISALLOW,
     PFN_MASK,
+    PRESENT,
+    RW,
     SLOW_BITS,
     T_L1,
     T_L4,
@@ -41,7 +43,14 @@ from domains.pv.mm.segments import fix_descriptor_page
 from domains.pv.xenmap import FIRST_XEN_SLOT, LAST_XEN_SLOT
 
 _ZERO_PAGE: Final = bytes(4096)
-_KERNEL_USER: Final = GUEST_KERNEL | USER
+_ADJUSTED: Final = PRESENT | RW | USER | GLOBAL | GUEST_KERNEL
+_ADDITIONS: Final = {
+    flags: adjust_l1(flags) & ~flags
+    for low in range(8)
+    for flags in (low, low | GLOBAL, low | GUEST_KERNEL, low | GLOBAL | GUEST_KERNEL)
+    if low & PRESENT
+}
+"""What `adjust_l1` adds to a present entry, by those of its bits that matter."""
 _AD: Final = ACCESSED | DIRTY
 
 
@@ -73,6 +82,9 @@ class PageTypes:
         self.pinned: Final = bytearray(self.count)
         self.foreign_maps: Final[dict[int, int]] = {}
         """Present L1 entries that map a granted frame of another domain, by MFN."""
+        self.walks: Final[dict[int, tuple[int, int]]] = {}
+        """What page walks found (see `GuestMemory`): emptied when an entry above L1 changes or a table
+        goes."""
         self.stale = False
         """A writable mapping went away since the last TLB flush: before a frame may become a table, flush."""
         self.flush_wanted = False
@@ -249,6 +261,7 @@ class PageTypes:
         """Change an entry of an L2..L4 table (mod_l2_entry and so on). -EINVAL in Xen's slots of an L4."""
         if level == T_L4 and FIRST_XEN_SLOT <= at & 511 <= LAST_XEN_SLOT:
             return -XEN_EINVAL
+        self.walks.clear()
         words = self.words
         old = words[at]
         table = at >> 9
@@ -277,40 +290,46 @@ class PageTypes:
             return 0
         first = index << 9
         table = words[first : first + 512].tolist()
-        base, count, bad = self.base, self.count, self.l1_disallow
+        base, count = self.base, self.count
         ptype, typed, plain = self.ptype, self.typed, self.plain
+        # One mask and one look-up say whether an entry is present, allowed, and what to add to it.
+        mask = self.l1_disallow | _ADJUSTED
+        additions = _ADDITIONS
         rc = 0
         for slot, entry in enumerate(table):
-            if not entry & 1:
+            if not entry:
                 continue
-            target = (entry >> 12 & PFN_MASK) - base
-            if entry & bad:
+            add = additions.get(entry & mask)
+            if add is None:
+                if not entry & 1:
+                    continue
                 rc = -XEN_EINVAL
-            elif not 0 <= target < count:
+                break
+            target = (entry >> 12 & PFN_MASK) - base
+            if not 0 <= target < count:
                 rc = self._not_own(target + base)
-            elif entry & 2:
-                current = ptype[target]
-                if current == T_WRITABLE:
+                break
+            if entry & 2:
+                if ptype[target] == T_WRITABLE:
                     typed[target] += 1
-                elif current == T_NONE:
+                elif ptype[target] == T_NONE:
                     ptype[target] = T_WRITABLE
                     typed[target] = 1
                 else:
                     rc = -XEN_EBUSY
+                    break
             elif ptype[target] == T_UNOWNED:
                 rc = -XEN_EBUSY
+                break
             else:
                 plain[target] += 1
-            if rc:
-                for taken in table[:slot]:
-                    if taken & 1:
-                        self.put_l1e(taken)
-                return rc
-            if not entry & GUEST_KERNEL:
-                words[first + slot] = entry | (GLOBAL if entry & USER else _KERNEL_USER)
-            elif not entry & USER:
-                words[first + slot] = entry | USER
-        return 0
+            if add:
+                words[first + slot] = entry | add
+        if rc:
+            for taken in table[:slot]:
+                if taken & 1:
+                    self.put_l1e(taken)
+        return rc
 
     def _free_l1(self, index: int) -> None:
         if self.octets[index << 12 : (index + 1) << 12] == _ZERO_PAGE:
@@ -327,10 +346,11 @@ class PageTypes:
                 self.put_foreign(target + base)
             elif entry & 2:
                 stale = True
-                left = typed[target] - 1
-                typed[target] = left
-                if left == 0:
+                if typed[target] == 1:
+                    typed[target] = 0
                     ptype[target] = T_NONE
+                else:
+                    typed[target] -= 1
             else:
                 plain[target] -= 1
                 if ptype[target] == T_SEGDESC:
@@ -362,6 +382,7 @@ class PageTypes:
         return 0
 
     def _free_upper(self, index: int, level: int) -> None:
+        self.walks.clear()
         first = index << 9
         top = level == T_L4
         for slot, entry in enumerate(self.words[first : first + 512].tolist()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 from bus.abi import xen
@@ -31,6 +32,7 @@ CHUNK: Final = 256
 BATCH: Final = 8192
 """Requests after which a call is preempted."""
 
+_PAIR: Final = struct.Struct("<QQ")
 _AD: Final = ACCESSED | DIRTY
 
 
@@ -77,8 +79,32 @@ class Updates:
         except GuestFault:
             return 0
 
+    def read_array(self, address: int, size: int, count: int) -> list[int] | None:
+        """The 64-bit words of up to `count` structures of so many bytes: of all, or if not all can be read,
+        of some from the first on (Xen copies them in one by one). None if not even the first can be."""
+        try:
+            return memoryview(self._memory.read(address, size * count)).cast("Q").tolist()
+        except GuestFault:
+            # Those that end before the next page may do; what lies in the way is found the next time.
+            count = min(count, max((-address & 0xFFF) // size, 1))
+        try:
+            return memoryview(self._memory.read(address, size * count)).cast("Q").tolist()
+        except GuestFault:
+            return None
+
     def mmu_update(self, reqs: int, count: int, pdone: int, foreigndom: int) -> int | Continuation:
         """HYPERVISOR_mmu_update."""
+        if count == 1 and foreigndom == xen.DOMID_SELF and not pdone:
+            # A single L1 entry, as most calls are.
+            try:
+                ptr, new = _PAIR.unpack(self._memory.read(reqs, 16))
+            except GuestFault:
+                return -XEN_EFAULT
+            pages = self._pages
+            index = (ptr >> 12) - pages.base
+            if not ptr & 7 and 0 <= index < pages.count and pages.ptype[index] == T_L1:
+                return pages.mod_l1((ptr >> 3) - (pages.base << 9), new, False)
+            return self._run([ptr, new], 0)[1]
         count &= 0xFFFF_FFFF
         foreigndom &= 0xFFFF_FFFF
         before = 0
@@ -101,20 +127,10 @@ class Updates:
         done, rc = 0, 0
         limit = min(count, BATCH)
         while done < limit and not rc:
-            size = min(CHUNK, limit - done)
-            try:
-                raw = self._memory.read(reqs + done * 16, size * 16)
-            except GuestFault:
-                if size > 1:
-                    # Everything before the request that cannot be read is carried out.
-                    size = max((-(reqs + done * 16) & 0xFFF) // 16, 1)
-                    size = min(size, limit - done)
-                try:
-                    raw = self._memory.read(reqs + done * 16, size * 16)
-                except GuestFault:
-                    rc = -XEN_EFAULT
-                    break
-            words = memoryview(raw).cast("Q").tolist()
+            words = self.read_array(reqs + done * 16, 16, min(CHUNK, limit - done))
+            if words is None:
+                rc = -XEN_EFAULT
+                break
             finished, rc = self._run(words, owner)
             done += finished
         self.store_done(pdone, before + done)

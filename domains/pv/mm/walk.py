@@ -10,6 +10,8 @@ from domains.pv.api import GuestFault, PagingHost
 from domains.pv.mm.bits import ACCESSED, ADDRESS_MASK, DIRTY, PFN_MASK
 from domains.pv.mm.pages import PageTypes
 
+MAX_WALKS: Final = 4096
+"""Page walks (2 MiB each) that are remembered."""
 MAX_COPY: Final = 1 << 24
 """Bytes of one copy: beyond any structure of the guest interface."""
 
@@ -31,6 +33,9 @@ class GuestMemory:
         self._size = pages.count << 12
         self._word_offset = pages.base << 9
 
+        self._walks = pages.walks
+        self._current_roots = host.current_roots
+
     def root(self, user: bool = False) -> Mfn | None:
         """Page-table root of the current vCPU's kernel (or user) mode."""
         kernel, user_root = self._host.current_roots()
@@ -39,7 +44,21 @@ class GuestMemory:
     def l1_entry(self, va: int, root: int | None) -> tuple[int, int]:
         """(index of the word that is the L1 entry, AND of the upper entries' bits). GuestFault if the tables
         above do not lead to one, or `va` is not the guest's."""
-        if root is None or not address_ok(va):
+        if root is None:
+            raise GuestFault(va)
+        # Bits 0..42 hold the VA's part that names an L1 table; a root's MFN has fewer than 28 bits.
+        key = root << 43 | va >> 21
+        found = self._walks.get(key)
+        if found is None:
+            found = self._walk(va, root)
+            if len(self._walks) >= MAX_WALKS:
+                self._walks.clear()
+            self._walks[key] = found
+        return found[0] + (va >> 12 & 511), found[1]
+
+    def _walk(self, va: int, root: int) -> tuple[int, int]:
+        """(index of the first word of the L1 table, AND of the upper entries' bits). GuestFault."""
+        if not address_ok(va):
             raise GuestFault(va)
         words = self._words
         offset = self._word_offset
@@ -56,7 +75,7 @@ class GuestMemory:
         except IndexError:
             # Only a linear page table of the guest's leads here, through one of Xen's own entries.
             raise GuestFault(va) from None
-        at = ((e2 & ADDRESS_MASK) >> 3) - offset + (va >> 12 & 511)
+        at = ((e2 & ADDRESS_MASK) >> 3) - offset
         if not 0 <= at < len(words):
             raise GuestFault(va)
         return at, e4 & e3 & e2
@@ -78,8 +97,17 @@ class GuestMemory:
 
     def read(self, va: int, length: int, *, user: bool = False) -> bytes:
         """Copy from guest memory. GuestFault."""
-        start = va & PAGE_MASK
-        if start + length <= PAGE_SIZE:
+        start = va & 4095
+        if start + length <= 4096:
+            root = self._current_roots()[1 if user else 0]
+            if root is not None:
+                # `translate`, in line: each hypercall's arguments come through here.
+                found = self._walks.get(root << 43 | va >> 21)
+                if found is not None:
+                    entry = self._words[found[0] + (va >> 12 & 511)]
+                    at = (entry & 0xF_FFFF_FFFF_F000) - self._first_byte + start
+                    if entry & 0x21 == 0x21 and 0 <= at < self._size:
+                        return bytes(self._octets[at : at + length])
             at = self.translate(va, user=user) - self._first_byte
             if 0 <= at < self._size:
                 return bytes(self._octets[at : at + length])

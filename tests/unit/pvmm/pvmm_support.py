@@ -66,6 +66,7 @@ class Registers:
         self.rflags = 0x202
         self.cr0 = self.cr2 = self.cr3 = self.cr4 = self.efer = 0
         self.fs_base = self.gs_base = self.kernel_gs_base = 0
+        self.gdtr_base = self.gdtr_limit = self.ldtr_base = self.ldtr_limit = 0
         self.cs = self.ss = self.ds = self.es = self.fs = self.gs = 0
 
     def gpr(self, index: int) -> int:
