@@ -9,7 +9,7 @@ Each end writes its own `state` node and watches the other's. The usual way up::
 A frontend may go from Initialising to Connected at once (no negotiation needed), and a backend may connect
 as soon as its peer is Initialised. Down: either end goes to Closing, the other follows, both end Closed. A
 frontend that comes back goes to Initialising (a new kernel in the same domain, or a driver that was bound
-again), and the backend from Closed or Closing to InitWait.
+again), and the backend from Closed or Closing to InitWait. Either end may ask for a change of configuration while connected (Reconfiguring, answered by Reconfigured).
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ LEGAL: Final[dict[End, dict[XenbusState, frozenset[XenbusState]]]] = {
         _S.Initialising: frozenset({_S.InitWait, _S.Initialised, _S.Connected} | _DOWN),
         _S.InitWait: frozenset({_S.Initialised, _S.Connected} | _DOWN),
         _S.Initialised: frozenset({_S.Connected, _S.Initialising} | _DOWN),
-        _S.Connected: frozenset({_S.Reconfiguring, _S.Initialising} | _DOWN),
-        _S.Reconfiguring: frozenset({_S.Reconfigured, _S.Connected} | _DOWN),
-        _S.Reconfigured: frozenset({_S.Connected, _S.Reconfiguring} | _DOWN),
+        _S.Connected: frozenset({_S.Reconfiguring, _S.Reconfigured, _S.Initialised, _S.Initialising} | _DOWN),
+        _S.Reconfiguring: frozenset({_S.Reconfigured, _S.Connected, _S.Initialising} | _DOWN),
+        _S.Reconfigured: frozenset({_S.Connected, _S.Reconfiguring, _S.Initialising} | _DOWN),
         _S.Closing: frozenset({_S.Closed, _S.Initialising}),
         _S.Closed: frozenset({_S.Initialising, _S.Unknown}),
     },
     End.BACKEND: {
         _S.Unknown: frozenset({_S.Initialising}),
-        _S.Initialising: frozenset({_S.InitWait, _S.Initialised} | _DOWN),
+        _S.Initialising: frozenset({_S.InitWait, _S.Initialised, _S.Connected} | _DOWN),
         _S.InitWait: frozenset({_S.Initialised, _S.Connected} | _DOWN),
         _S.Initialised: frozenset({_S.Connected, _S.InitWait} | _DOWN),
-        _S.Connected: frozenset({_S.Reconfiguring, _S.InitWait} | _DOWN),
-        _S.Reconfiguring: frozenset({_S.Reconfigured, _S.Connected} | _DOWN),
-        _S.Reconfigured: frozenset({_S.Connected, _S.Reconfiguring} | _DOWN),
+        _S.Connected: frozenset({_S.Reconfiguring, _S.Reconfigured, _S.InitWait} | _DOWN),
+        _S.Reconfiguring: frozenset({_S.Reconfigured, _S.Connected, _S.InitWait} | _DOWN),
+        _S.Reconfigured: frozenset({_S.Connected, _S.Reconfiguring, _S.InitWait} | _DOWN),
         _S.Closing: frozenset({_S.Closed, _S.InitWait}),
         _S.Closed: frozenset({_S.InitWait, _S.Initialising, _S.Unknown}),
     },
@@ -116,7 +116,8 @@ def backend_reaction(own: XenbusState, peer: XenbusState, online: bool) -> React
     `online` is the backend's node of that name (missing counts as false): the toolstack clears it to take
     the device away for good; while it is set the backend stays for a frontend that comes back.
     """
-    up = own == _S.Connected
+    if own == _S.Unknown:
+        return Reaction(remove=peer == _S.Unknown)
     match peer:
         case _S.Initialising:
             if own in (_S.Initialising, _S.Closed, _S.Closing):
@@ -128,9 +129,11 @@ def backend_reaction(own: XenbusState, peer: XenbusState, online: bool) -> React
             if own in (_S.InitWait, _S.Initialised, _S.Initialising):
                 # Out of Initialising by way of InitWait, which the frontend did not wait for.
                 return Reaction(enter=_S.Connected, connect=True)
-            return _NOTHING
+            return Reaction(enter=_S.Connected) if own == _S.Reconfigured else _NOTHING
+        case _S.Reconfiguring:
+            return Reaction(enter=_S.Reconfigured) if own in (_S.Connected, _S.Reconfiguring) else _NOTHING
         case _S.Reconfigured:
-            return Reaction(enter=_S.Connected, disconnect=True, connect=True) if up else _NOTHING
+            return Reaction(enter=_S.Reconfigured) if own == _S.Reconfiguring else _NOTHING
         case _S.Closing:
             return _NOTHING if own in _DOWN else Reaction(enter=_S.Closing, disconnect=True)
         case _S.Closed:
@@ -150,6 +153,8 @@ def frontend_reaction(own: XenbusState, peer: XenbusState) -> Reaction:
     """What a frontend does when it sees its backend in state `peer`. `connect` means: publish the rings
     (from InitWait on), or, when the own state is Initialised, read what the backend tells about the device.
     """
+    if own == _S.Unknown:
+        return Reaction(remove=peer == _S.Unknown)
     match peer:
         case _S.InitWait:
             if own == _S.Initialising:
@@ -160,6 +165,11 @@ def frontend_reaction(own: XenbusState, peer: XenbusState) -> Reaction:
             return _NOTHING
         case _S.Connected:
             return Reaction(enter=_S.Connected, connect=True) if own == _S.Initialised else _NOTHING
+        case _S.Reconfiguring:
+            return Reaction(enter=_S.Reconfigured, disconnect=True) if own == _S.Connected else _NOTHING
+        case _S.Reconfigured:
+            back = own in (_S.Reconfiguring, _S.Reconfigured)
+            return Reaction(enter=_S.Connected, connect=True) if back else _NOTHING
         case _S.Closing:
             return _NOTHING if own in _DOWN else Reaction(enter=_S.Closed, disconnect=True)
         case _S.Closed | _S.Unknown:

@@ -105,7 +105,10 @@ def remove(view: View, who: Caller, path: bytes) -> list[Change]:
 
 
 def remove_subtree(view: View, top: bytes) -> list[Change]:
-    """Remove a node that exists and is not the root, and all below it; nobody's permission is asked."""
+    """Remove a node that exists and is not the root, and all below it; nobody's permission is asked.
+
+    A transaction that has a conflict already may see a child without its parent: it goes on, and ends with EAGAIN.
+    """
     above = paths.parent(top)
     doomed = walk_down(view, top)
     view.reserve([above])
@@ -117,7 +120,7 @@ def remove_subtree(view: View, top: bytes) -> list[Change]:
     changes = []
     for path, node in reversed(doomed):
         view.delete(path)
-        changes.append(Change(path, path != top, (node.perms, perms[paths.parent(path)])))
+        changes.append(Change(path, path != top, (node.perms, perms.get(paths.parent(path), node.perms))))
     return changes
 
 

@@ -52,13 +52,17 @@ class Node:
         return Node(self.value, perms, self.children, self.children_size)
 
     def with_child(self, name: bytes) -> Node:
-        """This node with one more child."""
+        """This node with one more child (itself if it has that one: in a transaction with a conflict, that may be)."""
+        if name in self.children:
+            return self
         children = self.children.copy()
         children[name] = None
         return Node(self.value, self.perms, children, self.children_size + len(name) + 1)
 
     def without_child(self, name: bytes) -> Node:
-        """This node without a child that it has."""
+        """This node without a child (itself if it has none of that name: as in `with_child`)."""
+        if name not in self.children:
+            return self
         children = self.children.copy()
         del children[name]
         return Node(self.value, self.perms, children, self.children_size - len(name) - 1)
