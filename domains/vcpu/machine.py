@@ -306,13 +306,14 @@ class Machine:
         self._stop(self._uc)
 
     def _undo(self, error: BaseException) -> None:
-        """The hook of an instruction raised: as `_failed`, and the instruction has not happened (RIP at it)."""
+        """The hook of an instruction raised: as `_failed`, and the instruction has not happened (RIP at
+        it)."""
         self._failed(error)
         self._leave()
 
     def _leave(self) -> None:
-        """From a hook behind `thunks.instruction_hook` that has called for a stop: leave the run loop with RIP
-        at the instruction.
+        """From a hook behind `thunks.instruction_hook` that has called for a stop: leave the run loop with
+        RIP at the instruction.
 
         Without this the rest of the block would run: that exit is switched off by no_exit_request.
         """

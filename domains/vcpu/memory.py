@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from unicorn import UC_ERR_OK, UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
@@ -22,7 +23,7 @@ MAX_REGIONS: Final = 16384
 
 
 class Region(NamedTuple):
-    """Host memory `host` .. at guest-physical `start` .. `end` (exclusive)."""
+    """Host memory `host` .. at guest-physical `start` .. `end` (exclusive); `host` 0: a device region."""
 
     start: int
     end: int
@@ -42,6 +43,8 @@ class PhysicalMap:
         self._unmap = lib.held("uc_mem_unmap", ctypes.c_int, ctypes.c_void_p, u64, size)
         self._ram_address = lib.held("qemu_ram_addr_from_host_x86_64", u64, ctypes.c_void_p, u64)
         self._invalidate = lib.held("tb_invalidate_phys_range_x86_64", None, ctypes.c_void_p, u64, u64)
+        self.map_device: Callable[[Region], int] | None = None
+        """Makes a device region in Unicorn and returns its error number (HVM)."""
         self._starts: list[int] = []
         self._regions: list[Region] = []
 
@@ -58,6 +61,12 @@ class PhysicalMap:
         self._carve(address, address + size)
         self._add(Region(address, address + size, host, writable))
 
+    def map_mmio(self, address: int, size: int) -> None:
+        """Make [address, address + size) a device region; replaces what was there."""
+        _check(address, size)
+        self._carve(address, address + size)
+        self._add(Region(address, address + size, 0, True))
+
     def unmap(self, address: int, size: int) -> None:
         """Take [address, address + size) away; parts with nothing mapped are ignored."""
         _check(address, size)
@@ -70,13 +79,15 @@ class PhysicalMap:
         if sum(piece.end - piece.start for piece in pieces) != size:
             raise VcpuError(f"[{address:#x}, {address + size:#x}) is not mapped throughout")
         for piece in pieces:
-            if piece.writable != writable:
+            if piece.host and piece.writable != writable:
                 self._carve(piece.start, piece.end)
                 self._add(piece._replace(writable=writable))
 
     def drop_code(self, address: int, size: int) -> None:
         """Forget translations of the code in [address, address + size). Safe inside hooks."""
         for piece in self._pieces(address, address + size):
+            if not piece.host:
+                continue
             first = self._ram_address(self._uc, piece.host)
             if first == M64:
                 raise VcpuError(f"Unicorn does not know its own memory at {piece.start:#x}")
@@ -89,7 +100,7 @@ class PhysicalMap:
         if index < 0:
             return None
         region = self._regions[index]
-        if address + size > region.end:
+        if address + size > region.end or not region.host:
             return None
         return region.host + address - region.start
 
@@ -101,7 +112,8 @@ class PhysicalMap:
             region = self._regions[index]
             low, high = max(region.start, start), min(region.end, end)
             if low < high:
-                found.append(Region(low, high, region.host + low - region.start, region.writable))
+                host = region.host + low - region.start if region.host else 0
+                found.append(Region(low, high, host, region.writable))
             index += 1
         return found
 
@@ -120,7 +132,8 @@ class PhysicalMap:
             if region.start < start:
                 keep.append(Region(region.start, start, region.host, region.writable))
             if region.end > end:
-                keep.append(Region(end, region.end, region.host + end - region.start, region.writable))
+                host = region.host + end - region.start if region.host else 0
+                keep.append(Region(end, region.end, host, region.writable))
         for region in keep:
             self._add(region)
 
@@ -129,7 +142,12 @@ class PhysicalMap:
             raise VcpuError(f"more than {MAX_REGIONS} regions of physical memory")
         rights = UC_PROT_READ | UC_PROT_EXEC | (UC_PROT_WRITE if region.writable else 0)
         size = region.end - region.start
-        _ok(self._map(self._uc, region.start, size, rights, region.host), "map", region)
+        if region.host:
+            _ok(self._map(self._uc, region.start, size, rights, region.host), "map", region)
+        elif self.map_device is not None:
+            _ok(self.map_device(region), "map of a device region", region)
+        else:
+            raise VcpuError("this vCPU has no device regions")
         index = bisect.bisect_left(self._starts, region.start)
         self._starts.insert(index, region.start)
         self._regions.insert(index, region)

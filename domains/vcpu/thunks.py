@@ -79,9 +79,9 @@ class Code:
         return self.emit(opcode, value.to_bytes(8, "little"))
 
     def jump(self, opcode: str, label: str) -> Code:
-        """A short jump (`74` je, `75` jne, `78` js, `eb` jmp, `72` jb, `73` jae) to a label."""
-        self.emit(opcode, "00")
-        self._jumps.append((len(self._bytes) - 1, label))
+        """A near conditional jump (`74` je, `75` jne, `78` js, `72` jb, `73` jae) to a label."""
+        self.emit("0f", bytes([bytes.fromhex(opcode)[0] + 0x10]), "00000000")
+        self._jumps.append((len(self._bytes) - 4, label))
         return self
 
     def label(self, name: str) -> Code:
@@ -98,12 +98,10 @@ class Code:
         return self.load("rax", address).emit("ffe0")
 
     def assemble(self) -> bytes:
-        """The finished code. VcpuError if a jump is too far."""
+        """The finished code."""
         for at, label in self._jumps:
-            distance = self._labels[label] - (at + 1)
-            if not -128 <= distance <= 127:
-                raise VcpuError(f"short jump over {distance} bytes to {label}")
-            self._bytes[at] = distance & 0xFF
+            distance = self._labels[label] - (at + 4)
+            self._bytes[at : at + 4] = (distance & 0xFFFFFFFF).to_bytes(4, "little")
         self._jumps.clear()
         return bytes(self._bytes)
 
@@ -147,8 +145,8 @@ def protect(address: int, size: int, protection: int) -> None:
 
 
 def block_hook() -> Code:
-    """UC_HOOK_BLOCK: (rdi uc, rsi address, edx size, rcx control page). Unicorn looks for a stop behind the hook and
-    before the block: a block whose hook asks for a stop is not run."""
+    """UC_HOOK_BLOCK: (rdi uc, rsi address, edx size, rcx control page). Unicorn looks for a stop behind the
+    hook and before the block: a block whose hook asks for a stop is not run."""
     return (
         Code()
         .emit("48ff09")  # dec qword [rcx + COUNTDOWN]
@@ -177,9 +175,10 @@ def forget_exception(env: int, found: Offsets, target: int) -> Code:
 
 
 def instruction_hook(env: int, control: int, target: int) -> Code:
-    """IN, OUT, CPUID, a bad access: the hook proper, then, if it asks for that, an exception instead of the instruction."""
+    """IN, OUT, CPUID, a bad access: the hook proper, then, if it asks for that, an exception instead of the
+    instruction."""
     code = Code().emit("4883ec08").call(target)  # sub rsp, 8; call target
-    return _fault_or_return(code, env, control)
+    return fault_or_return(code, env, control)
 
 
 def syscall_hook(env: int, control: int, target: int) -> Code:
@@ -198,10 +197,11 @@ def syscall_hook(env: int, control: int, target: int) -> Code:
         .load("rax", rip)
         .emit("4c2928")  # sub [rax], r13
     )
-    return _fault_or_return(code, env, control)
+    return fault_or_return(code, env, control)
 
 
-def _fault_or_return(code: Code, env: int, control: int) -> Code:
+def fault_or_return(code: Code, env: int, control: int) -> Code:
+    """The end of a hook whose frame is `sub rsp, 8`: raise the exception the hook asked for, or return."""
     return (
         code.load("rcx", control + Control.FAULT)
         .emit("833900")  # cmp dword [rcx], 0

@@ -1,0 +1,500 @@
+"""The vCPU of an HVM or PVH guest: all modes from reset on, the guest's own page tables, IDT and MSRs.
+
+What must leave the guest does so by Unicorn's instruction hooks (ports, CPUID, MMIO) and by the SVM
+intercepts that QEMU's code still has: with the "guest" bit of hflags set they arrive as pseudo-exceptions
+0x100 + exit code. The VMCB that this code reads is a page beyond the guest's physical address space.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from typing import Any, Final
+
+from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
+
+from bus.addresses import MachineAddr
+from domains.vcpu import hvm_thunks, thunks
+from domains.vcpu.api import GuestFault, StopReason, VcpuError
+from domains.vcpu.hvm_api import HvmExits
+from domains.vcpu.insides import library
+from domains.vcpu.machine import Machine
+from domains.vcpu.memory import Region
+from domains.vcpu.state import RAX, RBX, RCX, RDX
+from domains.vcpu.walk import GuestMemory, NotMapped
+
+VMCB: Final = 1 << 40
+"""Guest-physical address of the hidden VMCB, then two pages of MSR permission map: beyond what 40-bit
+tables reach."""
+VMCB_SIZE: Final = 0x3000
+MSRPM: Final = 0x1000
+VMCB_MSRPM: Final = 0x48
+"""In the VMCB: physical address of the MSR permission map (AMD64 APM volume 2, appendix B)."""
+VIRQ, NMI, INHIBITED = 0x100, 0x200, 1 << 3
+"""interrupt_request bits; the STI and MOV SS shadow in hflags."""
+HF_GUEST: Final = 1 << 21
+HF2_NMI: Final = 1 << 2
+EXIT_CR_WRITE, EXIT_INVLPG, EXIT_MSR, EXIT_SHUTDOWN = 0x10, 0x79, 0x7C, 0x7F
+INTERCEPT_INVLPG, INTERCEPT_MSR, INTERCEPT_SHUTDOWN = 1 << 25, 1 << 28, 1 << 31
+UD, GP = 6, 13
+IF: Final = 1 << 9
+PE, VM, LMA = 1, 1 << 17, 1 << 10
+M32, M64 = (1 << 32) - 1, (1 << 64) - 1
+NATIVE_MSRS: Final = (
+    0x174, 0x175, 0x176,  # SYSENTER_CS, _ESP, _EIP
+    0x277,  # PAT
+    0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084,  # EFER, STAR, LSTAR, CSTAR, FMASK
+    0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,  # FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX
+)  # fmt: skip
+"""Kept by the vCPU itself, without an exit; all others go to `on_rdmsr` and `on_wrmsr`."""
+CODE32_FLAT, DATA32_FLAT, TSS32_BUSY = 0xC09B, 0xC093, 0x008B
+
+_pointer, _u32, _i32, _u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint64
+_Interrupt = ctypes.CFUNCTYPE(None, _pointer, _u32, _pointer)
+_Invalid = ctypes.CFUNCTYPE(ctypes.c_bool, _pointer, _pointer)
+_Plain = ctypes.CFUNCTYPE(None, _pointer, _pointer)
+_Answer = ctypes.CFUNCTYPE(_i32, _pointer, _pointer)
+_In = ctypes.CFUNCTYPE(_u32, _pointer, _u32, _i32, _pointer)
+_Out = ctypes.CFUNCTYPE(None, _pointer, _u32, _i32, _u32, _pointer)
+_MmioRead = ctypes.CFUNCTYPE(_u64, _pointer, _u64, _u32, _pointer)
+_MmioWrite = ctypes.CFUNCTYPE(None, _pointer, _u64, _u32, _u64, _pointer)
+
+
+class UnicornHvmVcpu(Machine):
+    """One HVM vCPU (or several in turn, by contexts). At first in the state after RESET (real mode, CS:IP
+    F000:FFF0)."""
+
+    def __init__(self, exits: HvmExits) -> None:
+        self._exits: Final = exits
+        self._triple = False
+        super().__init__()
+        lib = library()
+        self._init_cpu = lib.held("do_cpu_init_x86_64", None, _pointer)
+        self._a20 = lib.held("x86_cpu_set_a20_x86_64", None, _pointer, _i32)
+        self._exit_loop = lib.held("cpu_exit", None, _pointer)
+        self._update = {
+            number: lib.held(
+                f"cpu_x86_update_cr{number}_x86_64", None, _pointer, _u64 if number == 3 else _u32
+            )
+            for number in (0, 3, 4)
+        }
+        base = self._found.vmcb + 16  # after vmcb and tsc_offset
+        self._intercept = _u64.from_address(self._env + base)
+        self._intercept_cr_write = ctypes.c_uint16.from_address(self._env + base + 10)
+        self._hidden: Final = mmap.mmap(-1, VMCB_SIZE)
+        self._hidden_words: Final = memoryview(self._hidden).cast("I")
+        self._make_msr_map()
+        self._memory.map_device = self._map_device
+        self._memory.map(
+            VMCB, ctypes.addressof(ctypes.c_char.from_buffer(self._hidden)), VMCB_SIZE, writable=True
+        )
+        self.memory: Final = GuestMemory(self._memory, self.regs)
+        self._control_traps = 0
+        self._trap_invlpg = False
+        self.reset()
+
+    def _make_msr_map(self) -> None:
+        bits = bytearray(b"\xff" * 0x1800)
+        for number in NATIVE_MSRS:
+            at = 2 * number if number < 0x2000 else 2 * (number - 0xC0000000 + 0x2000)
+            bits[at >> 3] &= ~(3 << (at & 7)) & 0xFF
+        self._hidden[MSRPM : MSRPM + len(bits)] = bytes(bits)
+        self._hidden[VMCB_MSRPM : VMCB_MSRPM + 8] = (VMCB + MSRPM).to_bytes(8, "little")
+
+    # ---- start
+
+    def reset(self) -> None:
+        """The state after RESET or INIT: real mode at the reset vector. MSRs and x87 state too."""
+        self._between_runs("reset")
+        self._interrupts.value = 0
+        self._init_cpu(self._cpu)
+        self._halted.value = 0  # all but the boot processor wait for SIPI: that is the caller's business
+        self._exception_index.value = -1
+        self.regs.vmcb = VMCB
+        self._arm()
+        self._flush(self._cpu)
+
+    def _arm(self) -> None:
+        self.regs.hflags |= HF_GUEST
+        value = INTERCEPT_MSR | INTERCEPT_SHUTDOWN | (INTERCEPT_INVLPG if self._trap_invlpg else 0)
+        self._intercept.value = value
+        self._intercept_cr_write.value = self._control_traps
+
+    def enter_startup(self, vector: int) -> None:
+        """After `reset`: what a start-up IPI makes of an application processor (CS = vector << 8, IP 0)."""
+        if not 0 <= vector <= 0xFF:
+            raise VcpuError(f"SIPI vector {vector:#x}")
+        self.load_segment("cs", vector << 8, vector << 12, 0xFFFF, 0x009B)
+        self.regs.rip = 0
+
+    def enter_pvh(self, entry: int, start_info: int) -> None:
+        """After `reset`: the PVH entry state (xen/arch-x86/hvm/start_info.h): 32-bit flat protected mode, no
+        paging, EBX = start_info."""
+        self.set_control(0, 0x11)  # PE, ET
+        self.load_segment("cs", 0, 0, M32, CODE32_FLAT)
+        for name in ("ds", "es", "ss", "fs", "gs"):
+            self.load_segment(name, 0, 0, M32, DATA32_FLAT)
+        self.load_segment("tr", 0, 0, 0x67, TSS32_BUSY)
+        regs = self.regs
+        for number in range(16):
+            regs.q[number] = 0
+        regs.rbx = start_info
+        regs.rip = entry
+        regs.rflags = 2
+
+    def set_control(self, number: int, value: int) -> None:
+        """Write CR0, CR3 or CR4 with all the effects a guest's own write has (mode, TLB)."""
+        if number not in self._update:
+            raise VcpuError(f"CR{number} cannot be set")
+        self._update[number](self._env, value)
+
+    def set_a20(self, enabled: bool) -> None:
+        """The A20 gate: with it closed bit 20 of every physical address is 0."""
+        self._a20(self._cpu, enabled)
+
+    def load_context(self, context: bytes) -> None:
+        """As `Machine.load_context`; a write of DR7 that armed a breakpoint does not follow the context."""
+        super().load_context(context)
+        self._arm()
+
+    # ---- interrupts
+
+    def inject_interrupt(self, vector: int) -> None:
+        """Ask for an external interrupt: taken when IF is set and no STI or MOV SS shadow is on. Replaces a
+        pending one."""
+        if not 0 <= vector <= 0xFF:
+            raise VcpuError(f"interrupt vector {vector:#x}")
+        self._hidden_words[self._found.vmcb_event // 4] = vector
+        self._request(VIRQ)
+
+    def interrupt_pending(self) -> bool:
+        """The interrupt last asked for is not taken yet."""
+        return bool(self._interrupts.value & VIRQ)
+
+    def cancel_interrupt(self) -> bool:
+        """Withdraw a pending interrupt; False if it was taken already."""
+        pending = self.interrupt_pending()
+        self._interrupts.value &= ~VIRQ
+        return pending
+
+    def interrupts_open(self) -> bool:
+        """An interrupt would be taken before the next instruction."""
+        return bool(self.regs.rflags & IF) and not self.regs.hflags & INHIBITED
+
+    def inject_nmi(self) -> None:
+        """Ask for a non-maskable interrupt: taken unless one is being handled (until IRET)."""
+        self._request(NMI)
+
+    def _request(self, bit: int) -> None:
+        self._interrupts.value |= bit
+        if self._running:
+            self._exit_loop(
+                self._cpu
+            )  # to the run loop at the next block, which looks at requests; not to run()
+
+    def inject_exception(self, vector: int, error_code: int = 0) -> None:
+        """Deliver an exception at the next run, through the guest's IDT, from the current RIP. Inside
+        hooks: raise_fault."""
+        self._between_runs("inject_exception")
+        if not 0 <= vector < 32:
+            raise VcpuError(f"exception {vector}")
+        self._exception_index.value = vector
+        self.regs.error_code = error_code
+        self.regs.exception_is_int = 0
+        self.regs.exception_next_eip = self.regs.rip
+
+    def _special_stop(self) -> StopReason | None:
+        if self._triple:
+            self._triple = False
+            return StopReason.TRIPLE_FAULT
+        if self._halted.value:
+            self._halted.value = 0
+            return StopReason.HALT
+        return None
+
+    # ---- memory
+
+    def map_mmio(self, address: MachineAddr, size: int) -> None:
+        """Guest-physical accesses in [address, address + size) go to `on_mmio_read` and `on_mmio_write`."""
+        if address + size > VMCB:
+            raise VcpuError("beyond the guest's physical address space")
+        self._memory.map_mmio(address, size)
+        self._flush(self._cpu)
+
+    def _map_device(self, region: Region) -> int:
+        add = library().held(
+            "uc_mmio_map", _i32, _pointer, _u64, ctypes.c_size_t, _pointer, _pointer, _pointer, _pointer
+        )
+        if not hasattr(self, "_mmio"):
+            self._mmio = (
+                self._callback(_MmioRead, self._on_mmio_read),
+                self._callback(_MmioWrite, self._on_mmio_write),
+            )
+        base = region.start or None
+        return int(
+            add(self._uc, region.start, region.end - region.start, self._mmio[0], base, self._mmio[1], base)
+        )
+
+    def trap_control_writes(self, *registers: int) -> None:
+        """Send writes of these of CR0, CR3, CR4 to `on_cr_write`; of no other."""
+        if not set(registers) <= {0, 3, 4}:
+            raise VcpuError(f"control registers {registers}")
+        self._control_traps = sum(1 << number for number in registers)
+        self._arm()
+
+    def trap_invlpg(self, enabled: bool) -> None:
+        """Send INVLPG to `on_invlpg`."""
+        self._trap_invlpg = enabled
+        self._arm()
+
+    # ---- hooks
+
+    def _install(self) -> None:
+        env, cpu, control, found, page = self._env, self._cpu, self._control.address, self._found, self._code
+        exits = self._callback(_Interrupt, self._on_exit)
+        self._add_hook(UC_HOOK_INTR, page.add(hvm_thunks.interrupt_hook(cpu, env, control, found, exits)))
+        invalid = self._callback(_Invalid, self._on_invalid)
+        self._add_hook(UC_HOOK_INSN_INVALID, page.add(hvm_thunks.invalid_hook(cpu, env, control, invalid)))
+        c = x86_const
+        syscall = hvm_thunks.syscall_hook(env, control, found, self._callback(_Plain, self._on_syscall))
+        self._add_instruction_hook(c.UC_X86_INS_SYSCALL, page.add(syscall))
+        sysenter = thunks.syscall_hook(env, control, self._callback(_Plain, self._on_sysenter))
+        self._add_instruction_hook(c.UC_X86_INS_SYSENTER, page.add(sysenter))
+        for instruction, target in (
+            (c.UC_X86_INS_IN, self._callback(_In, self._on_in)),
+            (c.UC_X86_INS_OUT, self._callback(_Out, self._on_out)),
+            (c.UC_X86_INS_CPUID, self._callback(_Answer, self._on_cpuid)),
+        ):
+            self._add_instruction_hook(instruction, page.add(thunks.instruction_hook(env, control, target)))
+        for instruction, with_aux in ((c.UC_X86_INS_RDTSC, False), (c.UC_X86_INS_RDTSCP, True)):
+            target = self._callback(_Answer, self._on_rdtscp if with_aux else self._on_rdtsc)
+            fast = page.add(thunks.tsc_hook(env, found, target, with_aux=with_aux))
+            self._add_instruction_hook(instruction, fast, control)
+
+    def _guarded(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a hook behind `fault_or_return`: its GuestFault goes to the guest, anything else out of
+        run."""
+        try:
+            return function(*arguments)
+        except GuestFault as wanted:
+            self._fault(wanted)
+        except BaseException as error:
+            self._undo(error)
+        return None
+
+    def _on_in(self, uc: int, port: int, size: int, user: int) -> int:
+        value = self._guarded(self._port_in, port, size)
+        return M32 if value is None else value & M32
+
+    def _port_in(self, port: int, size: int) -> int:
+        self._check_port(port, size)
+        return self._exits.on_port_in(port, size)
+
+    def _on_out(self, uc: int, port: int, size: int, value: int, user: int) -> None:
+        self._guarded(self._port_out, port, size, value & ((1 << 8 * size) - 1))
+
+    def _port_out(self, port: int, size: int, value: int) -> None:
+        self._check_port(port, size)
+        self._exits.on_port_out(port, size, value)
+
+    def _check_port(self, port: int, size: int) -> None:
+        """#GP where IOPL and the I/O permission bitmap forbid a port (SDM volume 1, 19.5). Unicorn does not
+        check."""
+        regs = self.regs
+        if not regs.cr0 & PE:
+            return
+        flags = regs.rflags
+        if regs.cpl <= flags >> 12 & 3 and not flags & VM:
+            return
+        task = regs.segment("tr")
+        try:
+            start = int.from_bytes(self.memory.read(task.base + 0x66, 2), "little") + port // 8
+            if task.attributes & 7 == 1 or task.limit < 0x67 or start + 1 > task.limit:
+                raise GuestFault(GP, 0)
+            word = int.from_bytes(self.memory.read(task.base + start, 2), "little")
+        except NotMapped:
+            raise GuestFault(GP, 0) from None
+        if word >> (port & 7) & ((1 << size) - 1):
+            raise GuestFault(GP, 0)
+
+    def _on_cpuid(self, uc: int, user: int) -> int:
+        q = self.regs.q
+        found = self._guarded(self._exits.on_cpuid, q[RAX] & M32, q[RCX] & M32)
+        if found is not None:
+            q[RAX], q[RBX], q[RCX], q[RDX] = (value & M32 for value in found)
+        return 1
+
+    def _on_rdtsc(self, uc: int, user: int) -> int:
+        try:
+            value = self._exits.on_rdtsc()
+            self.regs.q[RAX], self.regs.q[RDX] = value & M32, value >> 32 & M32
+        except BaseException as error:
+            self._failed(error)
+        return 1
+
+    def _on_rdtscp(self, uc: int, user: int) -> int:
+        self.regs.rcx = self.regs.tsc_aux & M32
+        return self._on_rdtsc(uc, user)
+
+    def _on_mmio_read(self, uc: int, offset: int, size: int, user: int | None) -> int:
+        try:
+            return self._exits.on_mmio_read((user or 0) + offset, size) & M64
+        except BaseException as error:
+            self._failed(error)
+        return M64
+
+    def _on_mmio_write(self, uc: int, offset: int, size: int, value: int, user: int | None) -> None:
+        try:
+            self._exits.on_mmio_write((user or 0) + offset, size, value & ((1 << 8 * size) - 1))
+        except BaseException as error:
+            self._failed(error)
+
+    def code_at_rip(self, size: int = 15) -> bytes:
+        """Up to `size` bytes of code at CS:RIP, as far as they are mapped."""
+        base = (
+            self.regs.rip
+            if self.regs.hflags & hvm_thunks.HF_CS64
+            else self.regs.segment("cs").base + self.regs.rip
+        )
+        out = b""
+        try:
+            while len(out) < size:
+                at = base + len(out)
+                out += self.memory.read(at, min(size - len(out), 4096 - at % 4096))
+        except NotMapped:
+            pass
+        return out
+
+    def _on_invalid(self, uc: int, user: int) -> bool:
+        done = self._guarded(self._hypercall)
+        return done is not False
+
+    def _hypercall(self) -> bool:
+        if self.code_at_rip(3) not in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
+            return False
+        before = self.regs.rip
+        self._exits.on_hypercall()
+        if self.regs.rip == before:
+            self.regs.rip = before + 3
+        return True
+
+    def _on_exit(self, uc: int, vector: int, user: int) -> None:
+        self._guarded(self._exit, vector - hvm_thunks.FIRST_EXIT)
+
+    def _exit(self, code: int) -> None:
+        if code == EXIT_MSR:
+            self._msr_exit()
+        elif code == EXIT_SHUTDOWN:
+            self._triple = True
+            self.regs.old_exception = -1
+            self._stop(self._uc)
+        elif code == EXIT_INVLPG:
+            self._invlpg_exit()
+        elif EXIT_CR_WRITE <= code <= EXIT_CR_WRITE + 4:
+            self._control_exit(code - EXIT_CR_WRITE)
+        else:
+            raise VcpuError(f"SVM exit {code:#x} was not asked for")
+
+    def _msr_exit(self) -> None:
+        regs = self.regs
+        number = regs.rcx & M32
+        length = self._opcode()[1] + 2
+        if regs.error_code & 1:
+            self._exits.on_wrmsr(number, (regs.rdx & M32) << 32 | regs.rax & M32)
+        else:
+            value = self._exits.on_rdmsr(number)
+            regs.rax, regs.rdx = value & M32, value >> 32 & M32
+        regs.rip += length
+
+    def _opcode(self) -> tuple[bytes, int, int]:
+        """(code from the opcode on, length of the prefixes, REX or 0) at RIP."""
+        code = self.code_at_rip()
+        at, rex = 0, 0
+        while at < len(code) and code[at] in b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3":
+            at += 1
+        if self.regs.hflags & hvm_thunks.HF_CS64 and at < len(code) and code[at] & 0xF0 == 0x40:
+            rex, at = code[at], at + 1
+        return code[at:], at, rex
+
+    def _control_exit(self, number: int) -> None:
+        code, prefixes, rex = self._opcode()
+        regs = self.regs
+        if code[:2] == b"\x0f\x22":  # mov crN, reg
+            value = regs.gpr(code[2] & 7 | (rex & 1) << 3)
+            if not regs.hflags & hvm_thunks.HF_CS64:
+                value &= M32
+            length = 3
+        elif code[:2] == b"\x0f\x06":  # clts
+            value, length = regs.cr0 & ~8, 2
+        elif code[:2] == b"\x0f\x01" and code[2] >> 6 == 3:  # lmsw reg: PE can be set but not cleared
+            value = regs.cr0 & ~0xE | regs.gpr(code[2] & 7 | (rex & 1) << 3) & 0xF
+            length = 3
+        else:
+            raise VcpuError(
+                f"a write of CR{number} by {code[:8].hex()}, which is not decoded (LMSW from memory)"
+            )
+        loaded = self._exits.on_cr_write(number, value)
+        self.set_control(number, loaded)
+        regs.rip += prefixes + length
+
+    def _invlpg_exit(self) -> None:
+        code, prefixes, rex = self._opcode()
+        address, length = self._effective_address(code[2:], rex)
+        self._exits.on_invlpg(address)
+        self._flush_page(self._cpu, address)
+        self.regs.rip += prefixes + 2 + length
+
+    def _effective_address(self, code: bytes, rex: int) -> tuple[int, int]:
+        """(linear address, length of ModRM to displacement) of a memory operand with 32- or 64-bit
+        addressing."""
+        regs = self.regs
+        long = bool(regs.hflags & hvm_thunks.HF_CS64)
+        if not long and not regs.segment("cs").attributes & 1 << 14:
+            raise VcpuError("INVLPG with 16-bit addressing is not decoded")
+        mod, rm, at, base = code[0] >> 6, code[0] & 7, 1, 0
+        register: int | None = rm | (rex & 1) << 3
+        if rm == 4:
+            sib, at = code[1], 2
+            index = sib >> 3 & 7 | (rex & 2) << 2
+            register = sib & 7 | (rex & 1) << 3
+            if index != 4:
+                base += regs.gpr(index) << (sib >> 6)
+            if mod == 0 and sib & 7 == 5:
+                register, mod = None, 2
+        elif mod == 0 and rm == 5:
+            register, mod = None, 2
+            if long:
+                base += regs.rip + 2 + 5 + (1 if rex else 0)
+        if register is not None:
+            base += regs.gpr(register)
+        size = {0: 0, 1: 1, 2: 4}[mod]
+        base += int.from_bytes(code[at : at + size], "little", signed=True)
+        if not long:
+            base = (base & M32) + regs.segment("ds").base
+        return base & (M64 if long else M32), at + size
+
+    def _on_syscall(self, uc: int, user: int) -> None:
+        self._guarded(self._legacy_syscall)
+
+    def _legacy_syscall(self) -> None:
+        """SYSCALL outside 64-bit mode (AMD64 APM volume 3). Compatibility mode would need CSTAR: Intel
+        gives #UD."""
+        raise GuestFault(UD, 0)
+
+    def _on_sysenter(self, uc: int, user: int) -> None:
+        self._guarded(self._sysenter)
+
+    def _sysenter(self) -> None:
+        """SYSENTER (SDM volume 2): RIP and RSP from the MSRs, flat CPL0 segments."""
+        regs = self.regs
+        selector = regs.sysenter_cs & 0xFFFC
+        if not regs.cr0 & PE or not selector:
+            raise GuestFault(GP, 0)
+        long = bool(regs.efer & LMA)
+        regs.rflags &= ~(VM | IF)
+        self.load_segment("cs", selector, 0, M32, 0xA09B if long else 0xC09B)
+        self.load_segment("ss", selector + 8, 0, M32, 0xC093)
+        mask = M64 if long else M32
+        regs.rsp = regs.sysenter_esp & mask
+        regs.rip = regs.sysenter_eip & mask
