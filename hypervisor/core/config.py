@@ -26,6 +26,8 @@ class MachineConfig:
     """Most vCPUs of a domain (XEN_LEGACY_MAX_VCPUS, 32, have their vcpu_info in the shared info page)."""
     pcpus: int = 2
     cpu_khz: int = 1_000_000
+    cpu_version: tuple[bytes, int, int, int] = (b"GenuineIntel", 6, 6, 3)
+    """(vendor, family, model, stepping) as XENPF_get_cpu_version tells Dom0."""
     max_pirqs: int = 256
     """Per-domain number space of physical interrupts (PIRQs)."""
     console_ring_bytes: int = 1 << 17

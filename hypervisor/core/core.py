@@ -20,15 +20,19 @@ from hypervisor.core.frames import FrameTable
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hvm_params import HvmParams
 from hypervisor.core.hypercalls import Dispatcher
+from hypervisor.core.io_permissions import IoPermissions
 from hypervisor.core.lifecycle import Lifecycle
 from hypervisor.core.memory_news import MemoryNews
 from hypervisor.core.memory_ops import MemoryOps
 from hypervisor.core.outbox import Outbox
+from hypervisor.core.physdev import PhysdevOps
 from hypervisor.core.physmap import PhysMap
+from hypervisor.core.platform import PlatformOps
 from hypervisor.core.ports import MachineMemory
 from hypervisor.core.sched_ops import SchedOps
 from hypervisor.core.sysctl import SysctlOps
 from hypervisor.core.trace import Trace
+from hypervisor.core.vcpu_ops import VcpuOps
 from hypervisor.core.views import DomainViews
 
 
@@ -47,7 +51,7 @@ class HypervisorCore:
         self.dispatcher = Dispatcher(HYPERCALLS, self.domains, self.outbox, self.trace)
         self.events = EventChannels(self.domains, self.frames, self.outbox, config)
         self.lifecycle = Lifecycle(self.domains, self.frames, self.events, self.outbox, config)
-        self.news = MemoryNews(self.outbox)
+        self.news = MemoryNews(self.domains, self.outbox)
         self.physmap = PhysMap(self.frames, self.news)
         self.views = DomainViews(
             self.domains, self.frames, self.physmap, self.lifecycle, self.outbox, lambda: self._now
@@ -71,6 +75,10 @@ class HypervisorCore:
         )
         self.sysctl = SysctlOps(self.domains, self.frames, self.info, self.console, config, self.dispatcher)
         self.hvm_params = HvmParams(self.domains, self.physmap, self.outbox, self.dispatcher)
+        self.platform = PlatformOps(self.domains, self.outbox, config, self.dispatcher)
+        self.physdev = PhysdevOps(self.domains, self.events, config, self.dispatcher)
+        self.io_permissions = IoPermissions(self.domains, self.outbox, config, self.dispatcher)
+        self.vcpu_ops = VcpuOps(self.lifecycle, self.dispatcher)
         self._last_hooks: tuple[DomainHooks, ...] = (self.physmap, _Forget(self.dispatcher))
         first: tuple[DomainHooks, ...] = (
             self.news,
@@ -78,6 +86,9 @@ class HypervisorCore:
             self.console,
             self.sched_ops,
             self.hvm_params,
+            self.platform,
+            self.physdev,
+            self.io_permissions,
         )
         for hooks in first + self._last_hooks:
             self.lifecycle.add_hooks(hooks)

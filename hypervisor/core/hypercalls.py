@@ -143,12 +143,9 @@ class Dispatcher:
             raise AssertionError(f"hypercall {nr} command {cmd} is not in the table")
         self._handlers[nr, cmd] = handler
 
-    def is_for_hypervisor(self, nr: int, cmd: int) -> bool:
-        """The table has the command served here (elsewhere: in the domain's process, or refused)."""
-        command = self._commands.get((nr, cmd))
-        return (
-            command is not None and command.where is Where.HYPERVISOR and command.state is not State.REFUSED
-        )
+    def registered(self) -> set[tuple[int, int]]:
+        """(number, command) of all that is served."""
+        return set(self._handlers)
 
     def unserved(self) -> list[str]:
         """Commands that the table promises to be served by the hypervisor, and nobody registered for."""
@@ -165,6 +162,8 @@ class Dispatcher:
         domain = self._domains.get(domid)
         if domain is None or domain.dying is not Dying.ALIVE:
             self._outbox.emit(Reply(domid, token, -ESRCH))
+            return
+        if not domain.process_alive:  # it was still under way when the process ended
             return
         if self._trace.enabled:
             self._trace.add(now, domid, vcpu, "hypercall", nr, cmd)

@@ -4,7 +4,7 @@ as `memory` orders before the reply to the call that made the change."""
 from __future__ import annotations
 
 from bus.addresses import DomId
-from hypervisor.core.domains import Domain
+from hypervisor.core.domains import Domain, DomainTable
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import P2mChange
@@ -18,16 +18,14 @@ class MemoryNews(DomainHooks):
     count]), "m2p" ([pfn, mfn, count], where a PV guest wants frames that it got) or "p2m" ([gfn, mfn,
     count, type], of an auto-translated guest; type 0 and mfn 0 for what is unmapped)."""
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, domains: DomainTable, outbox: Outbox) -> None:
+        self._domains = domains
         self._outbox = outbox
         self._news: list[tuple[DomId, str, list[int]]] = []
 
     def created(self, now: int, domain: Domain) -> None:
         if domain.p2m is not None:
             domain.p2m.subscribe(self._p2m_changed)
-
-    def gone(self, now: int, domain: Domain) -> None:
-        self._news = [item for item in self._news if item[0] != domain.domid]
 
     def _p2m_changed(self, change: P2mChange) -> None:
         mfn, kind = (change.new.mfn, int(change.new.type)) if change.new is not None else (0, 0)
@@ -71,5 +69,7 @@ class MemoryNews(DomainHooks):
             domid, what, _ = news[start]
             full = index - start == RUNS_PER_ORDER
             if index == len(news) or news[index][:2] != (domid, what) or full:
-                self._outbox.tell(domid, "memory", {what: [run for _, _, run in news[start:index]]})
+                found = self._domains.get(domid)
+                if found is not None and found.process_alive:
+                    self._outbox.tell(domid, "memory", {what: [run for _, _, run in news[start:index]]})
                 start = index
