@@ -10,6 +10,7 @@ from bus.abi.arch_x86 import (
     VCPU_GUEST_CONTEXT,
     VGCF_I387_VALID,
     VGCF_IN_KERNEL,
+    VGCF_online,
     vcpu_guest_context,
     vcpu_guest_context_fpu_ctxt,
 )
@@ -133,7 +134,7 @@ def first_context(built: PvBuilt) -> vcpu_guest_context:
     fpu[24:28] = (0x1F80).to_bytes(4, "little")
     return empty._replace(
         fpu_ctxt=vcpu_guest_context_fpu_ctxt(bytes(fpu)),
-        flags=VGCF_I387_VALID | VGCF_IN_KERNEL,
+        flags=VGCF_I387_VALID | VGCF_IN_KERNEL | VGCF_online,
         user_regs=regs,
         ctrlreg=tuple(controls),
         kernel_ss=start.ss,

@@ -151,7 +151,8 @@ class Manager:
         finally:
             memory.close()
         xc.set_vcpu_context(domid, VcpuId(0), built.context)
-        xc.scheduler(domid, config.cpu_weight, config.cap)
+        if config.cpu_weight != 256 or config.cap:
+            xc.scheduler(domid, config.cpu_weight, config.cap)
         if console is None:
             console = Console(host, domid, config.name, self._consoles)
         console.domid = domid

@@ -1,0 +1,28 @@
+"""`domicile-domu`: the process of a guest."""
+
+from __future__ import annotations
+
+import sys
+
+from bus import privileges
+from bus.link import HypervisorGone
+from bus.process import begin
+from domains.domu.pv_process import PvProcess
+
+
+def main() -> None:
+    """Entry point of the process."""
+    sys.setswitchinterval(1e-4)  # the ear must get its turn at once (UNICORN.md)
+    start = begin(privileges.Limits(open_files=4096, processes=32))
+    process = PvProcess(start)
+    try:
+        process.run()
+    except HypervisorGone as gone:
+        sys.exit(f"domu: {gone}")
+    except Exception as error:
+        process.report_failure(error)
+        raise
+
+
+if __name__ == "__main__":
+    main()

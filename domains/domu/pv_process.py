@@ -1,0 +1,332 @@
+"""A PV guest's process: orders of the hypervisor, events, and the loop that runs the vCPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
+from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS
+from bus.abi.hypercalls import HYPERCALLS
+from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId, MachineAddr, Mfn, Port, VcpuId
+from bus.credentials import from_descriptor
+from bus.doorbell import Doorbell
+from bus.link import DomainLink
+from bus.messages.domain import Hello, Order, Raised, Report
+from bus.messages.envelope import Message
+from bus.packets import close_all
+from bus.process import Start
+from domains.domu.ear import Ear
+from domains.domu.upstream import BusUpstream
+from domains.granting import Granting
+from domains.hostmem import HostMemory, Window
+from domains.pv.domain import DomainConfig, PvDomain
+from domains.pv.frames import DomainFrames
+from domains.pv.xenmap import XenMap
+from domains.vcpu.api import PvTraps, Vcpu
+from domains.vcpu.unicorn_vcpu import UnicornVcpu
+
+MAX_MFN: Final = 1 << 24
+"""The machine-to-physical table covers this many frames (hypervisor.core.config.MachineConfig.mfn_limit)."""
+IDLE_S: Final = 60.0
+Handler = Callable[[Order, list[int]], tuple[int, bytes]]
+
+
+class PvProcess:
+    """One guest. Everything happens on one thread; the ear only rings."""
+
+    def __init__(self, start: Start) -> None:
+        """Connects and says hello."""
+        import socket
+
+        self.link = DomainLink(
+            from_descriptor(start.fds["keys"]), socket.socket(fileno=start.fds["descriptors"])
+        )
+        self.link.on_message = self._message
+        self.upstream = BusUpstream(self.link)
+        self.domid = DomId(start.domain)
+        self.memory: HostMemory | None = None
+        self.frames: DomainFrames | None = None
+        self.domain: PvDomain | None = None
+        self._granting: Granting | None = None
+        self._max_vcpus = 1
+        self._shared_info = Mfn(0)
+        self._m2p: list[tuple[int, int, int]] = []
+        self._listen: dict[int, tuple[Port, Doorbell]] = {}
+        self._windows: dict[int, tuple[Window, int]] = {}
+        self._attached: dict[int, tuple[int, Mfn]] = {}
+        self._foreign_users: dict[Mfn, int] = {}
+        self._ear = Ear(self._ring)
+        self._ear.add(self.link.fileno())
+        self._handlers: dict[str, Handler] = {
+            "configure": self._configure,
+            "extent": self._extent,
+            "memory": self._memory,
+            "set_vcpu_context": self._set_context,
+            "start": lambda order, fds: (0, b""),
+            "pause": self._pause,
+            "stop": self._stop,
+            "resume": self._resume,
+            "grant_map": self._grant_map,
+            "grant_unmap": self._grant_unmap,
+            "grant_attach": self._grant_attach,
+            "grant_detach": self._grant_detach,
+            "doorbell": self._doorbell,
+            "doorbell_off": self._doorbell_off,
+        }
+        self.link.send(Hello(pid=os.getpid(), role=start.role))
+
+    def _ring(self) -> None:
+        domain = self.domain
+        if domain is not None:
+            domain.ring()
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Until the process is killed: that is how a domain's process ends. HypervisorGone, if the machine goes down."""
+        while True:
+            while self.link.dispatch():
+                pass
+            self._take_doorbells(self._ear.ready(0))
+            domain = self.domain
+            if domain is None or domain.paused or domain.finished:
+                self._wait(IDLE_S)
+                continue
+            self._ear.set_deadline(self._monotonic(domain.next_deadline()))
+            self._ear.arm()
+            outcome = domain.run_slice()
+            if not outcome.runnable and not domain.finished:
+                self._ear.set_deadline(self._monotonic(outcome.deadline))
+                if not self.link.dispatch():
+                    self._wait(IDLE_S)
+
+    def _monotonic(self, deadline: int | None) -> int:
+        """The guest's system time as CLOCK_MONOTONIC ns."""
+        if deadline is None:
+            return 0
+        assert self.domain is not None
+        return max(1, time.monotonic_ns() + deadline - self.domain.time.now())
+
+    def _wait(self, timeout: float) -> None:
+        self._take_doorbells(self._ear.ready(timeout))
+
+    def _take_doorbells(self, fds: list[int]) -> None:
+        domain = self.domain
+        for fd in fds:
+            entry = self._listen.get(fd)
+            if entry is not None and entry[1].take() and domain is not None:
+                domain.deliver(entry[0], VcpuId(domain.events.vcpu_of(entry[0])))
+
+    # ------------------------------------------------------------------ messages
+
+    def _message(self, message: Message) -> None:
+        if isinstance(message, Raised):
+            if self.domain is not None:
+                for port, vcpu in message.events:
+                    self.domain.deliver(Port(port), VcpuId(vcpu))
+        elif isinstance(message, Order):
+            fds = self.link.descriptors_of(message)
+            handler = self._handlers.get(message.what)
+            if handler is None:
+                close_all(fds)
+                self.link.answer(message, -XEN_ENOSYS)
+                return
+            rc, data = handler(message, fds)
+            self.link.answer(message, rc, data)
+
+    def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        self._max_vcpus = order.body["max_vcpus"]
+        return 0, b""
+
+    def _extent(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        body = order.body
+        self.memory = HostMemory(fds[0], Mfn(body["base"]), body["frames"])
+        self._shared_info = Mfn(body["shared_info"])
+        self.frames = DomainFrames(
+            self.memory.octets, body["base"], body["ram_frames"], shared=[body["shared_info"]]
+        )
+        return 0, b""
+
+    def _memory(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """News of the domain's own memory."""
+        assert self.frames is not None
+        body = order.body
+        for first, count in body.get("added", ()):
+            mfns = range(first, first + count)
+            if self.domain is not None:
+                self.domain.mmu.populate_frames(mfns)
+            else:
+                for mfn in mfns:
+                    self.frames.set_owned(Mfn(mfn), True)
+        for first, count in body.get("removed", ()):
+            for mfn in range(first, first + count):
+                if self.domain is None:
+                    self.frames.set_owned(Mfn(mfn), False)
+        for pfn, mfn, count in body.get("m2p", ()):
+            if self.domain is not None:
+                self.domain.mmu.set_m2p(mfn, range(pfn, pfn + count))
+            else:
+                self._m2p.append((pfn, mfn, count))
+        return 0, b""
+
+    def _set_context(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """The builder is done with vCPU 0 (XEN_DOMCTL_setvcpucontext): its tables are validated now."""
+        if order.body["vcpu"] != 0 or self.domain is not None:
+            return -XEN_EINVAL, b""
+        domain = self._make_domain()
+        rc = domain.start(VCPU_GUEST_CONTEXT.unpack(order.body["context"]))
+        if rc == 0:
+            self.domain = domain
+        return rc, b""
+
+    def _make_domain(self) -> PvDomain:
+        memory, frames = self.memory, self.frames
+        assert memory is not None
+        assert frames is not None
+        xenmap = XenMap(frames.base, frames.count, MAX_MFN, self._max_vcpus)
+
+        def make_vcpu(traps: PvTraps) -> Vcpu:
+            vcpu = UnicornVcpu(traps)
+            vcpu.map(MachineAddr(frames.base << PAGE_SHIFT), memory.address, memory.size)
+            private = xenmap.private
+            address = ctypes.addressof(ctypes.c_char.from_buffer(private.memory))
+            vcpu.map(MachineAddr(private.base << PAGE_SHIFT), address, private.size)
+            return vcpu
+
+        config = DomainConfig(self.domid, self._shared_info, MAX_MFN, self._max_vcpus)
+        domain = PvDomain(config, frames, xenmap, make_vcpu, self.upstream, HYPERCALLS, wall=time.time_ns)
+        for pfn, mfn, count in self._m2p:
+            domain.mmu.set_m2p(mfn, range(pfn, pfn + count))
+        self._m2p.clear()
+        self._granting = Granting(
+            memory, domain.mmu.hold_for_grant, domain.mmu.release_from_grant, domain.cpu.drop_code
+        )
+        return domain
+
+    def _pause(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self.domain is not None:
+            if order.body["paused"]:
+                self.domain.pause()
+            else:
+                self.domain.unpause()
+            self.domain.ring()
+        return 0, b""
+
+    def _stop(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self.domain is not None:
+            self.domain.life.shutdown_code = order.body["reason"]
+            self.domain.ring()
+        return 0, b""
+
+    def _resume(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self.domain is not None:
+            self.domain.life.resume()
+            self.domain.update_clocks()
+        return 0, b""
+
+    # ------------------------------------------------------------------ event channels
+
+    def _doorbell(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        port = Port(order.body["port"])
+        self._silence(port)
+        self.upstream.doorbells[port] = Doorbell(fds[0])
+        listen = Doorbell(fds[1])
+        self._listen[listen.fd] = (port, listen)
+        self._ear.add(listen.fd)
+        return 0, b""
+
+    def _doorbell_off(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        self._silence(Port(order.body["port"]))
+        return 0, b""
+
+    def _silence(self, port: Port) -> None:
+        ring = self.upstream.doorbells.pop(port, None)
+        if ring is not None:
+            ring.close()
+        for fd, (owner, bell) in list(self._listen.items()):
+            if owner == port:
+                if bell.take() and self.domain is not None:  # rung before it was taken away
+                    self.domain.deliver(port, VcpuId(self.domain.events.vcpu_of(port)))
+                self._ear.remove(fd)
+                bell.close()
+                del self._listen[fd]
+
+    # ------------------------------------------------------------------ grants
+
+    def _granting_side(self) -> Granting:
+        if self._granting is None:
+            assert self.memory is not None
+            self._granting = Granting(self.memory)
+        return self._granting
+
+    def _grant_map(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        return 0, self._granting_side().grant_map(order.body, fds)
+
+    def _grant_unmap(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        return 0, self._granting_side().grant_unmap(order.body)
+
+    def _grant_attach(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """Make granted frames reachable, each at its MFN; the page-table entries follow when the hypercall returns."""
+        domain, frames = self.domain, self.frames
+        assert domain is not None
+        assert frames is not None
+        rights: dict[int, bool] = {}
+        items = order.body["items"]
+        for item in items:
+            rights[item[2]] = rights.get(item[2], False) or item[4]
+        for number, fd in zip(order.body.get("windows", ()), fds, strict=True):
+            known = self._windows.get(number)
+            if known is not None and (known[0].writable or not rights[number]):
+                os.close(fd)
+                continue
+            window = Window(fd, os.fstat(fd).st_size // PAGE_SIZE, rights[number])
+            self._windows[number] = (window, known[1] if known is not None else 0)
+        for handle, mfn_number, number, index, writable, _address, _flags, granter in items:
+            mfn = Mfn(mfn_number)
+            self._attached[handle] = (number, mfn)
+            if number not in self._windows:
+                continue  # a frame of its own
+            window, users = self._windows[number]
+            self._windows[number] = (window, users + 1)
+            self._foreign_users[mfn] = self._foreign_users.get(mfn, 0) + 1
+            if frames.foreign(mfn) is not None:
+                frames.remove_foreign(mfn)
+            frames.add_foreign(mfn, DomId(granter), window.page(index), writable=bool(writable))
+            domain.vcpu.map(
+                MachineAddr(mfn << PAGE_SHIFT),
+                window.address + (index << PAGE_SHIFT),
+                PAGE_SIZE,
+                writable=bool(writable),
+            )
+        return 0, bytes(2 * len(items))
+
+    def _grant_detach(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        domain, frames = self.domain, self.frames
+        assert domain is not None
+        assert frames is not None
+        items: list[Any] = order.body["items"]
+        for handle, *_ in items:
+            number, mfn = self._attached.pop(handle, (-1, Mfn(0)))
+            if number not in self._windows:
+                continue
+            self._foreign_users[mfn] -= 1
+            if not self._foreign_users[mfn]:
+                del self._foreign_users[mfn]
+                frames.remove_foreign(mfn)
+                domain.vcpu.unmap(MachineAddr(mfn << PAGE_SHIFT), PAGE_SIZE)
+            window, users = self._windows[number]
+            if users <= 1:
+                window.close()
+                del self._windows[number]
+            else:
+                self._windows[number] = (window, users - 1)
+        return 0, bytes(2 * len(items))
+
+    def report_failure(self, error: BaseException) -> None:
+        """Last words of a process that cannot go on."""
+        self.link.send(Report(what="failed", body={"error": repr(error)[:1000]}))
+        self.link.close()

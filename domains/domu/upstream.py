@@ -1,0 +1,45 @@
+"""The guest's way to the hypervisor, over the bus: implements `domains.pv.upstream.Upstream`."""
+
+from __future__ import annotations
+
+from bus.abi.event_channel import EVTCHN_SEND, EVTCHNOP_send, evtchn_send
+from bus.abi.xen import HYPERVISOR_event_channel_op
+from bus.addresses import Port
+from bus.doorbell import Doorbell
+from bus.link import DomainLink
+from bus.messages.domain import Report
+
+MAX_LOG_LINE = 400
+
+
+class BusUpstream:
+    """Hypercalls over the link; events by doorbell where there is one. HypervisorGone ends the process."""
+
+    def __init__(self, link: DomainLink) -> None:
+        self._link = link
+        self.doorbells: dict[int, Doorbell] = {}
+        """Where to ring for a local port."""
+        self.calls = 0
+
+    def hypercall(self, vcpu: int, nr: int, cmd: int, data: bytes) -> tuple[int, bytes]:
+        """See Upstream."""
+        self.calls += 1
+        return self._link.call(nr, cmd, data, vcpu)
+
+    def send_event(self, port: Port) -> int:
+        """See Upstream."""
+        bell = self.doorbells.get(port)
+        if bell is not None:
+            bell.ring()
+            return 0
+        rc, _ = self.hypercall(
+            0, HYPERVISOR_event_channel_op, EVTCHNOP_send, EVTCHN_SEND.pack(evtchn_send(port))
+        )
+        return rc
+
+    def vcpu_state(self, vcpu: int, running: bool) -> None:
+        """See Upstream: `vcpu-list` learns it from the lease page, not from messages."""
+
+    def console_line(self, text: str) -> None:
+        """See Upstream."""
+        self._link.send(Report(what="log", body={"text": text[:MAX_LOG_LINE]}))
