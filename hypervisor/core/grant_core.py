@@ -159,11 +159,14 @@ class GrantCore:
         users = [user for user in self.dma_maps[key] if user is not mapping]
         if not users:
             del self.dma_maps[key]
-            self.dma.unmap_page(mapping.mapper, page)
+            there = self.dma.lookup(mapping.mapper, page)
+            if there is not None and there[0] == mapping.mfn:
+                self.dma.unmap_page(mapping.mapper, page)
             return
         self.dma_maps[key] = users
         writable = any(not user.readonly for user in users)
-        if self.dma.lookup(mapping.mapper, page) != (mapping.mfn, writable):
+        there = self.dma.lookup(mapping.mapper, page)
+        if there is not None and there != (mapping.mfn, writable):
             self.dma.unmap_page(mapping.mapper, page)
             self.dma.map_page(mapping.mapper, page, mapping.mfn, writable)
 

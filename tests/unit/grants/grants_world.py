@@ -197,11 +197,11 @@ class Dma:
 class World:
     """Domains 1..n with RAM, a grant table of `table_frames` frames, and processes that answer when told to."""
 
-    def __init__(self, *kinds: str, ram: int = 16, maptrack: int = 4096, dma: object = None) -> None:
+    def __init__(self, *kinds: str, ram: int = 16, maptrack: int = 4096) -> None:
         self.memory = Memory()
         self.frames = FrameTable(self.memory, MachineConfig())
         self.outbox = Outbox(1024)
-        self.dma = dma or Dma()
+        self.dma = self.make_dma()
         self.doms: dict[DomId, Dom] = {}
         self.crashed: dict[DomId, str] = {}
         self.written: list[tuple[DomId, Mfn]] = []
@@ -217,6 +217,10 @@ class World:
                 dom.ram.append(mfn)
                 dom.p2m[index] = (mfn, "ram")
             self.grants.create(domain, max_maptrack=maptrack)
+
+    def make_dma(self) -> object:
+        """The I/O page tables that the grants enter."""
+        return Dma()
 
     # the protocol GrantDomains
     def exists(self, domain: DomId) -> bool:
