@@ -19,14 +19,8 @@ CHUNK: Final = 128
 """Operations that are copied in at a time."""
 BATCH: Final = 1024
 """Operations after which a call is preempted."""
-_FLUSHES: Final = frozenset(
-    (
-        xen.MMUEXT_TLB_FLUSH_LOCAL,
-        xen.MMUEXT_INVLPG_LOCAL,
-        xen.MMUEXT_TLB_FLUSH_ALL,
-        xen.MMUEXT_INVLPG_ALL,
-    )
-)
+_FLUSHES: Final = (xen.MMUEXT_TLB_FLUSH_LOCAL, xen.MMUEXT_TLB_FLUSH_ALL)
+_PAGE_FLUSHES: Final = (xen.MMUEXT_INVLPG_LOCAL, xen.MMUEXT_INVLPG_ALL)
 
 
 class ExtendedOps:
@@ -95,11 +89,15 @@ class ExtendedOps:
         if command == xen.MMUEXT_UNPIN_TABLE:
             return pages.unpin(arg1)
         if command in _FLUSHES:
-            # Unicorn can drop no single page, so that all of these are the same.
             pages.flush_wanted = True
             return 0
-        if command in (xen.MMUEXT_TLB_FLUSH_MULTI, xen.MMUEXT_INVLPG_MULTI):
-            return self._updates.flush_mask(arg2)
+        if command in _PAGE_FLUSHES:
+            pages.want_page_flush(arg1)
+            return 0
+        if command == xen.MMUEXT_TLB_FLUSH_MULTI:
+            return self._updates.flush_mask(arg2, None)
+        if command == xen.MMUEXT_INVLPG_MULTI:
+            return self._updates.flush_mask(arg2, arg1)
         if command == xen.MMUEXT_NEW_BASEPTR:
             return self.new_kernel_root(arg1)
         if command == xen.MMUEXT_NEW_USER_BASEPTR:

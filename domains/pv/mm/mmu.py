@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from bus.abi import xen
@@ -42,11 +42,13 @@ class Mmu:
         *,
         hardware: bool = False,
         linear_page_tables: bool = True,
+        flush_page: Callable[[int], None] | None = None,
     ) -> None:
         self.frames: Final = frames
         self.xenmap: Final = xenmap
         self.host: Final = host
         self.writable_page_tables = False
+        self._flush_page: Final = flush_page
         self.pages: Final = PageTypes(
             frames, xenmap.max_mfn, xenmap.slots, cache_attributes=hardware, linear=linear_page_tables
         )
@@ -72,24 +74,27 @@ class Mmu:
     def _flush(self) -> None:
         """Flush the TLB if something in this call asked for it."""
         pages = self.pages
-        if pages.flush_wanted:
+        if pages.flush_wanted or (pages.pages_wanted and self._flush_page is None):
             pages.flush_wanted = pages.stale = False
             self.host.flush_tlb()
+        elif self._flush_page is not None:
+            # A stale writable translation may stay: `pages.stale` stands.
+            for va in pages.pages_wanted:
+                self._flush_page(va)
+        pages.pages_wanted.clear()
 
     # --- hypercalls ---
 
     def mmu_update(self, reqs: int, count: int, pdone: int, foreigndom: int) -> int | Continuation:
         """HYPERVISOR_mmu_update."""
         rc = self._updates.mmu_update(reqs, count, pdone, foreigndom)
-        if self.pages.flush_wanted:
-            self._flush()
+        self._flush()
         return rc
 
     def mmuext_op(self, uops: int, count: int, pdone: int, foreigndom: int) -> int | Continuation:
         """HYPERVISOR_mmuext_op."""
         rc = self._ops.mmuext_op(uops, count, pdone, foreigndom)
-        if self.pages.flush_wanted:
-            self._flush()
+        self._flush()
         return rc
 
     def update_va_mapping(self, va: int, value: int, flags: int) -> int:
@@ -99,8 +104,7 @@ class Mmu:
     def update_va_mapping_otherdomain(self, va: int, value: int, flags: int, domid: int) -> int:
         """HYPERVISOR_update_va_mapping_otherdomain."""
         rc = self._updates.update_va_mapping(va, value, flags, domid)
-        if self.pages.flush_wanted:
-            self._flush()
+        self._flush()
         return rc
 
     def update_descriptor(self, maddr: int, descriptor: int) -> int:

@@ -42,6 +42,8 @@ from domains.pv.mm.bits import (
 from domains.pv.mm.segments import fix_descriptor_page
 from domains.pv.xenmap import FIRST_XEN_SLOT, LAST_XEN_SLOT
 
+MAX_PAGE_FLUSHES: Final = 8
+"""Single-page flushes in one call: as many cost about as much as a whole flush with its refills."""
 _ZERO_PAGE: Final = bytes(4096)
 _ADJUSTED: Final = PRESENT | RW | USER | GLOBAL | GUEST_KERNEL
 _ADDITIONS: Final = {
@@ -88,6 +90,8 @@ class PageTypes:
         self.stale = False
         """A writable mapping went away since the last TLB flush: before a frame may become a table, flush."""
         self.flush_wanted = False
+        self.pages_wanted: Final[list[int]] = []
+        """Virtual addresses whose translations must go (INVLPG), unless `flush_wanted` covers them."""
         self.on_segdesc_unmapped: Callable[[], None] = _nothing
         """A mapping of a descriptor page went away: an LDT may have lost a page (Xen drops all LDT
         mappings)."""
@@ -103,6 +107,13 @@ class PageTypes:
             self.ptype[index], self.typed[index] = T_WRITABLE, 1
         else:
             self.ptype[index], self.typed[index] = T_UNOWNED, 0
+
+    def want_page_flush(self, va: int) -> None:
+        """The translation of one page must go; many of them make a whole flush."""
+        if len(self.pages_wanted) < MAX_PAGE_FLUSHES:
+            self.pages_wanted.append(va)
+        else:
+            self.flush_wanted = True
 
     def index(self, mfn: int) -> int:
         """Index of a frame that the domain owns (or that Xen shares with it); -1 for any other."""

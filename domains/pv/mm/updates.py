@@ -242,22 +242,29 @@ class Updates:
         rc = pages.mod_l1(at, new, False)
         if rc:
             return rc
-        if flags & xen.UVMF_FLUSHTYPE_MASK in (xen.UVMF_TLB_FLUSH, xen.UVMF_INVLPG):
+        kind = flags & xen.UVMF_FLUSHTYPE_MASK
+        if kind in (xen.UVMF_TLB_FLUSH, xen.UVMF_INVLPG):
+            page = va if kind == xen.UVMF_INVLPG else None
             where = flags & ~xen.UVMF_FLUSHTYPE_MASK
-            if where in (xen.UVMF_LOCAL, xen.UVMF_ALL):
-                pages.flush_wanted = True
-            else:
-                return self.flush_mask(where)
+            if where not in (xen.UVMF_LOCAL, xen.UVMF_ALL):
+                return self.flush_mask(where, page)
+            self._flush(page)
         return 0
 
-    def flush_mask(self, pointer: int) -> int:
-        """Flush the vCPUs of a guest bitmap: only the current one has cached translations. -EINVAL if it
-        cannot be read."""
+    def flush_mask(self, pointer: int, page: int | None) -> int:
+        """Flush a page (None: everything) on the vCPUs of a guest bitmap: only the current one has cached
+        translations. -EINVAL if the bitmap cannot be read."""
         try:
             mask = self._memory.read(pointer, (self._map.vcpus + 7) // 8)
         except GuestFault:
             return -XEN_EINVAL
         current = self._host.current_vcpu()
         if mask[current >> 3] >> (current & 7) & 1:
-            self._pages.flush_wanted = True
+            self._flush(page)
         return 0
+
+    def _flush(self, page: int | None) -> None:
+        if page is None:
+            self._pages.flush_wanted = True
+        else:
+            self._pages.want_page_flush(page)

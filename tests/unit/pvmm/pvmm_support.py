@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 
 from bus.abi import xen
@@ -82,7 +83,7 @@ class Guest:
     from KERNEL on, tables read-only. Two Xen-heap frames at the end (the first one shared)."""
 
     def __init__(self, ram: int = 64, *, adopt: bool = True, hardware: bool = False, vcpus: int = 2) -> None:
-        self.memory = bytearray((ram + 2) << 12)
+        self.memory = mmap.mmap(-1, (ram + 2) << 12)
         populated = range(BASE, BASE + ram)
         self.frames = DomainFrames(
             memoryview(self.memory), BASE, ram, populated=populated, shared=[BASE + ram]

@@ -9,7 +9,9 @@ from pvmm_support import BASE, KERNEL, KERNEL_RO, TABLE, Guest
 
 from bus.abi import xen
 from bus.abi.errno import XEN_EACCES, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EOPNOTSUPP, XEN_EPERM, XEN_ESRCH
+from bus.addresses import DomId
 from domains.pv.api import Continuation
+from domains.pv.mm import Mmu
 from domains.pv.mm.extops import BATCH
 
 X, Y, Z = BASE + 20, BASE + 21, BASE + 22
@@ -123,6 +125,23 @@ def test_one_flush_for_a_batch(guest: Guest) -> None:
     guest.mmu.write_virtual(guest.scratch, ops)
     assert guest.mmu.mmuext_op(guest.scratch, 50, 0, xen.DOMID_SELF) == 0
     assert guest.host.flushes == 1
+
+
+def test_single_pages_are_flushed_where_the_vcpu_can(guest: Guest) -> None:
+    flushed: list[int] = []
+    mmu = Mmu(guest.frames, guest.xenmap, guest.host, DomId(5), flush_page=flushed.append)
+    assert mmu.adopt_initial_tables(guest.l4) == 0
+    guest.mmu = mmu
+    assert guest.ext(xen.MMUEXT_INVLPG_LOCAL, KERNEL) == 0
+    assert mmu.update_va_mapping(guest.va(X), 0, xen.UVMF_INVLPG) == 0
+    assert (flushed, guest.host.flushes) == ([KERNEL, guest.va(X)], 0)
+    assert guest.ext(xen.MMUEXT_TLB_FLUSH_LOCAL) == 0
+    assert (len(flushed), guest.host.flushes) == (2, 1)
+    # A stale writable translation of another page survives a single-page flush: the new table forces a whole one.
+    assert guest.read_only(Y) == 0
+    assert guest.ext(xen.MMUEXT_INVLPG_ALL, KERNEL) == 0
+    assert guest.ext(xen.MMUEXT_PIN_L1_TABLE, Y) == 0
+    assert (len(flushed), guest.host.flushes) == (3, 2)
 
 
 def test_cache_flush_needs_hardware(guest: Guest) -> None:

@@ -132,7 +132,7 @@ def instructions(draw: st.DrawFn) -> tuple[bytes, int]:
 VALUES = st.one_of(st.integers(0, WORD), st.sampled_from([0, 1, WORD, 1 << 63, 0x80, 0x8000, 0x8000_0000]))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     instructions(),
     st.lists(VALUES, min_size=16, max_size=16),
@@ -170,6 +170,9 @@ def test_against_the_processor(
     view.rdi = view.rdi - TABLE_VA + 0x20000
     assert view.rip == CODE_VA + len(code)
     assert GUEST.load(X, 8) == after
+    if found.kind == op.CMPXCHG and size == 4 and view.rflags & 0x40:
+        # The SDM leaves RAX alone on success; Unicorn clears its upper half.
+        expected[0] |= regs[0] & ~0xFFFF_FFFF
     assert [view.gpr(n) for n in range(16)] == expected
     mask = DEFINED_FLAGS.get(found.kind, STATUS)
     assert view.rflags & mask == expected_flags & mask
