@@ -22,6 +22,7 @@ from domains.vcpu.insides import library
 from domains.vcpu.machine import Machine
 from domains.vcpu.memory import Region
 from domains.vcpu.state import RAX, RBX, RCX, RDX
+from domains.vcpu.thunks import Control
 from domains.vcpu.walk import GuestMemory, NotMapped
 
 VMCB: Final = 1 << 40
@@ -68,6 +69,7 @@ class UnicornHvmVcpu(Machine):
     def __init__(self, exits: HvmExits) -> None:
         self._exits: Final = exits
         self._triple = False
+        self._pending_exception: tuple[int, int] | None = None
         super().__init__()
         lib = library()
         self._init_cpu = lib.held("do_cpu_init_x86_64", None, _pointer)
@@ -199,10 +201,20 @@ class UnicornHvmVcpu(Machine):
         self._between_runs("inject_exception")
         if not 0 <= vector < 32:
             raise VcpuError(f"exception {vector}")
-        self._exception_index.value = vector
-        self.regs.error_code = error_code
-        self.regs.exception_is_int = 0
-        self.regs.exception_next_eip = self.regs.rip
+        self._pending_exception = vector, error_code
+
+    def _before_run(self, blocks: int) -> None:
+        if self._pending_exception is None:
+            return
+        vector, error_code = self._pending_exception
+        self._pending_exception = None
+        # The block hook raises it; requests that would be served before it are put aside until then.
+        control, requests = self._control, self._interrupts.value & (VIRQ | NMI)
+        self._interrupts.value &= ~requests
+        control.q[Control.COUNTDOWN // 8] = 0
+        control.q[Control.RESUME // 8] = blocks
+        control.d[Control.REQUESTS // 4] = requests
+        self._fault(GuestFault(vector, error_code))
 
     def _special_stop(self) -> StopReason | None:
         if self._triple:
@@ -310,7 +322,7 @@ class UnicornHvmVcpu(Machine):
         task = regs.segment("tr")
         try:
             start = int.from_bytes(self.memory.read(task.base + 0x66, 2), "little") + port // 8
-            if task.attributes & 7 == 1 or task.limit < 0x67 or start + 1 > task.limit:
+            if not task.attributes & 8 or task.limit < 0x67 or start + 1 > task.limit:
                 raise GuestFault(GP, 0)
             word = int.from_bytes(self.memory.read(task.base + start, 2), "little")
         except NotMapped:

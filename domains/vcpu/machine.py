@@ -92,7 +92,8 @@ class Machine:
         tsc = ctypes.PYFUNCTYPE(u64)
         host = code.add(thunks.host_tsc_function())
         guest = code.add(thunks.guest_tsc_function(self._control.address))
-        self._add_hook(UC_HOOK_BLOCK, code.add(thunks.block_hook()), self._control.address)
+        block = thunks.block_hook(self._env, self._cpu + found.cpu_interrupt_request)
+        self._add_hook(UC_HOOK_BLOCK, code.add(block), self._control.address)
         bad = self._callback(_MemoryHook, self._on_bad_access)
         thunk = thunks.instruction_hook(self._env, self._control.address, bad)
         self._add_hook(UC_HOOK_MEM_INVALID, code.add(thunk))
@@ -119,6 +120,7 @@ class Machine:
         if self._control.d[Control.BELL // 4]:
             return StopReason.BELL
         words[Control.COUNTDOWN // 8] = blocks
+        self._before_run(blocks)
         self._requested = False
         self.bad_access = None
         self._running = True
@@ -146,6 +148,9 @@ class Machine:
         if self._control.q[Control.COUNTDOWN // 8] >> 63:
             return StopReason.SLICE
         return self._unexplained_stop()
+
+    def _before_run(self, blocks: int) -> None:
+        """What one kind of guest does before each run."""
 
     def _special_stop(self) -> StopReason | None:
         """A reason that only one kind of guest has."""

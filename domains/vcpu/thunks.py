@@ -42,9 +42,10 @@ class Control:
     """u64, modulo 2**64."""
     TSC_TRAP = 48
     """u32: not 0: RDTSC and RDTSCP go to Python."""
-    HALTED = 52
-    """u32, HVM: not 0: HLT was executed."""
-    SIZE = 64
+    REQUESTS = 52
+    """u32: interrupt requests to put back when an exception from outside was raised."""
+    RESUME = 56
+    """u64: blocks left after that."""
 
 
 class ControlPage:
@@ -144,9 +145,11 @@ def protect(address: int, size: int, protection: int) -> None:
         raise OSError(number, f"mprotect of {size} bytes for machine code refused")
 
 
-def block_hook() -> Code:
+def block_hook(env: int, requests: int) -> Code:
     """UC_HOOK_BLOCK: (rdi uc, rsi address, edx size, rcx control page). Unicorn looks for a stop behind the
-    hook and before the block: a block whose hook asks for a stop is not run."""
+    hook and before the block: a block whose hook asks for a stop is not run. With the countdown at 0 from
+    the start and FAULT set the hook raises an exception at the first instruction: so one comes from outside
+    (`requests`: where QEMU keeps its interrupt requests, which must not be served before it)."""
     return (
         Code()
         .emit("48ff09")  # dec qword [rcx + COUNTDOWN]
@@ -155,6 +158,17 @@ def block_hook() -> Code:
         .jump("75", "stop")
         .emit("c3")  # ret
         .label("stop")
+        .emit("83791000")  # cmp dword [rcx + FAULT], 0
+        .jump("74", "leave")
+        .emit("c7411000000000")  # mov dword [rcx + FAULT], 0
+        .emit("488b4138", "488901")  # mov rax, [rcx + RESUME]; mov [rcx + COUNTDOWN], rax
+        .load("rdi", requests)
+        .emit("8b4134", "0907")  # mov eax, [rcx + REQUESTS]; or [rdi], eax
+        .emit("8b7114", "8b5118")  # mov esi, [rcx + FAULT_VECTOR]; mov edx, [rcx + FAULT_ERROR]
+        .load("rdi", env)
+        .emit("4883ec08")  # sub rsp, 8
+        .call(library().address("raise_exception_err_x86_64"))  # does not return
+        .label("leave")
         .tail(library().address("uc_emu_stop"))
     )
 
