@@ -25,6 +25,7 @@ from domains.granting import Granting
 from domains.hostmem import HostMemory, Window
 from domains.pv.domain import DomainConfig, PvDomain
 from domains.pv.frames import DomainFrames
+from domains.pv.time import count_nanoseconds
 from domains.pv.xenmap import XenMap
 from domains.vcpu.api import PvTraps, Vcpu
 from domains.vcpu.unicorn_vcpu import UnicornVcpu
@@ -195,6 +196,7 @@ class PvProcess:
             private = xenmap.private
             address = ctypes.addressof(ctypes.c_char.from_buffer(private.memory))
             vcpu.map(MachineAddr(private.base << PAGE_SHIFT), address, private.size)
+            count_nanoseconds(vcpu, time.monotonic_ns, 1_000_000)
             return vcpu
 
         config = DomainConfig(self.domid, self._shared_info, MAX_MFN, self._max_vcpus)

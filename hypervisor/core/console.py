@@ -115,7 +115,7 @@ class Console(DomainHooks):
         self._events.send_global_virq(VIRQ_CON_RING)
 
     def _write_call(self, call: Call) -> Result:
-        self.write(call.now, call.domain, call.array("length"))
+        self.write(call.now, call.domain, call.array("buffer"))
         return call.reply(0)
 
     def _read_call(self, call: Call) -> Result:
