@@ -30,7 +30,7 @@ from bus.abi.io.xs_wire import (
 )
 from domains.dom0.xenstore import paths
 from domains.dom0.xenstore.connections import Connection, Domain, Item, Origin
-from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Output
+from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Input, Output
 from domains.dom0.xenstore.errors import XsError
 from domains.dom0.xenstore.operations import Caller, Change, Limits, remove_subtree
 from domains.dom0.xenstore.perms import READ, Perm, Perms, access, without
@@ -442,11 +442,10 @@ class Core:
         return domain.outstanding >= self.quota.outstanding or domain.credit < 0
 
     def _turn(self, conn: Connection) -> None:
+        waited = conn.ident in self._waiting
         self._waiting.pop(conn.ident, None)
         for _ in range(self.quota.requests_a_turn):
-            if conn.ignored or not conn.input.ready:
-                return
-            if self._throttled(conn):
+            if not conn.input.ready or self._throttled(conn):
                 break
             try:
                 message = conn.input.take()
@@ -455,8 +454,12 @@ class Core:
                 return
             if message is not None:
                 self._serve(conn, message)
-        if not conn.ignored and conn.input.ready:
+            if conn.ignored or conn.ident not in self.connections:
+                return
+        if conn.input.ready:
             self._waiting[conn.ident] = None
+        elif waited:
+            self._effects.append(Input(conn.ident))
 
     def _serve(self, conn: Connection, message: Message) -> None:
         origin = Origin(conn.domain)

@@ -17,6 +17,15 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """The connection had no `input_room` for a while and has some again: look whether bytes of its client wait (a ring's
+    client does not notify a second time).
+    """
+
+    conn: ConnId
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """The core has dropped the connection. A socket is closed; in a ring page `error` is put in its error
     field.
@@ -60,4 +69,4 @@ class Log:
     text: str
 
 
-Effect = Output | Close | AttachRing | DetachRing | Log
+Effect = Output | Input | Close | AttachRing | DetachRing | Log

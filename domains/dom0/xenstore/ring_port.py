@@ -1,5 +1,5 @@
-"""Joins a domain's ring page to the core: call `pump` when the domain's event channel fires (and once a
-turn while the core was busy with it), and `push` when the core has output for the connection.
+"""Joins a domain's ring page to the core. Call `pump` when the domain's event channel fires and for the core's effect `Input`,
+and `push` for its effect `Output`; send the event channel when they say so.
 """
 
 from __future__ import annotations

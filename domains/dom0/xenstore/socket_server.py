@@ -71,11 +71,26 @@ class SocketServer:
         self._handle: Final = handle
         self._clients: dict[int, tuple[socket.socket, ConnId]] = {}
         self._by_conn: dict[ConnId, int] = {}
-        self._next = SOCKET_CONN_BASE
+        self._next = max([SOCKET_CONN_BASE, *(conn + 1 for conn in core.connections)])
         self._selector: Final = selectors.EpollSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self.refused = 0
         """Connections that were closed at once: not admitted, or too many."""
+
+    def adopt(self, sock: socket.socket, conn: ConnId) -> None:
+        """Serve a socket whose connection the core knows: one that outlived a restart of xenstored (`Core.load`)."""
+        sock.setblocking(False)
+        self._clients[sock.fileno()] = (sock, conn)
+        self._by_conn[conn] = sock.fileno()
+        self._selector.register(sock.fileno(), selectors.EVENT_READ)
+
+    def release(self) -> dict[ConnId, socket.socket]:
+        """Give up serving without closing: the clients' sockets, for the process that goes on. The listener is closed."""
+        clients = {conn: sock for sock, conn in self._clients.values()}
+        self._clients.clear()
+        self._by_conn.clear()
+        self.close()
+        return clients
 
     def fileno(self) -> int:
         """A descriptor that is readable when one of the server's own is ready (an epoll within the
@@ -186,13 +201,10 @@ class SocketServer:
                 self.refused += 1
                 sock.close()
                 continue
-            sock.setblocking(False)
             conn = ConnId(self._next)
             self._next += 1
             self._core.connect(conn, domid)
-            self._clients[sock.fileno()] = (sock, conn)
-            self._by_conn[conn] = sock.fileno()
-            self._selector.register(sock.fileno(), selectors.EVENT_READ)
+            self.adopt(sock, conn)
 
     def _close(self, fd: int) -> None:
         client = self._clients.pop(fd, None)

@@ -132,8 +132,34 @@ def test_long_directories_are_listed() -> None:
     assert link.run(xb.list_directory("/tool/xenstored")) == []
 
 
+def test_a_directory_that_changes_between_two_parts_is_listed_anew() -> None:
+    link = Link(Core(), 1, 0)
+    names = [f"{'n' * 40}{number}" for number in range(150)]
+    for name in names:
+        link.run(one(xb.write(f"/d/{name}", b"")))
+    asked = []
+
+    def meddle() -> Procedure[list[str]]:
+        listing = xb.list_directory("/d")
+        request = next(listing)
+        while True:
+            asked.append(request.payload)
+            payload = yield request
+            if len(asked) == 1:
+                yield xb.remove(f"/d/{names[0]}")
+            try:
+                request = listing.send(payload)
+            except StopIteration as stop:
+                result: list[str] = stop.value
+                return result
+
+    assert link.run(meddle()) == names[1:]
+    assert asked.count(b"/d\x000\x00") == 2
+
+
 def test_replies_match_by_number_in_any_order_and_strays_are_counted() -> None:
-    client, got = Client(), []
+    client = Client()
+    got: list[object] = []
     a = client.request(
         xb.read("/a"), lambda data: got.append(("a", data)), lambda e: got.append(("a", e.name))
     )
@@ -148,7 +174,8 @@ def test_replies_match_by_number_in_any_order_and_strays_are_counted() -> None:
 
 
 def test_a_lost_connection_fails_everything_and_reset_mends() -> None:
-    client, got = Client(), []
+    client = Client()
+    got: list[object] = []
     client.request(xb.read("/a"), got.append, lambda error: got.append(error.name))
     client.start(xb.transaction(lambda tx: one(xb.read("/x", tx))), got.append, lambda e: got.append(e.name))
     client.feed(wire.HEADER.pack(xs.XS_READ, 1, 0, 5000))
@@ -162,7 +189,8 @@ def test_a_lost_connection_fails_everything_and_reset_mends() -> None:
 
 
 def test_what_cannot_be_sent_is_refused_at_once() -> None:
-    client, got = Client(), []
+    client = Client()
+    got: list[object] = []
     with pytest.raises(XenstoreError, match="E2BIG"):
         client.request(xb.write("/a", b"x" * 4096), got.append, got.append)
     for _ in range(xb.PENDING_MAX):
@@ -184,7 +212,8 @@ def test_any_bytes_from_the_daemon_are_survived(chunks: list[bytes]) -> None:
 
 @given(st.lists(st.binary(max_size=40), max_size=12))
 def test_any_payloads_as_replies_end_a_listing_and_a_transaction(payloads: list[bytes]) -> None:
-    client, ended = Client(), []
+    client = Client()
+    ended: list[object] = []
     client.start(xb.list_directory("/"), ended.append, ended.append)
     client.start(xb.transaction(lambda tx: one(xb.read("/", tx))), ended.append, ended.append)
     for payload in payloads:

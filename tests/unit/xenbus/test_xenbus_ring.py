@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bus.abi.io import xs_wire as xs
 from domains.dom0.xenstore.core import Core
-from domains.dom0.xenstore.effects import Close, ConnId
+from domains.dom0.xenstore.effects import Close, ConnId, Input, Output
 from domains.dom0.xenstore.ring_port import RingPort
 from drivers.xenbus import wire
 from drivers.xenbus.ring import FEATURES, ClientRing, ServerRing
@@ -38,7 +38,7 @@ def test_layout_is_that_of_the_header() -> None:
 
 
 @given(
-    start=st.integers(0, 2**32 - 1),
+    start=st.sampled_from([0, 1000, 1023, 2**32 - 1000, 2**32 - 3]) | st.integers(0, 2**32 - 1),
     chunks=st.lists(st.binary(max_size=1500), max_size=12),
     sips=st.lists(st.integers(0, 1200), min_size=1, max_size=8),
 )
@@ -96,6 +96,18 @@ def test_indexes_further_apart_than_the_ring_are_reported(cons: int, gap: int) -
         assert end.write(b"x") == (0, False, xs.XENSTORE_ERROR_RINGIDX)
         assert end.room == 0
     assert raw == before
+
+
+@pytest.mark.parametrize("start", [1020, 2**32 - 4])
+def test_bytes_on_both_sides_of_the_wrap_arrive(start: int) -> None:
+    raw = page()
+    struct.pack_into("<4I", raw, INDEXES, start, start, start, start)
+    client, server = both(raw)
+    assert client.write(b"0123456789").moved == 10
+    assert server.read().data == b"0123456789"
+    assert server.write(b"abcdefghij").moved == 10
+    assert client.read(7).data == b"abcdefg"
+    assert client.read().data == b"hij"
 
 
 def test_a_full_ring_takes_nothing_and_does_not_notify() -> None:
@@ -179,6 +191,40 @@ def test_port_reports_garbage_indexes_and_tells_the_domain() -> None:
     client.write(wire.encode(xs.XS_READ, 1, 0, b"/\0"))
     port.pump()
     assert client.read().data == b"", "it is not listened to any more"
+
+
+def test_port_no_request_is_left_lying_when_a_domain_reads_late() -> None:
+    """The domain fills its ring without reading, is not served, and reads at last. As Linux does, it notifies when it wrote,
+    and after reading only if the ring had been full.
+    """
+    core = Core()
+    raw, client, port = attach(core, 3)
+    answers = ServerRing(memoryview(raw))
+    request = wire.encode(xs.XS_GET_DOMAIN_PATH, 1, 0, b"3\0")
+    todo, got = request * 300, wire.Framer()
+    replies, idle = 0, 0
+    while idle < 3:
+        moved = client.write(todo).moved
+        todo = todo[moved:]
+        effects = list(port.pump().effects) if moved else []
+        if not moved:  # only now it reads
+            was_full = answers.room == 0
+            data = client.read().data
+            got.feed(data)
+            effects = list(port.pump().effects) if was_full else []
+            idle = 0 if data else idle + 1
+        for _ in range(10):
+            if core.busy:
+                effects += core.run()
+            for effect in effects[:]:
+                effects.remove(effect)
+                if isinstance(effect, Output):
+                    port.push()
+                elif isinstance(effect, Input):
+                    effects += port.pump().effects
+        while got.take() is not None:
+            replies += 1
+    assert replies == 300
 
 
 def test_port_reconnect_drops_what_was_half_said_and_revives_a_broken_ring() -> None:

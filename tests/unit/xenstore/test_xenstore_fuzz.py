@@ -62,13 +62,14 @@ def test_any_requests_and_any_comings_and_goings(moves: list[tuple[int, int, int
                 core.output_taken(conn, len(core.peek_output(conn)))
             core.run()
         else:
-            what, domid = move.split()
+            what, name = move.split()
+            domid = int(name)
             if what == "died":
-                core.domain_died(int(domid))
+                core.domain_died(domid)
             elif what == "introduce":
-                core.introduce(int(domid), ConnId(int(domid)))
+                core.introduce(domid, ConnId(domid))
             else:
-                core.domain_shutdown(int(domid))
+                core.domain_shutdown(domid)
         assert core.store.check() == []
         for domid in (1, 2):
             usage = core.domain_usage(domid)

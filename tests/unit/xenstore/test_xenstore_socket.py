@@ -172,6 +172,29 @@ def test_effects_for_others_are_handed_on(make: Callable[..., Bench]) -> None:
     assert Log("hello") in bench.effects
 
 
+def test_clients_outlive_a_restart_with_their_watches_and_half_messages(make: Callable[..., Bench]) -> None:
+    bench = make()
+    client, gone = bench.connect(), bench.connect()
+    bench.ask(client, xs.XS_WATCH, b"/w\0tok\0")
+    request = wire.encode(xs.XS_READ, 2, 0, b"/\0")
+    client.sendall(request[:10])
+    bench.spin()
+    state, sockets = bench.core.dump(), bench.server.release()
+    gone.close()
+    bench.core = Core.load(state)
+    bench.server = SocketServer(bench.core, listen(bench.path), admit=socket_server.own_user_is_domain0)
+    for conn, sock in sockets.items():
+        bench.server.adopt(sock, conn)
+    client.sendall(request[10:])
+    bench.spin()
+    bench.ask(bench.connect(), xs.XS_WRITE, b"/w\0x")
+    reply, event = (framer := wire.Framer(client.recv(8192))).take(), framer.take()
+    assert reply is not None
+    assert event is not None
+    assert (reply.req_id, event.payload) == (2, b"/w\0tok\0")
+    assert len(bench.core.connections) == 2, "who hung up meanwhile is noticed"
+
+
 def test_listen_replaces_a_dead_socket_only(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = listen(path)
