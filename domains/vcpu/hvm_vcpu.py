@@ -21,7 +21,7 @@ from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
 from domains.vcpu.machine import Machine
 from domains.vcpu.memory import Region
-from domains.vcpu.state import RAX, RBX, RCX, RDX
+from domains.vcpu.state import HF_CPL, RAX, RBX, RCX, RDX
 from domains.vcpu.thunks import Control
 from domains.vcpu.walk import GuestMemory, NotMapped
 
@@ -91,7 +91,7 @@ class UnicornHvmVcpu(Machine):
         self._memory.map(
             VMCB, ctypes.addressof(ctypes.c_char.from_buffer(self._hidden)), VMCB_SIZE, writable=True
         )
-        self.memory: Final = GuestMemory(self._memory, self.regs)
+        self.memory: Final = GuestMemory(self._memory, self.regs, self._cpu)
         self._control_traps = 0
         self._trap_invlpg = False
         self.reset()
@@ -314,8 +314,8 @@ class UnicornHvmVcpu(Machine):
         """#GP where IOPL and the I/O permission bitmap forbid a port (SDM volume 1, 19.5). Unicorn does not
         check."""
         regs = self.regs
-        if not regs.cr0 & PE:
-            return
+        if not regs.hflags & HF_CPL or not regs.cr0 & PE:
+            return  # virtual-8086 mode is CPL 3
         flags = regs.rflags
         if regs.cpl <= flags >> 12 & 3 and not flags & VM:
             return

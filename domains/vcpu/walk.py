@@ -10,6 +10,7 @@ import ctypes
 import struct
 from typing import Final, NamedTuple
 
+from domains.vcpu.insides import library
 from domains.vcpu.memory import PhysicalMap
 from domains.vcpu.state import EnvRegisters
 
@@ -43,7 +44,17 @@ class Translation(NamedTuple):
 class GuestMemory:
     """Physical and linear memory of a guest. NotMapped where there is none."""
 
-    def __init__(self, memory: PhysicalMap, registers: EnvRegisters) -> None:
+    def __init__(self, memory: PhysicalMap, registers: EnvRegisters, cpu: int) -> None:
+        # QEMU's own walk for debuggers: all modes, no rights, no faults, no accessed bits; u32 attributes
+        # come back.
+        self._page: Final = library().held(
+            "x86_cpu_get_phys_page_attrs_debug_x86_64",
+            ctypes.c_int64,
+            *(ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p),
+        )
+        self._cpu: Final = cpu
+        self._attributes: Final = (ctypes.c_uint32 * 4)()
+        self._attributes_at: Final = ctypes.addressof(self._attributes)
         self._memory: Final = memory
         self._regs: Final = registers
 
@@ -113,6 +124,13 @@ class GuestMemory:
             table = base
         raise AssertionError("a walk ends at its last level")
 
+    def physical(self, linear: int) -> int:
+        """Where a linear address leads, whatever the rights. NotMapped if nowhere."""
+        page: int = self._page(self._cpu, linear & ~(PAGE - 1), self._attributes_at)
+        if page < 0:
+            raise NotMapped(linear)
+        return page | linear & (PAGE - 1)
+
     def _entry(self, address: int, width: int) -> int:
         data = self.read_physical(address, width)
         value: int = struct.unpack("<I" if width == 4 else "<Q", data)[0]
@@ -123,7 +141,7 @@ class GuestMemory:
         out = b""
         while size:
             step = min(size, PAGE - linear % PAGE)
-            out += self.read_physical(self.translate(linear).physical, step)
+            out += self.read_physical(self.physical(linear), step)
             linear, size = linear + step, size - step
         return out
 
@@ -133,7 +151,7 @@ class GuestMemory:
         at = 0
         while at < len(data):
             step = min(len(data) - at, PAGE - (linear + at) % PAGE)
-            pieces.append((self.translate(linear + at).physical, at, step))
+            pieces.append((self.physical(linear + at), at, step))
             at += step
         for physical, _, step in pieces:
             self.read_physical(physical, step)

@@ -369,3 +369,162 @@ def test_injected_exception_comes_before_a_pending_interrupt() -> None:
     guest.vcpu.regs.rip += 2
     assert guest.run() is StopReason.REQUESTED
     assert (guest.vcpu.regs.rbx, guest.vcpu.regs.rdx, guest.vcpu.regs.rbp) == (0x18, 1, 1)
+
+
+def test_both_walks_agree() -> None:
+    """The walk in Python and QEMU's own lead to the same place, in long mode and in 32-bit mode with 4 MiB
+    pages."""
+    from domains.vcpu.walk import NotMapped
+
+    guest = HvmGuest()
+    guest.long_mode("e6f4ebfe")
+    guest.run()
+    memory = guest.vcpu.memory
+    for address in (0, 0x1234, 0x1FFFFF, 0xC0000123, 0xE0000010):
+        assert memory.physical(address) == memory.translate(address).physical
+    for address in (0x200000, 1 << 40, 1 << 47, (1 << 64) - 1):
+        with pytest.raises(NotMapped):
+            memory.physical(address)
+    guest = HvmGuest()
+    guest.write(CODE, "8b05 00104000 f4")  # mov eax,[0x401000]; hlt
+    guest.write(0x20000, (0x21000 | 7).to_bytes(4, "little") + (0x00000000 | 0x87).to_bytes(4, "little"))
+    guest.write(0x21000 + 4 * (CODE >> 12), (CODE | 7).to_bytes(4, "little"))
+    guest.write(0x1000, "44332211")
+    guest.vcpu.enter_pvh(CODE, 0)
+    guest.vcpu.set_control(4, 0x10)
+    guest.vcpu.set_control(3, 0x20000)
+    guest.vcpu.set_control(0, 0x80000011)
+    assert guest.run() is StopReason.HALT
+    assert guest.vcpu.regs.rax == 0x11223344
+    memory = guest.vcpu.memory
+    assert memory.translate(0x401000)[:2] == (0x1000, 1 << 22)
+    assert memory.physical(0x401000) == 0x1000
+    assert memory.physical(CODE + 5) == memory.translate(CODE + 5).physical == CODE + 5
+
+
+def protected_mode(guest: HvmGuest, code: str) -> None:
+    """32-bit code at CODE with a flat GDT at 0x1000 (08 code, 10 data, 18/20 user, 28 TSS) and an IDT at
+    0x2000."""
+    flat = (0x00CF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF)
+    tss = 0x0000890000000000 | 0x67 | TSS << 16
+    guest.write(0x1000, b"".join(entry.to_bytes(8, "little") for entry in (0, *flat, tss)))
+    guest.write(TSS + 4, STACK.to_bytes(4, "little") + (0x10).to_bytes(4, "little"))
+    guest.write(TSS + 0x66, "6800")
+    for vector in range(64):
+        target = HANDLERS + 64 * vector
+        gate = target & 0xFFFF | 8 << 16 | 0xEE << 40 | target >> 16 << 48
+        guest.write(0x2000 + 8 * vector, gate.to_bytes(8, "little"))
+        guest.write(target, "f4")
+    vcpu = guest.vcpu
+    vcpu.enter_pvh(CODE, 0)
+    vcpu.regs.gdtr_base, vcpu.regs.gdtr_limit = 0x1000, 0x2F
+    vcpu.regs.idtr_base, vcpu.regs.idtr_limit = 0x2000, 0x1FF
+    vcpu.regs.rsp = STACK
+    # jmp 8:+0; mov ax,0x10; mov ss,ax; mov ds,ax; mov ax,0x28; ltr ax
+    entry = "ea" + (CODE + 7).to_bytes(4, "little").hex() + "0800 66b81000 8ed0 8ed8 66b82800 0f00d8"
+    guest.write(CODE, entry + code)
+
+
+def test_protected_mode_faults_and_user_mode() -> None:
+    """32-bit: IRET to CPL3, INT back on the TSS's stack; the frame has SS:ESP, EFLAGS, CS:EIP."""
+    guest = HvmGuest()
+    # push 0x23; push 0x5000; push 0x202; push 0x1b; push 0x7800; iret
+    protected_mode(guest, "6a23 6800500000 6802020000 6a1b 6800780000 cf")
+    guest.write(0x7800, "cd30")
+    guest.handler(0x30, "89e0 8b0c24 8b5c2404 e6f4ebfe")  # mov eax,esp; mov ecx,[esp]; mov ebx,[esp+4]
+    assert guest.run() is StopReason.REQUESTED
+    regs = guest.vcpu.regs
+    assert (regs.rax, regs.rcx, regs.rbx & 0xFFFF) == (STACK - 20, 0x7802, 0x1B)
+
+
+def test_virtual_8086_mode() -> None:
+    """IRET with VM set runs 16-bit code at CS << 4; its INT comes back with the segments on the stack."""
+    guest = HvmGuest()
+    # push gs fs ds es (0), ss 0x600, esp 0x100, eflags VM|IOPL3|IF, cs 0x780, eip 0; iret
+    protected_mode(guest, "6a00 6a00 6a00 6a00 6800060000 6800010000 6802320200 6880070000 6a00 cf")
+    guest.write(0x7800, "b83412 cd30")  # mov ax,0x1234; int 0x30
+    guest.handler(0x30, "8b0c24 8b5c2404 8b542408 e6f4ebfe")  # mov ecx,[esp]; ebx,[esp+4]; edx,[esp+8]
+    assert guest.run() is StopReason.REQUESTED
+    regs = guest.vcpu.regs
+    assert (regs.rax & 0xFFFF, regs.rcx, regs.rbx & 0xFFFF) == (0x1234, 5, 0x780)
+    assert regs.rdx & 0x20000
+    assert not regs.rflags & 0x20000
+
+
+def test_task_switch_by_far_jump() -> None:
+    """JMP to a TSS selector loads the new task's registers and marks it busy."""
+    guest = HvmGuest()
+    new = 0x3800
+    protected_mode(guest, "ea00000000 3000")  # jmp 0x30:0
+    guest.write(0x1030, (0x0000890000000000 | 0x67 | new << 16).to_bytes(8, "little"))
+    guest.vcpu.regs.gdtr_limit = 0x37
+    image = bytearray(0x68)
+    fields = {0x20: 0x7A00, 0x24: 2, 0x28: 0x55, 0x38: STACK, 0x48: 0x10, 0x4C: 8, 0x50: 0x10, 0x54: 0x10}
+    for at, value in fields.items():  # EIP, EFLAGS, EAX, ESP, ES, CS, SS, DS
+        image[at : at + 4] = value.to_bytes(4, "little")
+    guest.write(new, bytes(image))
+    guest.write(0x7A00, "e6f4ebfe")
+    assert guest.run() is StopReason.REQUESTED
+    assert guest.vcpu.regs.rax & 0xFF == 0x55
+    assert guest.vcpu.regs.tr == 0x30
+    assert guest.memory[0x1035] == 0x8B
+
+
+def test_sysenter_and_sysexit() -> None:
+    """SYSENTER from 32-bit user mode: CS:EIP and SS:ESP from the MSRs, IF clear; SYSEXIT goes back."""
+    guest = HvmGuest()
+    protected_mode(guest, "6a23 6800500000 6802020000 6a1b 6800780000 cf")
+    guest.vcpu.regs.sysenter_cs, guest.vcpu.regs.sysenter_esp, guest.vcpu.regs.sysenter_eip = (
+        8,
+        0x6F00,
+        0x7900,
+    )
+    guest.write(0x7800, "0f34")
+    # mov ebp,esp; pushf; pop ebx; mov edx,0x7810; mov ecx,0x4F00; sysexit
+    guest.write(0x7900, "89e5 9c 5b ba10780000 b9004f0000 0f35")
+    guest.write(0x7810, "89e6 cd30")  # mov esi,esp; int 0x30
+    guest.handler(0x30, "8b5c2404 89df e6f4ebfe")  # mov ebx,[esp+4]; mov edi,ebx
+    guest.write(HANDLERS + 64 * 0x30, "8b7c2404 e6f4ebfe")
+    assert guest.run() is StopReason.REQUESTED
+    regs = guest.vcpu.regs
+    assert (regs.rbp, regs.rsi, regs.rdi & 0xFFFF) == (0x6F00, 0x4F00, 0x1B)
+    assert not regs.rbx & 0x200
+
+
+def test_a20_gate() -> None:
+    """With the gate closed 1 MiB is 0 again; open, it is not."""
+    guest = HvmGuest()
+    protected_mode(guest, "a100001000 f4")  # mov eax,[0x100000]; hlt
+    guest.write(0, "11111111")
+    guest.write(0x100000, "22222222")
+    guest.vcpu.set_a20(False)
+    assert guest.run() is StopReason.HALT
+    closed = guest.vcpu.regs.rax
+    guest.vcpu.set_a20(True)
+    guest.vcpu.regs.rip = CODE + 7 + 4 + 2 + 2 + 4 + 3
+    assert guest.run() is StopReason.HALT
+    assert (closed, guest.vcpu.regs.rax) == (0x11111111, 0x22222222)
+
+
+def test_two_hvm_vcpus_take_turns() -> None:
+    """A second vCPU made by reset and a start-up IPI counts in real mode while the first is in long mode."""
+    guest = HvmGuest()
+    guest.long_mode("31db ffc3 ebfc")  # xor ebx,ebx; l: inc ebx; jmp l
+    guest.vcpu.run(20)
+    first = guest.vcpu.save_context()
+    guest.vcpu.reset()
+    guest.vcpu.enter_startup(0x50)
+    guest.write(0x50000, "45 ebfd")  # l: inc bp; jmp l
+    guest.vcpu.regs.rbp = 0
+    second = guest.vcpu.save_context()
+    for _ in range(10):
+        guest.vcpu.load_context(first)
+        before = guest.vcpu.regs.rbx
+        assert guest.vcpu.run(7) is StopReason.SLICE
+        assert guest.vcpu.regs.rbx == before + 7
+        first = guest.vcpu.save_context()
+        guest.vcpu.load_context(second)
+        assert guest.vcpu.run(5) is StopReason.SLICE
+        second = guest.vcpu.save_context()
+    assert guest.vcpu.regs.rbp == 50
+    assert guest.vcpu.regs.segment("cs").base == 0x50000
