@@ -28,6 +28,7 @@ def main() -> None:
         store.write(f"/local/domain/0/{path}", value)
     store.mkdir("/tool")
     store.mkdir("/vm")
+    store.attach_socket(socket.socket(fileno=start.fds["xenstored"]))
     manager = Manager(host, store, console_directory(start.settings["consoles"]))
     info = {"isolated": start.own_uid, "doorbells": bool(start.settings.get("doorbells", True))}
     server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from bus.addresses import DomId, GrantRef, Port
 from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Log, Output
 from domains.dom0.xenstore.ring_port import Pumped, RingPort
+from domains.dom0.xenstore.socket_server import SocketServer
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
 from drivers.xenbus.wire import Framer, encode
 
@@ -44,8 +46,7 @@ class XenstoreService:
         self._ids = itertools.count(1)
         self._rings: dict[ConnId, _Ring] = {}
         self._by_domain: dict[DomId, ConnId] = {}
-        self._outputs: dict[ConnId, Callable[[], None]] = {}
-        self._closes: dict[ConnId, Callable[[int], None]] = {}
+        self._server: SocketServer | None = None
         self._local = self.new_id()
         self.core.tick(time.monotonic_ns())
         self.core.connect(self._local, 0)
@@ -60,15 +61,21 @@ class XenstoreService:
         """A number for a new connection."""
         return ConnId(next(self._ids))
 
-    def register(self, conn: ConnId, output: Callable[[], None], close: Callable[[int], None]) -> None:
-        """A socket client: what to call when it has output, and when the core drops it."""
-        self._outputs[conn] = output
-        self._closes[conn] = close
+    def attach_socket(self, listener: socket.socket) -> None:
+        """Serve a Unix socket too. Who may connect is decided by the socket file's permissions; clients act for domain 0."""
+        self._server = server = SocketServer(self.core, listener, admit=lambda uid: 0, handle=self._one)
+        self._host.reactor.reader(server.fileno(), self._socket_ready)
 
-    def unregister(self, conn: ConnId) -> None:
-        """The socket client is gone."""
-        self._outputs.pop(conn, None)
-        self._closes.pop(conn, None)
+    def _socket_ready(self) -> None:
+        assert self._server is not None
+        self.core.tick(time.monotonic_ns())
+        self._server.on_readable()
+        self._schedule(self._server.turn(time.monotonic_ns()))
+
+    def _schedule(self, delay: float | None) -> None:
+        if delay is not None and not self._turning:
+            self._turning = True
+            self._host.reactor.after(delay, self._turn)
 
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out what the core wants, and let it go on while it is busy."""
@@ -81,6 +88,8 @@ class XenstoreService:
     def _turn(self) -> None:
         self._turning = False
         self.core.tick(time.monotonic_ns())
+        if self._server is not None:
+            self._schedule(self._server.turn(time.monotonic_ns()))
         self.apply(self.core.run())
         for conn in list(self._rings):
             self._pumped(conn, self._rings[conn].ring.pump())
@@ -91,15 +100,15 @@ class XenstoreService:
                 self._collect()
             elif effect.conn in self._rings:
                 self._pumped(effect.conn, self._rings[effect.conn].ring.push())
-            elif effect.conn in self._outputs:
-                self._outputs[effect.conn]()
+            elif self._server is not None:
+                self._server.carry_out([effect])
         elif isinstance(effect, Close):
             ring = self._rings.get(effect.conn)
             if ring is not None:
                 ring.ring.close(effect.error)
                 self._host.notify(ring.port)
-            elif effect.conn in self._closes:
-                self._closes[effect.conn](effect.error)
+            elif self._server is not None:
+                self._server.carry_out([effect])
         elif isinstance(effect, AttachRing):
             try:
                 self.introduce(DomId(effect.domid), Port(effect.port))
