@@ -1,0 +1,123 @@
+"""The link between a device process ("hardware") and the hypervisor, and a domain's accesses to its devices.
+
+Device to hypervisor: `DeviceHello`, `Dma`, `AccessDone`. Hypervisor to device: `Attach`, `Access`, `DmaDone`, `Reset`, `Refused`.
+Which device it is comes from the link. See docs/decisions/0004-devices.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from bus.messages.domain import U16, U32, U64, Refused
+from bus.messages.envelope import MAX_DESCRIPTORS, Message, registry
+
+MAX_DMA_ITEMS = 1024
+MAX_DMA_LENGTH = 1 << 20
+"""Bytes of one DMA item."""
+Size = Literal[1, 2, 4, 8]
+Space = Annotated[int, Field(ge=-1, le=5)]
+"""-1: configuration space; 0 to 5: that base address register."""
+DmaItem = Annotated[
+    # (I/O virtual address, length in bytes, to memory?, offset in the staging memory)
+    tuple[U64, Annotated[int, Field(ge=1, le=MAX_DMA_LENGTH)], bool, U32],
+    Field(strict=False),
+]
+
+
+class Bar(Message):
+    """A memory BAR: its size (a power of two), and the range of it that is doorbells (whole pages; 0 length: none)."""
+
+    KIND: ClassVar[str] = "bar"
+    index: Annotated[int, Field(ge=0, le=5)]
+    size: Annotated[int, Field(ge=16, le=1 << 30)]
+    doorbell_offset: U32 = 0
+    doorbell_length: U32 = 0
+
+
+class DeviceHello(Message):
+    """First message of a device process."""
+
+    KIND: ClassVar[str] = "device_hello"
+    pid: U32
+    bars: Annotated[list[Bar], Field(max_length=6)]
+    vectors: Annotated[int, Field(ge=0, le=2048)]
+    """MSI-X vectors that it has."""
+
+
+class Dma(Message):
+    """Carry out the items in order, then raise the vectors; stop at the first fault."""
+
+    KIND: ClassVar[str] = "dma"
+    token: U64
+    epoch: U64
+    items: Annotated[list[DmaItem], Field(max_length=MAX_DMA_ITEMS)]
+    vectors: Annotated[list[U16], Field(max_length=64)] = []
+
+
+class AccessDone(Message):
+    """The value read (or 0)."""
+
+    KIND: ClassVar[str] = "access_done"
+    token: U64
+    value: U64
+
+
+class Attach(Message):
+    """The device is told its address and epoch, and gets its descriptors (`bundle`, as in `Order`): staging memory, then for each
+    doorbell range of its BARs a page memfd and an eventfd to listen to."""
+
+    KIND: ClassVar[str] = "attach"
+    bdf: U32
+    epoch: U64
+    staging: U32
+    """Bytes of staging memory."""
+    descriptors: Annotated[int, Field(ge=0, le=MAX_DESCRIPTORS)] = 0
+    bundle: U64 = 0
+
+
+class Access(Message):
+    """A read or write of configuration space or a BAR; answer with `AccessDone`."""
+
+    KIND: ClassVar[str] = "access"
+    token: U64
+    space: Space
+    offset: U32
+    size: Size
+    write: bool
+    value: U64 = 0
+
+
+class DmaDone(Message):
+    """The batch with that token is over. `fault` < 0: all done. Else the index of the item that faulted (0xFFFF: a vector was refused,
+    0xFFFE: stale epoch), and the reason (VT-d fault reason code) with its words."""
+
+    KIND: ClassVar[str] = "dma_done"
+    token: U64
+    fault: Annotated[int, Field(ge=-1, le=0xFFFF)]
+    reason: Annotated[str, Field(max_length=200)] = ""
+
+
+class Reset(Message):
+    """Function-level reset: forget everything but the media; from now on the epoch is this one."""
+
+    KIND: ClassVar[str] = "reset"
+    epoch: U64
+
+
+class DeviceAccess(Message):
+    """A domain's access to a device of its own, by PCI address: answered by `HypercallReply` (rc 0, 8 bytes of value)."""
+
+    KIND: ClassVar[str] = "device_access"
+    token: U64
+    bdf: U32
+    space: Space
+    offset: U32
+    size: Size
+    write: bool
+    value: U64 = 0
+
+
+FROM_DEVICE = registry(DeviceHello, Dma, AccessDone)
+TO_DEVICE = registry(Attach, Access, DmaDone, Reset, Refused)
