@@ -77,8 +77,7 @@ class EventChannels:
         if timer:
             self._timer[port] = vcpu
             self._states[vcpu].timer_port = port
-            state = self._states[vcpu]
-            state.periodic_next = max(state.periodic_next, 0)
+            self._states[vcpu].periodic_next = 0
 
     def notify_vcpu(self, port: int, vcpu: int) -> None:
         """EVTCHNOP_bind_vcpu succeeded."""
@@ -111,6 +110,10 @@ class EventChannels:
     def ipi_target(self, port: int) -> int | None:
         """The vCPU that an IPI channel of this domain notifies; None for any other port."""
         return self._ipi.get(port)
+
+    def vcpu_of(self, port: int) -> int:
+        """The vCPU that a port notifies (0 until it was bound otherwise)."""
+        return self._vcpu.get(port, 0)
 
     def known(self, port: int) -> bool:
         """The port was bound or raised here and not closed since."""

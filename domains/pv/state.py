@@ -114,6 +114,7 @@ class VcpuState:
         """Absolute system time, ns."""
         self.periodic_period = DEFAULT_PERIOD_NS
         self.periodic_next = 0
+        """Absolute system time, ns; 0: the ticker starts its first period when it is next looked at."""
         self.timer_port = 0
         """Port that VIRQ_TIMER of this vCPU is bound to; 0: none."""
         self.runstate = RUNSTATE_offline

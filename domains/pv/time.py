@@ -151,8 +151,8 @@ def timer_due(state: VcpuState, now: int) -> bool:
         state.singleshot = None
         due = True
     if state.periodic_period and state.timer_port and now >= state.periodic_next:
+        due = due or state.periodic_next != 0
         state.periodic_next = now + state.periodic_period
-        due = True
     return due
 
 

@@ -161,7 +161,9 @@ class FakeUpstream:
             return BASE + pages + HEAP, b""
         if cmd == mem.XENMEM_memory_map:
             item = mem.XEN_MEMORY_MAP.unpack(data)
-            return 0, mem.XEN_MEMORY_MAP.pack(item._replace(nr_entries=1)) + struct.pack("<QQI", 0, pages * PAGE, 1)
+            return 0, mem.XEN_MEMORY_MAP.pack(item._replace(nr_entries=1)) + struct.pack(
+                "<QQI", 0, pages * PAGE, 1
+            )
         if cmd == mem.XENMEM_decrease_reservation:
             return mem.XEN_MEMORY_RESERVATION.unpack(data).nr_extents, data
         return -XEN_ENOSYS, b""
@@ -170,7 +172,9 @@ class FakeUpstream:
         machine = self.machine
         if cmd == gt.GNTTABOP_query_size:
             item = gt.GNTTAB_QUERY_SIZE.unpack(data)
-            return 0, gt.GNTTAB_QUERY_SIZE.pack(item._replace(nr_frames=max(self._grant_frames, 1), max_nr_frames=32, status=0))
+            return 0, gt.GNTTAB_QUERY_SIZE.pack(
+                item._replace(nr_frames=max(self._grant_frames, 1), max_nr_frames=32, status=0)
+            )
         if cmd == gt.GNTTABOP_set_version:
             wanted = gt.GNTTAB_SET_VERSION.unpack(data)
             return (0, data) if wanted.version == 1 else (-XEN_EINVAL, b"")
@@ -180,7 +184,9 @@ class FakeUpstream:
             setup = gt.GNTTAB_SETUP_TABLE.unpack(data)
             self._grant_frames = max(self._grant_frames, setup.nr_frames)
             frames = [machine.heap + 1 + i for i in range(setup.nr_frames)]
-            return 0, gt.GNTTAB_SETUP_TABLE.pack(setup._replace(status=0)) + struct.pack(f"<{len(frames)}Q", *frames)
+            return 0, gt.GNTTAB_SETUP_TABLE.pack(setup._replace(status=0)) + struct.pack(
+                f"<{len(frames)}Q", *frames
+            )
         return -XEN_ENOSYS, b""
 
 
@@ -197,7 +203,11 @@ class Machine:
         self.memory = mmap.mmap(-1, count * PAGE)
         self.heap = BASE + self.pages
         self.frames = DomainFrames(
-            memoryview(self.memory), BASE, self.pages, populated=range(BASE, BASE + self.pages), shared=[self.heap]
+            memoryview(self.memory),
+            BASE,
+            self.pages,
+            populated=range(BASE, BASE + self.pages),
+            shared=[self.heap],
         )
         self.xenmap = XenMap(BASE, count, BASE + count - 1, vcpus)
         self.upstream = FakeUpstream(self)
@@ -307,7 +317,9 @@ class Machine:
         if moved:
             self.raise_event(XENSTORE_PORT)
 
-    def _answer(self, ring: Ring, store: dict[str, str], kind: int, request: int, transaction: int, body: bytes) -> None:
+    def _answer(
+        self, ring: Ring, store: dict[str, str], kind: int, request: int, transaction: int, body: bytes
+    ) -> None:
         path = body.split(b"\0")[0].decode("latin1")
         name = path.removeprefix("/local/domain/1/")
         extra: list[tuple[int, int, int, bytes]] = []
@@ -347,7 +359,9 @@ class Machine:
 
     # --- running
 
-    def run(self, *, seconds: float, until: bytes = b"", wait: bytes = b"", text: bytes = b"", echo: bool = False) -> str:
+    def run(
+        self, *, seconds: float, until: bytes = b"", wait: bytes = b"", text: bytes = b"", echo: bool = False
+    ) -> str:
         """Run until `until` is on the console, the domain ends, or the time is over. `text` is typed once `wait` was seen."""
         end = time.monotonic() + seconds
         shown = 0
@@ -397,7 +411,9 @@ def main() -> None:
     how = machine.run(
         seconds=args.timeout, until=args.until.encode(), wait=args.wait.encode(), text=text, echo=True
     )
-    print(f"\n[{how}; build {loaded - began:.2f} s, run {time.monotonic() - loaded:.2f} s; shutdown {machine.upstream.shutdown}]")
+    print(
+        f"\n[{how}; build {loaded - began:.2f} s, run {time.monotonic() - loaded:.2f} s; shutdown {machine.upstream.shutdown}]"
+    )
     if machine.domain.crash_text:
         print(machine.domain.crash_text)
     elif how == "timeout":
