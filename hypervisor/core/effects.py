@@ -34,7 +34,7 @@ class Order:
     order_id: int
     """0: no answer is expected and none is accepted."""
     kind: str
-    """One of the kinds in bus.messages.orders."""
+    """One of `hypervisor.core.orders.ORDERS`, or of the grant tables' own."""
     body: dict[str, object] = field(default_factory=dict)
     windows: tuple[tuple[int, bool], ...] = ()
     """Windows whose memfds travel with the order: (window number, writable)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from errno import EFAULT, EINVAL, ENOSYS, EPERM, ESRCH
+from errno import EINVAL, ENOSYS, EPERM, ESRCH
 from typing import Any, NamedTuple
 
 from bus.abi.hypercalls_model import (
@@ -26,7 +26,6 @@ from bus.abi.hypercalls_model import (
     decode,
     encode,
 )
-from bus.abi.layout import LayoutError
 from bus.addresses import DomId
 from hypervisor.core.domains import Domain, DomainTable, Dying, Kind
 from hypervisor.core.effects import Reply
@@ -173,10 +172,6 @@ class Dispatcher:
             result = handler(call)
         except XenError as error:
             result = Result(-error.errno, error.data)
-        except WireError:
-            result = Result(-EINVAL)
-        except LayoutError:
-            result = Result(-EFAULT)
         if result is None:
             return
         if call is not None:
@@ -205,7 +200,10 @@ class Dispatcher:
         if not command.guests & _GUESTS[domain.kind] or (vcpu and domain.vcpu(vcpu) is None):
             raise XenError(ENOSYS)
         served = command.state is not State.REFUSED
-        message = decode(command, data) if served or nr in self.prechecks else Message((), None, {})
+        try:
+            message = decode(command, data) if served or nr in self.prechecks else Message((), None, {})
+        except WireError as error:
+            raise XenError(EINVAL, str(error)) from None
         call = Call(now, domain, vcpu, token, nr, command, message, self._reply)
         precheck = self.prechecks.get(nr)
         if precheck is not None:

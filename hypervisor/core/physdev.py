@@ -1,10 +1,7 @@
 """HYPERVISOR_physdev_op: physical interrupts (PIRQs) for the domains that own devices.
 
 A PIRQ is a number in one domain's own space, behind which is a message-signalled interrupt of a device of
-the domain
-(its PCI address and MSI-X entry), or a line (GSI) that the control domain permitted. A device can raise what
-was mapped
-for it, and nothing else: this is the interrupt remapping table.
+the domain (its PCI address and MSI-X entry), or a line (GSI) that the control domain permitted.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EBUSY, EINVAL, ENODEV, ENOSPC, EPERM
+from typing import Protocol
 
 from bus.abi import physdev as abi
 from bus.abi.xen import HYPERVISOR_physdev_op
@@ -35,8 +33,20 @@ class _Pirqs:
     """Given out by PHYSDEVOP_get_free_pirq, not mapped yet."""
 
 
+class MsiListener(Protocol):
+    """Who makes a mapped interrupt work: the IOMMU's remapping table, and the device's MSI-X table entry."""
+
+    def msi_mapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
+        """The device's MSI-X entry now raises this PIRQ. XenError: it cannot, and is not mapped."""
+
+    def msi_unmapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
+        """It raises nothing any more."""
+
+
 class PhysdevOps(DomainHooks):
-    """Who owns a device is said by `device_owner`, which the IOMMU sets."""
+    """Who owns a device is said by `device_owner`, which the IOMMU sets. An interrupt that comes in is
+    passed on by
+    `EventChannels.raise_pirq`."""
 
     def __init__(
         self, domains: DomainTable, events: EventChannels, config: MachineConfig, dispatcher: Dispatcher
@@ -48,6 +58,7 @@ class PhysdevOps(DomainHooks):
         self._by_source: dict[tuple[Bdf, int], tuple[DomId, int]] = {}
         self.device_owner: Callable[[Bdf], DomId | None] = lambda bdf: None
         self.device_exists: Callable[[Bdf], bool] = lambda bdf: False
+        self.msi_listener: MsiListener | None = None
         for cmd, handler in (
             (abi.PHYSDEVOP_eoi, self._eoi),
             (abi.PHYSDEVOP_irq_status_query, self._irq_status_query),
@@ -63,15 +74,6 @@ class PhysdevOps(DomainHooks):
 
     # -- what devices do
     # ------------------------------------------------------------------------------------------
-
-    def raise_msi(self, bdf: Bdf, entry: int) -> bool:
-        """The device signals its interrupt `entry`. False if none is mapped for it, or its device has
-        another owner
-        by now: nothing is raised then, and the caller records the attempt."""
-        found = self._by_source.get((bdf, entry))
-        if found is None or self.device_owner(bdf) != found[0]:
-            return False
-        return self._events.raise_pirq(*found)
 
     def release_device(self, bdf: Bdf) -> None:
         """The device leaves its owner: its interrupts are unmapped."""
@@ -135,6 +137,8 @@ class PhysdevOps(DomainHooks):
             pirq = op.pirq
             if pirq in pirqs.msi or pirq in self._events.ports_of(domain.domid).pirqs_permitted:
                 raise XenError(EBUSY)
+        if self.msi_listener is not None:
+            self.msi_listener.msi_mapped(bdf, op.entry_nr, domain.domid, pirq)
         pirqs.reserved.discard(pirq)
         pirqs.msi[pirq] = (bdf, op.entry_nr)
         self._by_source[bdf, op.entry_nr] = (domain.domid, pirq)
@@ -144,6 +148,8 @@ class PhysdevOps(DomainHooks):
     def _unmap(self, domid: DomId, pirq: int) -> None:
         source = self._of(domid).msi.pop(pirq)
         del self._by_source[source]
+        if self.msi_listener is not None:
+            self.msi_listener.msi_unmapped(*source, domid, pirq)
         self._events.permit_pirq(domid, pirq, allowed=False)
 
     def _unmap_pirq(self, call: Call) -> Result:
@@ -206,7 +212,7 @@ class PhysdevOps(DomainHooks):
         self._known(call.item)
         raise XenError(EBUSY)
 
-    def gone(self, now: int, domain: Domain) -> None:
-        pirqs = self._pirqs.pop(domain.domid, None)
-        for source in pirqs.msi.values() if pirqs is not None else ():
-            del self._by_source[source]
+    def dying(self, now: int, domain: Domain) -> None:
+        for pirq in list(self._of(domain.domid).msi):
+            self._unmap(domain.domid, pirq)
+        del self._pirqs[domain.domid]

@@ -14,6 +14,7 @@ from bus.addresses import PAGE_SIZE, DomId, Mfn
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.effects import Effect, KillProcess, Order, Reply
+from hypervisor.core.orders import ORDERS
 
 
 class FakeMemory:
@@ -101,6 +102,8 @@ class Machine:
         while effects := self.core.take_effects():
             seen += effects
             for effect in effects:
+                if isinstance(effect, Order):
+                    assert effect.kind in ORDERS
                 if isinstance(effect, Reply):
                     self.replies[effect.token] = effect
                 elif isinstance(effect, Order) and effect.order_id and effect.domain not in self.silent:
