@@ -13,7 +13,7 @@ from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE
 from bus.abi.io import xs_wire as xs
 from bus.addresses import DomId, GrantRef, Port
 from domains.dom0.xenstore.core import Core
-from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Log, Output
+from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Input, Log, Output
 from domains.dom0.xenstore.ring_port import Pumped, RingPort
 from domains.dom0.xenstore.socket_server import SocketServer
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
@@ -102,6 +102,9 @@ class XenstoreService:
                 self._pumped(effect.conn, self._rings[effect.conn].ring.push())
             elif self._server is not None:
                 self._server.carry_out([effect])
+        elif isinstance(effect, Input):
+            if effect.conn in self._rings:
+                self._host.reactor.soon(lambda: self._event(effect.conn))
         elif isinstance(effect, Close):
             ring = self._rings.get(effect.conn)
             if ring is not None:
