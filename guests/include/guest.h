@@ -145,6 +145,10 @@ extern trap_handler_t on_event, on_syscall;
 /* Run code that may fault: the vector that hit (-1: none) and the frame then. Continues behind the faulting code. */
 extern struct frame caught;
 extern char trap_resume[];
+/* From a handler: continue behind `attempt`, as if its code had ended. */
+void resume_kernel(struct frame *frame);
+/* Load all registers from a frame and go there by Xen's iret. */
+void enter_frame(struct frame *frame) __attribute__((noreturn));
 int attempt(void (*body)(unsigned long), unsigned long argument);
 /* Mask or unmask event delivery to this vCPU; unmasking delivers what is pending. */
 void events_off(void);

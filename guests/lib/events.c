@@ -3,9 +3,20 @@
 
 static event_handler_t port_handlers[MAX_PORTS];
 
-static void set_bit(unsigned long *words, unsigned bit) { __asm__ volatile("lock bts %1, %0" : "+m"(words[bit / 64]) : "r"((unsigned long)bit % 64) : "memory", "cc"); }
-static void clear_bit(unsigned long *words, unsigned bit) { __asm__ volatile("lock btr %1, %0" : "+m"(words[bit / 64]) : "r"((unsigned long)bit % 64) : "memory", "cc"); }
-static bool test_bit(const unsigned long *words, unsigned bit) { return ((const volatile unsigned long *)words)[bit / 64] >> bit % 64 & 1; }
+static void set_bit(unsigned long *words, unsigned long bit)
+{
+    __asm__ volatile("lock bts %1, %0" : "+m"(words[bit / 64]) : "r"(bit % 64) : "memory", "cc");
+}
+
+static void clear_bit(unsigned long *words, unsigned long bit)
+{
+    __asm__ volatile("lock btr %1, %0" : "+m"(words[bit / 64]) : "r"(bit % 64) : "memory", "cc");
+}
+
+static bool test_bit(const unsigned long *words, unsigned bit)
+{
+    return ((const volatile unsigned long *)words)[bit / 64] >> bit % 64 & 1;
+}
 
 bool port_pending(evtchn_port_t port) { return test_bit(shared_info->evtchn_pending, port); }
 bool port_masked(evtchn_port_t port) { return test_bit(shared_info->evtchn_mask, port); }
@@ -60,17 +71,13 @@ void events_init(void)
 
 bool wait_for(volatile bool *flag, uint64_t ns)
 {
-    uint64_t deadline = system_time() + ns;
+    uint64_t deadline = system_time() + ns, now;
     while (!*flag) {
-        if (system_time() >= deadline)
+        if ((now = system_time()) >= deadline)
             return false;
-        HYPERVISOR_set_timer_op(deadline);
-        events_off();
-        if (*flag) {
-            events_on();
-            break;
-        }
-        HYPERVISOR_sched_op(SCHEDOP_block, NULL); /* also lets events in again */
+        /* An event between the test and the poll is noticed at the poll's end, 10 ms later at most. */
+        struct sched_poll poll = {.nr_ports = 0, .timeout = now + 10000000};
+        HYPERVISOR_sched_op(SCHEDOP_poll, &poll);
     }
     return true;
 }

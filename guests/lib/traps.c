@@ -12,6 +12,16 @@ static bool guarded;
 
 void on_trap(unsigned vector, trap_handler_t handler) { handlers[vector & 255] = handler; }
 
+/* Make the frame return behind guarded_call, in the kernel, whatever mode it came from. */
+void resume_kernel(struct frame *frame)
+{
+    guarded = false;
+    frame->rip = (uint64_t)trap_resume;
+    frame->cs = (frame->cs & ~0xfffful) | (FLAT_KERNEL_CS & ~3);
+    frame->ss = FLAT_KERNEL_SS;
+    frame->rsp = (uint64_t)frame;
+}
+
 void trap_entry(struct frame *frame)
 {
     if (frame->vector == VECTOR_EVENT && on_event) {
@@ -27,9 +37,8 @@ void trap_entry(struct frame *frame)
         return;
     }
     if (guarded) {
-        guarded = false;
         caught = *frame;
-        frame->rip = (uint64_t)trap_resume;
+        resume_kernel(frame);
         return;
     }
     print("Bail out! trap 0x%lx error 0x%lx at 0x%lx, rsp 0x%lx, cr2 0x%lx\n", frame->vector, frame->error, frame->rip,
