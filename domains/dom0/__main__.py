@@ -6,9 +6,11 @@ import socket
 
 from bus import privileges
 from bus.abi import sched, xen
+from bus.addresses import DomId
 from bus.process import begin
 from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.server import ToolstackServer, console_directory
+from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
@@ -23,7 +25,8 @@ def main() -> None:
         reactor.once(20.0)
         if not host.memory and reactor.stopping:
             return
-    store = XenstoreService(host)
+    xc = ControlInterface(host)
+    store = XenstoreService(host, exists=lambda domid: domid == 0 or xc.domain_info(DomId(domid)) is not None)
     for path, value in (("domid", "0"), ("name", "Domain-0")):
         store.write(f"/local/domain/0/{path}", value)
     store.mkdir("/tool")
