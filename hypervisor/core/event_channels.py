@@ -33,6 +33,7 @@ PER_VCPU_VIRQS = frozenset((VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF, VIRQ_XENPMU))
 """All others are global: bound on vCPU 0 only (xen.h)."""
 
 
+ROWS_PER_ORDER: Final = 1024
 NO_DOMAIN: Final = DomId(0)
 NO_PORT: Final = Port(0)
 
@@ -115,6 +116,24 @@ class EventChannels(DomainHooks):
 
     def created(self, now: int, domain: Domain) -> None:
         self._ports[domain.domid] = Ports()
+
+    def restarted(self, now: int, domain: Domain) -> None:
+        """Order `channels`: the ports that the domain has; then new doorbells for those that are joined."""
+        channels = sorted(self._ports[domain.domid].channels.items())
+        rows = [
+            [port, int(c.state), c.vcpu, int(c.remote_domain), int(c.remote_port), c.number, c.priority]
+            for port, c in channels
+            if c.consumer is None
+        ]
+        for start in range(0, len(rows), ROWS_PER_ORDER):
+            self._outbox.tell(domain.domid, "channels", {"channels": rows[start : start + ROWS_PER_ORDER]})
+        for port, channel in channels:
+            if channel.consumer is not None or channel.state is not State.INTERDOMAIN:
+                continue
+            far = self._ports[channel.remote_domain].channels[channel.remote_port]
+            if far.consumer is None:
+                self._outbox.emit(Unbind(channel.remote_domain, channel.remote_port))
+                self._outbox.emit(Bind(domain.domid, Port(port), channel.remote_domain, channel.remote_port))
 
     def dying(self, now: int, domain: Domain) -> None:
         ports = self._ports[domain.domid]

@@ -24,6 +24,9 @@ class DomainHooks:
     def process_ended(self, now: int, domain: Domain) -> None:
         """Its process is gone. No order to it will be answered."""
 
+    def restarted(self, now: int, domain: Domain) -> None:
+        """It has a new process in place of one that ended: tell that what the old one knew."""
+
     def dying(self, now: int, domain: Domain) -> None:
         """It is being destroyed: close everything that joins it to others. Its process may still run for a
         moment."""

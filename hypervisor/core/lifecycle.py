@@ -33,6 +33,7 @@ from hypervisor.core.errors import XenError
 from hypervisor.core.event_channels import EventChannels
 from hypervisor.core.frames import FrameTable
 from hypervisor.core.hooks import DomainHooks
+from hypervisor.core.memory_news import RUNS_PER_ORDER
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import P2m
 
@@ -109,25 +110,29 @@ class Lifecycle:
         if spec.kind is not Kind.PV:
             domain.p2m = P2m(domid)
         self._domains.add(domain)
-        domain.process_alive = True
-        self._outbox.emit(StartProcess(domid, spec.role))
-        self._outbox.tell(
-            domid,
-            "configure",
-            {
-                "domid": int(domid),
-                "kind": spec.kind.value,
-                "handle": spec.handle,
-                "max_vcpus": spec.max_vcpus,
-                "flags": spec.flags,
-                "emulation_flags": spec.emulation_flags,
-                "privileged": spec.privileged,
-            },
-        )
+        self._introduce(domain)
         for hooks in self._hooks:
             hooks.created(now, domain)
         self._note(now, domain, "created", spec.kind.value)
         return domain
+
+    def _introduce(self, domain: Domain) -> None:
+        """Start a process for the domain and tell it what it is."""
+        domain.process_alive = True
+        self._outbox.emit(StartProcess(domain.domid, domain.spec.role))
+        self._outbox.tell(
+            domain.domid,
+            "configure",
+            {
+                "domid": int(domain.domid),
+                "kind": domain.spec.kind.value,
+                "handle": domain.handle,
+                "max_vcpus": domain.spec.max_vcpus,
+                "flags": domain.spec.flags,
+                "emulation_flags": domain.spec.emulation_flags,
+                "privileged": domain.spec.privileged,
+            },
+        )
 
     def set_max_mem(self, now: int, domain: Domain, pages: int) -> None:
         """XEN_DOMCTL_max_mem. The first time, it fixes the size of the domain's MFN range; a larger maximum
@@ -314,18 +319,45 @@ class Lifecycle:
             self._kill(now, domain, why)
 
     def resume(self, now: int, domain: Domain) -> None:
-        """XEN_DOMCTL_resumedomain: a domain that had shut down goes on. EINVAL if its process is gone."""
+        """XEN_DOMCTL_resumedomain: a domain that had shut down goes on.
+
+        A native domain whose process is gone gets a new one, with the domain's id, memory and event channels
+        as they were: a driver domain is restarted in place this way. EINVAL for another domain without a
+        process."""
         if domain.dying is not Dying.ALIVE:
             raise XenError(EINVAL)
         if not domain.shutting_down:
             return
-        if not domain.process_alive or not domain.shut_down:
+        if not domain.shut_down or not (domain.process_alive or domain.kind is Kind.NATIVE):
             raise XenError(EINVAL)
         domain.shutting_down = domain.shut_down = False
         domain.shutdown_code = None
-        self._outbox.tell(domain.domid, "resume")
+        domain.crash_reason = ""
+        if domain.process_alive:
+            self._outbox.tell(domain.domid, "resume")
+        else:
+            self._start_again(now, domain)
         self._runnable_changed(now, domain)
         self._note(now, domain, "resumed")
+
+    def _start_again(self, now: int, domain: Domain) -> None:
+        """A new process for a domain that is built: it is told all that the old one knew of the
+        hypervisor."""
+        self._introduce(domain)
+        extent = self._frames.extent_of(domain.domid)
+        if extent is not None:
+            self._outbox.tell(domain.domid, "extent", self._extent_body(domain), extents=(extent.base,))
+        runs: list[tuple[str, list[list[int]]]] = [("added", self._frames.ram_runs(domain.domid))]
+        if domain.p2m is not None:
+            runs.append(("p2m", domain.p2m.runs()))
+        for what, found in runs:
+            for start in range(0, len(found), RUNS_PER_ORDER):
+                self._outbox.tell(domain.domid, "memory", {what: found[start : start + RUNS_PER_ORDER]})
+        for hooks in self._hooks:
+            hooks.restarted(now, domain)
+        if domain.started:
+            self._start(now, domain)
+            self._outbox.tell(domain.domid, "pause", {"paused": domain.paused})
 
     # -- death -----------------------------------------------------------------------------------------------
 

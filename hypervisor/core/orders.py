@@ -20,16 +20,16 @@ _KINDS = (
     OrderKind(
         "configure",
         False,
-        "domid, kind (pv, hvm, native), handle (16 bytes), max_vcpus, flags (XEN_DOMCTL_CDF_*), emulation_flags, "
-        "privileged",
+        "domid, kind (pv, hvm, native), handle (16 bytes), max_vcpus, flags (XEN_DOMCTL_CDF_*), "
+        "emulation_flags, privileged",
         "first order: what the domain is",
     ),
     OrderKind(
         "extent",
         False,
         "domid, base (MFN), ram_frames, frames, shared_info (MFN)",
-        "the domain's own machine memory; its memfd travels along. The first ram_frames of the range are room for "
-        "guest RAM, of which the domain owns what `memory` orders say; the others are Xen-heap frames",
+        "the domain's own machine memory; its memfd travels along. The first ram_frames of the range are room "
+        "for guest RAM, of which the domain owns what `memory` orders say; the others are Xen-heap frames",
     ),
     OrderKind(
         "build_extent",
@@ -41,9 +41,15 @@ _KINDS = (
     OrderKind(
         "memory",
         False,
-        "one of: added, removed: [[first MFN, count], ...]; m2p: [[pfn, mfn, count], ...]; p2m: [[gfn, mfn, count, "
-        "type], ...], type as P2mType, 0 for unmapped",
+        "one of: added, removed: [[first MFN, count], ...]; m2p: [[pfn, mfn, count], ...]; p2m: [[gfn, mfn, "
+        "count, type], ...], type as P2mType, 0 for unmapped",
         "what changed in the domain's memory; always before the reply to the call that changed it",
+    ),
+    OrderKind(
+        "channels",
+        False,
+        "channels: [[port, EVTCHNSTAT_*, vcpu, remote domain, remote port, VIRQ or PIRQ, priority], ...]",
+        "to a new process in place of one that ended: the event channels that its domain has",
     ),
     OrderKind(
         "start",

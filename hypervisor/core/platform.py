@@ -61,6 +61,9 @@ class PlatformOps(DomainHooks):
         if self.wallclock_ns is not None:
             self._tell(domain)
 
+    def restarted(self, now: int, domain: Domain) -> None:
+        self.created(now, domain)
+
     def _cpu(self, number: int) -> int:
         if number >= self._config.pcpus:
             raise XenError(EINVAL)

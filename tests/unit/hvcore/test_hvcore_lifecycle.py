@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from hvcore_machine import Machine
 
-from bus.abi import domctl, event_channel, sched
+from bus.abi import domctl, event_channel, memory, sched
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT, xen_arch_domainconfig
 from bus.abi.xen import VIRQ_DOM_EXC, HYPERVISOR_sched_op
-from bus.addresses import DomId
-from hypervisor.core.effects import KillProcess, Order, Raise, Reply, StartProcess, StopMachine
+from bus.addresses import DomId, Port
+from hypervisor.core.effects import Bind, KillProcess, Order, Raise, Reply, StartProcess, StopMachine
+from hypervisor.core.invariants import InvariantChecker
 
 
 @pytest.fixture
@@ -309,3 +310,37 @@ def test_replies_to_dead_callers_are_not_sent(machine: Machine) -> None:
     machine.core.process_ended(machine.now, DomId(0), "crashed")
     machine.advance(3)
     assert not [e for e in machine.effects[before:] if isinstance(e, Reply) and e.domain == 0]
+
+
+def test_a_driver_domain_is_restarted_in_place_with_its_memory_and_channels(machine: Machine) -> None:
+    domio, guest = machine.create(ssidref=1), machine.create()
+    for domid in (domio, guest):
+        machine.start(domid)
+    item = memory.xen_memory_reservation(0, 3, 0, 0, domio)
+    gfns = b"".join(n.to_bytes(8, "little") for n in (4, 5, 6))
+    assert machine.memory_op(0, memory.XENMEM_populate_physmap, item, extent_start=gfns).rc == 3
+    alloc = event_channel.evtchn_alloc_unbound(guest, domio, 0)
+    far = machine.event(guest, event_channel.EVTCHNOP_alloc_unbound, alloc).item.port
+    bind = event_channel.evtchn_bind_interdomain(guest, far, 0)
+    near = machine.event(domio, event_channel.EVTCHNOP_bind_interdomain, bind).item.local_port
+    assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, domio).rc == 0, "nothing to do"
+    machine.core.process_ended(machine.now, DomId(domio), "signal 9")
+    machine.core.process_ended(machine.now, DomId(guest), "signal 9")
+    machine.run()
+    before = len(machine.effects)
+    assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, guest).rc == -EINVAL, "only native ones"
+    assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, domio).rc == 0
+    effects = machine.effects[before:]
+    assert StartProcess(DomId(domio), "domio") in effects
+    kinds = [e.kind for e in effects if isinstance(e, Order) and e.domain == domio]
+    assert kinds == ["configure", "extent", "memory", "memory", "channels", "start", "pause"]
+    (channels,) = orders(effects, domio, "channels")
+    assert channels.body == {"channels": [[near, 2, 0, guest, far, 0, 7]]}
+    p2m = orders(effects, domio, "memory")[1].body["p2m"]
+    assert [run[0::2] for run in p2m] == [[4, 3]]  # type: ignore[attr-defined]  # a list of runs
+    assert Bind(DomId(domio), Port(near), DomId(guest), Port(far)) in effects
+    domain = machine.core.domains.get(domio)
+    assert domain is not None
+    assert domain.runnable
+    assert not machine.info(domio).flags & domctl.XEN_DOMINF_shutdown
+    InvariantChecker(machine.core).assert_holds()
