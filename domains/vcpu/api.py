@@ -219,6 +219,9 @@ class Vcpu(Protocol):
     def host_tsc(self) -> int:
         """The host's time stamp counter (0.1 us)."""
 
+    def native_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX of what the vCPU can execute; a guest's CPUID policy starts from it (2 us)."""
+
     def save_extended(self) -> bytes:
         """x87/SSE state as FXSAVE lays it out (512 bytes)."""
 

@@ -18,6 +18,7 @@ from bus.addresses import MachineAddr
 from domains.vcpu import insides, thunks
 from domains.vcpu.api import BadAccess, GuestFault, StopReason, VcpuError
 from domains.vcpu.extended import ExtendedState
+from domains.vcpu.features import usable
 from domains.vcpu.memory import PhysicalMap
 from domains.vcpu.state import Segment, view
 from domains.vcpu.thunks import Control
@@ -87,6 +88,8 @@ class Machine:
         self._flush = lib.held("tlb_flush_x86_64", None, pointer)
         self._flush_page = lib.held("tlb_flush_page_x86_64", None, pointer, u64)
         self._update_hflags = lib.held("x86_update_hflags_x86_64", None, pointer)
+        u32 = ctypes.c_uint32
+        self._cpuid = lib.held("cpu_x86_cpuid_x86_64", None, pointer, u32, u32, *(pointer,) * 4)
         self._control.q[Control.TSC_MULTIPLIER // 8] = TSC_ONE
         code = self._code
         tsc = ctypes.PYFUNCTYPE(u64)
@@ -254,6 +257,13 @@ class Machine:
     def _between_runs(self, what: str) -> None:
         if self._running:
             raise VcpuError(f"{what} called inside a hook")
+
+    def native_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX of what this vCPU can execute: the base for every CPUID policy (2 us)."""
+        out = (ctypes.c_uint32 * 4)()
+        at = ctypes.addressof(out)
+        self._cpuid(self._env, leaf, subleaf, at, at + 4, at + 8, at + 12)
+        return usable(leaf, subleaf, (out[0], out[1], out[2], out[3]))
 
     # ---- time
 
