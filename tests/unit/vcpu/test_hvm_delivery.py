@@ -528,3 +528,26 @@ def test_two_hvm_vcpus_take_turns() -> None:
         second = guest.vcpu.save_context()
     assert guest.vcpu.regs.rbp == 50
     assert guest.vcpu.regs.segment("cs").base == 0x50000
+
+
+def test_rep_insb_under_bells_reads_every_byte_once() -> None:
+    """REP INSB of 16,000 bytes with a bell every few iterations: as many reads as bytes, each in its place."""
+    guest = HvmGuest()
+    # mov edi,0x40000; mov ecx,16000; mov edx,0x99; rep insb; out 0xf4,al; jmp $
+    guest.long_mode("bf00000400 b9803e0000 ba99000000 f36c e6f4ebfe")
+    reads = 0
+
+    def port_in(port: int, size: int) -> int:
+        nonlocal reads
+        reads += 1
+        if reads % 7 == 0:
+            guest.vcpu.ring()
+        return reads * 7 & 0xFF
+
+    guest.exits.on_port_in = port_in  # type: ignore[method-assign]  # a faster recorder
+    bells = 0
+    while guest.run() is StopReason.BELL:
+        bells += 1
+        guest.vcpu.clear_bell()
+    assert (reads, bells) == (16000, 16000 // 7)
+    assert guest.memory[0x40000 : 0x40000 + 16000] == bytes((n + 1) * 7 & 0xFF for n in range(16000))
