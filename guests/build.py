@@ -1,8 +1,9 @@
-"""Builds the conformance guests with the C compiler of the `ziglang` package; cached by the content of the sources.
+"""Builds the conformance guests with the C compiler of the `ziglang` package; cached by the content of the
+sources.
 
-`build("hello")` gives the path of an ELF file that Xen (and Domicile) boots as a 64-bit PV guest. Xen's headers are those of
-the package libxen-dev, found in $DOMICILE_XEN_HEADERS or /usr/include. The cache is `$XDG_CACHE_HOME/domicile/guests` (or
-under ~/.cache); a build takes a second or two, a second call nothing.
+`build("hello")` gives the path of an ELF file that Xen (and Domicile) boots as a 64-bit PV guest. Xen's
+headers are those of the package libxen-dev, found in $DOMICILE_XEN_HEADERS or /usr/include. The cache is
+`$XDG_CACHE_HOME/domicile/guests` (or under ~/.cache); a build takes a second or two, a second call nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ TIMEOUT_S = 120
 INTERFACE_VERSION = 0x00040D00
 """__XEN_INTERFACE_VERSION__: which shape of the headers' structures the guests use."""
 
-FLAGS = (
-    "-target x86_64-freestanding-none -std=gnu11 -O2 -ffreestanding -nostdlib -fno-builtin -fno-pic -mcmodel=kernel "
-    "-mno-red-zone -mno-sse -mno-mmx -mno-avx -mno-80387 -fno-stack-protector -fno-sanitize=all "
-    "-fno-asynchronous-unwind-tables -Wall -Wextra -Werror"
-).split()
+FLAGS = [
+    *(
+        "-target",
+        "x86_64-freestanding-none",
+        "-std=gnu11",
+        "-O2",
+        "-ffreestanding",
+        "-nostdlib",
+        "-fno-builtin",
+    ),
+    *("-fno-pic", "-mcmodel=kernel", "-mno-red-zone"),
+    *("-mno-sse", "-mno-mmx", "-mno-avx", "-mno-80387"),  # a guest's library saves no vector registers
+    *("-fno-stack-protector", "-fno-sanitize=all", "-fno-asynchronous-unwind-tables"),
+    *("-Wall", "-Wextra", "-Werror"),
+]
 
 
 class GuestBuildError(RuntimeError):
@@ -63,11 +74,22 @@ def _build(names: list[str]) -> dict[str, Path]:
     with tempfile.TemporaryDirectory(dir=cache) as scratch_name, ThreadPoolExecutor(os.cpu_count()) as pool:
         scratch = Path(scratch_name)
         inputs = [*library, *missing.values()]
-        objects = dict(zip(inputs, pool.map(lambda path: _compile(path, scratch, headers), inputs), strict=True))
+        objects = dict(
+            zip(inputs, pool.map(lambda path: _compile(path, scratch, headers), inputs), strict=True)
+        )
         for name, source in missing.items():
             linked = scratch / f"{name}.elf"
             _run(
-                ["ld.lld", "-static", "-z", "max-page-size=4096", "-T", str(HERE / "guest.lds"), "-o", str(linked)]
+                [
+                    "ld.lld",
+                    "-static",
+                    "-z",
+                    "max-page-size=4096",
+                    "-T",
+                    str(HERE / "guest.lds"),
+                    "-o",
+                    str(linked),
+                ]
                 + [str(objects[path]) for path in [*library, source]]
             )
             linked.replace(out[name])
