@@ -3,6 +3,7 @@
 `load_kernel` recognises the file, `build_pv` makes a PV guest of it, `build_pvh` a PVH guest.
 """
 
+from .context import guest_context
 from .errors import BuildError
 from .kernel import Kernel, load_kernel
 from .pv import GuestMemory, PvBuildRequest, PvBuilt, PvContext, build_pv, check_pv
@@ -22,6 +23,7 @@ __all__ = [
     "build_pvh",
     "check_pv",
     "check_pvh",
+    "guest_context",
     "load_kernel",
     "ram_ranges",
     "special_pages",

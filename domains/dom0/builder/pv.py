@@ -33,6 +33,8 @@ GUEST_TYPE: Final = b"xen-3.0-x86_64"
 """start_info's magic for this kind of guest, and the machine type in xen_version's capabilities."""
 MAX_PAGES: Final = 1 << 26
 """Cap on a guest's memory: 256 GiB."""
+MAX_MFN: Final = (1 << 40) - 1
+"""A page-table entry holds 52 bits of machine address."""
 PADDING: Final = 512 << 10
 REGION_ALIGN: Final = 4 << 20
 RFLAGS_IF: Final = 1 << 9
@@ -209,6 +211,7 @@ def build_pv(request: PvBuildRequest, memory: GuestMemory) -> PvBuilt:
     notes = check_pv(kernel)
     if not 0 < pages <= MAX_PAGES:
         raise BuildError(f"memory: {pages} pages (1 to {MAX_PAGES})")
+    p2m = _checked_p2m(request.p2m)
     if len(request.cmdline) >= MAX_GUEST_CMDLINE or b"\0" in request.cmdline:
         raise BuildError(
             f"command line: {len(request.cmdline)} bytes (at most {MAX_GUEST_CMDLINE - 1}, none of them 0)"
@@ -225,7 +228,7 @@ def build_pv(request: PvBuildRequest, memory: GuestMemory) -> PvBuilt:
     info = plan.take("the start info", 1)
     xenstore = plan.take("the xenstore page", 1)
     console = plan.take("the console page", 1)
-    tables = PageTables(request.p2m)
+    tables = PageTables(p2m)
     table_count, region_end = _size_region(tables, plan, base)
     tables_pfn = plan.take("the page tables", table_count)
     stack = plan.take("the boot stack", 1)
@@ -249,7 +252,7 @@ def build_pv(request: PvBuildRequest, memory: GuestMemory) -> PvBuilt:
         memory.write(notes.hypercall_page - base >> PAGE_SHIFT, 0, PV_HYPERCALL_PAGE)
     if len(ramdisk):
         memory.write(ramdisk_pfn, 0, ramdisk)
-    memory.write(p2m_pfn, 0, array("Q", request.p2m).tobytes())
+    memory.write(p2m_pfn, 0, p2m.tobytes())
     for pfn, content in tables.runs():
         memory.write(pfn, 0, content)
     record = start_info(
@@ -257,9 +260,9 @@ def build_pv(request: PvBuildRequest, memory: GuestMemory) -> PvBuilt:
         nr_pages=pages,
         shared_info=request.shared_info << PAGE_SHIFT,
         flags=flags,
-        store_mfn=request.p2m[xenstore],
+        store_mfn=p2m[xenstore],
         store_evtchn=request.xenstore_port,
-        console_mfn=request.p2m[console],
+        console_mfn=p2m[console],
         console_evtchn=request.console_port,
         pt_base=plan.virt(tables_pfn),
         nr_pt_frames=table_count,
@@ -277,7 +280,7 @@ def build_pv(request: PvBuildRequest, memory: GuestMemory) -> PvBuilt:
             VirtAddr(entry),
             VirtAddr(plan.virt(stack) + PAGE_SIZE),
             plan.virt(info),
-            Mfn(request.p2m[tables.root]),
+            Mfn(p2m[tables.root]),
         ),
         start_info=Pfn(info),
         xenstore=Pfn(xenstore),
@@ -293,6 +296,17 @@ def build_pv(request: PvBuildRequest, memory: GuestMemory) -> PvBuilt:
         first_free=Pfn(plan.next),
         supported=notes.supported,
     )
+
+
+def _checked_p2m(frames: Sequence[int]) -> array[int]:
+    """The p2m list as 64-bit words. BuildError if a frame number does not fit a page-table entry."""
+    try:
+        p2m = array("Q", frames)
+    except (OverflowError, TypeError) as error:
+        raise BuildError(f"memory: not a list of machine frames: {error}") from None
+    if max(p2m) > MAX_MFN:
+        raise BuildError(f"memory: machine frame {max(p2m):#x} does not fit a page-table entry")
+    return p2m
 
 
 def _size_region(tables: PageTables, plan: _Plan, base: int) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pv_checker import check
 
+from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.addresses import Mfn, Port
-from domains.dom0.builder import BuildError, PvBuildRequest, PvBuilt, build_pv, load_kernel
+from domains.dom0.builder import BuildError, PvBuildRequest, PvBuilt, build_pv, guest_context, load_kernel
 
 ENTRY, HYPERCALL, BASE, PADDR_OFFSET, P2M, MOD_PFN = 1, 2, 3, 4, 15, 16
 FEATURES, HV_START_LOW, XEN_VERSION, LOADER, PHYS32 = 10, 12, 5, 8, 18
@@ -155,3 +156,29 @@ def test_ramdisk_and_command_line_limits() -> None:
     for command in (b"x" * 1024, b"a\0b"):
         with pytest.raises(BuildError, match="command line"):
             build_pv(request_for(kernel_at(0), range(1100), cmdline=command), Memory(1100))
+
+
+@pytest.mark.parametrize("bad", [-1, 1 << 40, 1 << 64])
+def test_wild_machine_frames(bad: int) -> None:
+    """A p2m list with a number that is no frame's is refused."""
+    memory = Memory(1100)
+    with pytest.raises(BuildError, match="memory"):
+        build_pv(request_for(kernel_at(0), [*range(1099), bad]), memory)
+    assert memory.writes == 0
+
+
+def test_guest_context() -> None:
+    """The context for setvcpucontext names the entry, the boot stack, the start info and the root, and
+    survives packing."""
+    built, _ = build(request_for(kernel_at(LINUX), range(20, 4020)))
+    context = VCPU_GUEST_CONTEXT.unpack(VCPU_GUEST_CONTEXT.pack(guest_context(built.context)))
+    registers = context.user_regs
+    assert (registers.rip, registers.rsp, registers.rsi) == (
+        built.context.rip,
+        built.context.rsp,
+        built.context.rsi,
+    )
+    assert context.ctrlreg[3] == built.page_tables[0][0] << 12
+    assert (context.kernel_sp, context.kernel_ss) == (registers.rsp, registers.ss)
+    assert registers.rflags == 0x200
+    assert registers.cs == 0xE033
