@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bus.addresses import DomId, Mfn, Port, VcpuId
+from bus.addresses import Bdf, DomId, Mfn, Port, VcpuId
+from bus.messages.envelope import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,4 +106,12 @@ class Log:
     domain: DomId | None = None
 
 
-Effect = Reply | Order | Raise | Bind | Unbind | StartProcess | KillProcess | StopMachine | Log
+@dataclass(frozen=True, slots=True)
+class ToDevice:
+    """A message (of bus.messages.device) for a device process. Lost if there is none."""
+
+    bdf: Bdf
+    message: Message
+
+
+Effect = ToDevice | Reply | Order | Raise | Bind | Unbind | StartProcess | KillProcess | StopMachine | Log

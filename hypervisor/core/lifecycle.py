@@ -35,7 +35,7 @@ from hypervisor.core.frames import FrameTable
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.memory_news import RUNS_PER_ORDER
 from hypervisor.core.outbox import Outbox
-from hypervisor.core.p2m import P2m
+from hypervisor.core.p2m import FREE_CHUNKS, PAGES_PER_CHUNK, P2m
 
 MAX_PAUSE = 255
 """Pauses of one domain by the control domain that may be outstanding."""
@@ -156,6 +156,8 @@ class Lifecycle:
             for hooks in self._hooks:
                 hooks.extent_created(now, domain)
         domain.max_pages = pages
+        if domain.p2m is not None:
+            domain.p2m.max_chunks = max(domain.p2m.max_chunks, FREE_CHUNKS + pages // PAGES_PER_CHUNK)
 
     def _extent_body(self, domain: Domain) -> dict[str, object]:
         extent = self._frames.extent_of(domain.domid)

@@ -44,19 +44,20 @@ class MemoryNews(DomainHooks):
         self._add(domid, "m2p", [pfn, mfn, count])
 
     def _add(self, domid: DomId, what: str, run: list[int]) -> None:
-        """Append, or lengthen the last run if this one continues it."""
-        if self._news:
-            last_domid, last_what, last = self._news[-1]
-            if last_domid == domid and last_what == what:
-                if what in ("added", "removed"):
-                    if run[0] == last[0] + last[1]:
-                        last[1] += run[1]
-                        return
-                elif run[0] == last[0] + last[2] and run[3:] == last[3:]:
-                    unmapped = run[3:] == [0]
-                    if run[1] == (0 if unmapped else last[1] + last[2]):
-                        last[2] += run[2]
-                        return
+        """Append, or lengthen the last run of the same kind if this one continues it. News of what was got
+        and of where it is wanted come by turns: each may be lengthened across the other, but not across a
+        loss."""
+        for last_domid, last_what, last in self._news[:-3:-1]:
+            if last_domid != domid:
+                break
+            if last_what == what:
+                if _continues(what, last, run):
+                    count = 1 if what in ("added", "removed") else 2
+                    last[count] += run[count]
+                    return
+                break
+            if "removed" in (what, last_what):
+                break
         self._news.append((domid, what, run))
 
     def flush(self) -> None:
@@ -73,3 +74,12 @@ class MemoryNews(DomainHooks):
                 if found is not None and found.process_alive:
                     self._outbox.tell(domid, "memory", {what: [run for _, _, run in news[start:index]]})
                 start = index
+
+
+def _continues(what: str, last: list[int], run: list[int]) -> bool:
+    """`run` begins where `last` ends."""
+    if what in ("added", "removed"):
+        return run[0] == last[0] + last[1]
+    unmapped = run[3:] == [0]
+    end = 0 if unmapped else last[1] + last[2]
+    return run[0] == last[0] + last[2] and run[3:] == last[3:] and run[1] == end

@@ -139,8 +139,11 @@ class MemoryOps:
             if mfn is None:
                 break
             if domain.p2m is not None:
-                for step in range(count):
-                    domain.p2m.set(Gfn(gpfn + step), Mfn(mfn + step), P2mType.RAM)
+                try:
+                    for step in range(count):
+                        domain.p2m.set(Gfn(gpfn + step), Mfn(mfn + step), P2mType.RAM)
+                except XenError:  # a range that crosses into too many chunks: its frames stay, unmapped
+                    break
             else:
                 extents[index] = mfn
                 self._news.placed(domain.domid, gpfn, mfn, count)
@@ -190,7 +193,8 @@ class MemoryOps:
         limit = PRIVILEGED_ORDER if call.domain.privileged else UNPRIVILEGED_ORDER
         if max(op.in_.extent_order, op.out.extent_order) > limit:
             raise XenError(EPERM)
-        if op.in_.nr_extents << op.in_.extent_order != op.out.nr_extents << op.out.extent_order:
+        pages = op.in_.nr_extents << op.in_.extent_order
+        if pages != op.out.nr_extents << op.out.extent_order or pages > self._frames.ram_pages(domain.domid):
             raise XenError(EINVAL)
         given, wanted = array("Q"), array("Q")
         given.frombytes(call.array("in_.extent_start"))

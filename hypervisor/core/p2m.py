@@ -11,9 +11,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from enum import IntEnum
+from errno import EINVAL, ENOMEM
 from typing import NamedTuple
 
 from bus.addresses import DomId, Gfn, Mfn
+from hypervisor.core.errors import XenError
 
 
 class P2mType(IntEnum):
@@ -46,6 +48,10 @@ class P2mChange(NamedTuple):
 
 
 _CHUNK = 512
+FREE_CHUNKS = 64
+"""Chunks that every domain may use."""
+PAGES_PER_CHUNK = 64
+"""And one more for so many pages of its maximum: eight times what a dense layout needs."""
 _TYPE_BITS = 4
 GFN_LIMIT = 1 << 36
 """Guest frames are below this (48-bit guest-physical addresses)."""
@@ -57,6 +63,10 @@ class P2m:
     def __init__(self, domain: DomId) -> None:
         self.domain = domain
         self._chunks: dict[int, array[int]] = {}
+        self._used: dict[int, int] = {}  # entries in each chunk
+        self.max_chunks = FREE_CHUNKS
+        """Chunks (2 MiB of guest-physical addresses each) that may have entries: a guest that scatters its
+        pages must not cost the hypervisor as much memory as it has itself."""
         self._gfn_of: dict[int, int] = {}  # own frames only: mfn -> gfn (one place each, as Xen's m2p)
         self._listeners: list[Callable[[P2mChange], None]] = []
         self.count = 0
@@ -76,11 +86,17 @@ class P2m:
         gfn = self._gfn_of.get(mfn)
         return None if gfn is None else Gfn(gfn)
 
+    def can_map(self, gfn: int) -> bool:
+        """`set` at this gfn would work."""
+        return 0 <= gfn < GFN_LIMIT and (gfn // _CHUNK in self._chunks or len(self._chunks) < self.max_chunks)
+
     def set(self, gfn: Gfn, mfn: Mfn, kind: P2mType) -> None:
-        """Map. What was there is replaced; references are the caller's matter. ValueError beyond
-        GFN_LIMIT."""
+        """Map. What was there is replaced; references are the caller's matter. XenError: EINVAL beyond
+        GFN_LIMIT, ENOMEM if the guest's pages are too scattered (nothing has changed then)."""
         if not 0 <= gfn < GFN_LIMIT:
-            raise ValueError(f"gfn {gfn:#x} is beyond the guest-physical address space")
+            raise XenError(EINVAL, f"gfn {gfn:#x} is beyond the guest-physical address space")
+        if not self.can_map(gfn):
+            raise XenError(ENOMEM, "the guest-physical address space is too scattered")
         old = self.get(gfn)
         chunk = self._chunks.get(gfn // _CHUNK)
         if chunk is None:
@@ -88,6 +104,7 @@ class P2m:
         chunk[gfn % _CHUNK] = mfn << _TYPE_BITS | kind
         if old is None:
             self.count += 1
+            self._used[gfn // _CHUNK] = self._used.get(gfn // _CHUNK, 0) + 1
         elif old.type is P2mType.RAM and self._gfn_of.get(old.mfn) == gfn:
             del self._gfn_of[old.mfn]
         if kind is P2mType.RAM:
@@ -99,8 +116,12 @@ class P2m:
         old = self.get(gfn)
         if old is None:
             return None
-        self._chunks[gfn // _CHUNK][gfn % _CHUNK] = 0
+        key = gfn // _CHUNK
+        self._chunks[key][gfn % _CHUNK] = 0
         self.count -= 1
+        self._used[key] -= 1
+        if not self._used[key]:
+            del self._chunks[key], self._used[key]
         if old.type is P2mType.RAM and self._gfn_of.get(old.mfn) == gfn:
             del self._gfn_of[old.mfn]
         self._publish(gfn, old, None)

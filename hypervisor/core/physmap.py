@@ -5,7 +5,7 @@ they hold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import EBUSY, EINVAL, ENOENT, ENOSYS, EPERM
+from errno import EBUSY, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM
 
 from bus.abi import memory as abi
 from bus.addresses import Gfn, Mfn
@@ -33,8 +33,11 @@ class PhysMap(DomainHooks):
         """Set by the grant tables."""
 
     def is_obstructed(self, domain: Domain, gfn: int, count: int) -> bool:
-        """Something other than frames of the domain's own (which are replaced) is mapped in the range."""
+        """Something other than frames of the domain's own (which are replaced) is mapped in the range, or the
+        table has no room for the range."""
         p2m = self._p2m(domain)
+        if not all(p2m.can_map(gfn + step) for step in (*range(0, count, 512), count - 1)):
+            return True
         entries = (p2m.get(gfn + step) for step in range(count))
         return any(entry is not None and entry.type is not P2mType.RAM for entry in entries)
 
@@ -70,10 +73,15 @@ class PhysMap(DomainHooks):
         old_gfn = p2m.gfn_of(mfn)
         if old_gfn == gpfn:
             return
+        self._need_room(p2m, gpfn)
         self._vacate(domain, gpfn)
         if old_gfn is not None:
             p2m.clear(old_gfn)
         p2m.set(Gfn(gpfn), mfn, P2mType.RAM)
+
+    def _need_room(self, p2m: P2m, gpfn: int) -> None:
+        if not p2m.can_map(gpfn):
+            raise XenError(ENOMEM)
 
     def _vacate(self, domain: Domain, gpfn: int) -> None:
         """Free the gfn: own RAM is given back, Xen-heap frames are only unmapped, foreign maps end."""
@@ -104,6 +112,7 @@ class PhysMap(DomainHooks):
             mfn = entry.mfn
         if self._frames.owner(mfn) != foreign.domid:
             raise XenError(EINVAL)
+        self._need_room(self._p2m(domain), gpfn)
         self._vacate(domain, gpfn)
         self._frames.get_ref(mfn)
         self._p2m(domain).set(Gfn(gpfn), mfn, P2mType.FOREIGN)

@@ -9,7 +9,7 @@ from hypervisor.core.domains import Domain, DomainTable, Dying, may_target
 from hypervisor.core.frames import FrameTable
 from hypervisor.core.lifecycle import Lifecycle
 from hypervisor.core.outbox import Outbox
-from hypervisor.core.p2m import GFN_LIMIT, P2mType
+from hypervisor.core.p2m import P2mType
 from hypervisor.core.physmap import PhysMap
 
 NOT_MAPPED = (1 << 64) - 1
@@ -79,7 +79,7 @@ class DomainViews:
     def enter_grant(self, domain: DomId, gfn: Gfn, mfn: Mfn, writable: bool) -> bool:
         """Put a granted frame at an empty gfn of a translated domain. False if that is not possible there."""
         found = self._get(domain)
-        if found is None or found.p2m is None or not 0 <= gfn < GFN_LIMIT or found.p2m.get(gfn) is not None:
+        if found is None or found.p2m is None or not found.p2m.can_map(gfn) or found.p2m.get(gfn) is not None:
             return False
         found.p2m.set(gfn, mfn, P2mType.GRANT_RW if writable else P2mType.GRANT_RO)
         return True

@@ -1,0 +1,385 @@
+"""Devices: who owns each, what a domain may do with its registers, and what a device may do to memory.
+
+A device process is a peer that is not trusted: what it asks (DMA, interrupts) goes through the IOMMU; what it does not answer in
+time reads as all ones, as a missing device does. See docs/decisions/0004-devices.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from errno import EINVAL, ENODEV
+from typing import Final, NamedTuple
+
+from bus.abi import domctl as abi
+from bus.abi.xen import HYPERVISOR_domctl
+from bus.addresses import Bdf, DomId, Mfn
+from bus.messages.device import Access, AccessDone, Attach, DeviceAccess, DeviceHello, Dma, DmaDone, Reset
+from bus.messages.envelope import Message
+from hypervisor.core.domains import Domain, DomainTable, Dying
+from hypervisor.core.effects import Reply, ToDevice
+from hypervisor.core.errors import XenError
+from hypervisor.core.event_channels import EventChannels
+from hypervisor.core.hooks import DomainHooks
+from hypervisor.core.hypercalls import Call, Dispatcher, Result
+from hypervisor.core.iommu import DmaFault, Iommu, Segment
+from hypervisor.core.iommu_dma import DmaRequest, DmaResult, DmaService, Staging
+from hypervisor.core.outbox import Outbox
+from hypervisor.core.p2m import P2mType
+from hypervisor.core.physdev import PhysdevOps
+
+ACCESS_TIMEOUT_NS: Final = 1_000_000_000
+MAX_ACCESSES: Final = 64
+"""Accesses to one device that may be under way; more read as all ones."""
+MAX_BATCHES: Final = 256
+"""DMA batches of one device that may wait; more are refused."""
+STALE_EPOCH: Final = 0xFFFE
+BAD_VECTOR: Final = 0xFFFF
+MSI_ADDRESS: Final = 0xFEE00010
+"""Remappable format (VT-d, 5.1.2.2): bit 4; the handle in bits 19:5."""
+
+
+class DmaStep(NamedTuple):
+    """One DMA item for those who trace (`domicile trace --dma`): I/O virtual address, frames, direction."""
+
+    now: int
+    bdf: Bdf
+    domain: DomId | None
+    iova: int
+    length: int
+    write: bool
+    frames: list[tuple[Mfn, int, int]]
+
+
+@dataclass(slots=True)
+class _Pending:
+    deadline: int
+    done: Callable[[int], None]
+    size: int
+
+
+@dataclass(slots=True)
+class _Plugged:
+    """A device process and what it said of itself."""
+
+    bdf: Bdf
+    staging: Staging
+    hello: DeviceHello | None = None
+    accesses: dict[int, _Pending] = field(default_factory=dict)
+    batches: deque[Dma] = field(default_factory=deque)
+    busy: bool = False
+
+
+class DeviceService(DomainHooks):
+    """All devices of a machine. `iommu` knows who owns them; here is what goes to and fro."""
+
+    def __init__(
+        self,
+        iommu: Iommu,
+        dma: DmaService,
+        physdev: PhysdevOps,
+        domains: DomainTable,
+        events: EventChannels,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self.iommu = iommu
+        self._dma = dma
+        self._physdev = physdev
+        self._domains = domains
+        self._events = events
+        self._outbox = outbox
+        self._tokens = itertools.count(1)
+        self._plugged: dict[Bdf, _Plugged] = {}
+        self._handles: dict[tuple[Bdf, int], int] = {}
+        self.on_step: Callable[[DmaStep], None] | None = None
+        physdev.device_owner = self._owner
+        physdev.device_exists = lambda bdf: bdf in {device.bdf for device in iommu.devices()}
+        physdev.msi_listener = self
+        for cmd, handler in (
+            (abi.XEN_DOMCTL_assign_device, self._assign),
+            (abi.XEN_DOMCTL_deassign_device, self._deassign),
+            (abi.XEN_DOMCTL_test_assign_device, self._test_assign),
+        ):
+            dispatcher.register(HYPERVISOR_domctl, cmd, handler)
+
+    def _owner(self, bdf: Bdf) -> DomId | None:
+        try:
+            return self.iommu.device(bdf).domain
+        except XenError:
+            return None
+
+    def _send(self, bdf: Bdf, message: Message) -> None:
+        self._outbox.emit(ToDevice(bdf, message))
+
+    # -- device processes -----------------------------------------------------------------------------------------
+
+    def plug(self, bdf: Bdf, staging: Staging) -> None:
+        """A device process is about to connect as this device; a new one after an old one keeps the owner, in a new epoch."""
+        try:
+            self.iommu.add_device(bdf)
+        except XenError:
+            self.unplug(bdf)
+            self.iommu.reset(bdf)
+        self._plugged[bdf] = _Plugged(bdf, staging)
+
+    def unplug(self, bdf: Bdf) -> None:
+        """Its process is gone: what waits for it reads as all ones; late requests are of an old epoch."""
+        plugged = self._plugged.pop(bdf, None)
+        if plugged is None:
+            return
+        self.iommu.reset(bdf)
+        self._forget_interrupts(bdf)
+        for pending in plugged.accesses.values():
+            pending.done((1 << 8 * pending.size) - 1)
+
+    def remove(self, bdf: Bdf) -> None:
+        """It will not come back. ENODEV."""
+        self.unplug(bdf)
+        self._physdev.release_device(bdf)
+        self.iommu.remove_device(bdf)
+
+    def plugged(self, bdf: Bdf) -> bool:
+        """A process is there for it."""
+        return bdf in self._plugged
+
+    def receive(self, now: int, bdf: Bdf, message: Message) -> None:
+        """What a device process says."""
+        plugged = self._plugged.get(bdf)
+        if plugged is None:
+            return
+        if isinstance(message, DeviceHello):
+            if plugged.hello is None:
+                plugged.hello = message
+                epoch = self.iommu.device(bdf).epoch
+                self._send(bdf, Attach(bdf=bdf, epoch=epoch, staging=plugged.staging.size))
+        elif isinstance(message, AccessDone):
+            pending = plugged.accesses.pop(message.token, None)
+            if pending is not None:
+                pending.done(message.value & ((1 << 8 * pending.size) - 1))
+        elif isinstance(message, Dma):
+            if len(plugged.batches) >= MAX_BATCHES:
+                self._send(bdf, DmaDone(token=message.token, fault=0, reason="too many batches under way"))
+                return
+            plugged.batches.append(message)
+            self._next_batch(now, plugged)
+
+    # -- DMA ------------------------------------------------------------------------------------------------------
+
+    def _next_batch(self, now: int, plugged: _Plugged) -> None:
+        """Batches are carried out one after another, so that they complete in order."""
+        while plugged.batches and not plugged.busy:
+            plugged.busy = True
+            self._item(now, plugged, plugged.batches.popleft(), 0)
+
+    def _item(self, now: int, plugged: _Plugged, batch: Dma, start: int) -> None:
+        """Carry out items from `start` on, until one has to wait for a frame that moves."""
+        bdf = plugged.bdf
+        if batch.epoch != self.iommu.device(bdf).epoch:
+            self.iommu.translate_stale(now, bdf, batch.epoch)
+            self._finish(now, plugged, batch, STALE_EPOCH, "stale epoch")
+            return
+        for index in range(start, len(batch.items)):
+            iova, length, write, offset = batch.items[index]
+            outcome: list[DmaResult] = []
+            waited = False
+
+            def done(result: DmaResult, index: int = index, outcome: list[DmaResult] = outcome) -> None:
+                if waited:
+                    self._go_on(now, plugged, batch, index, result)
+                else:
+                    outcome.append(result)
+
+            request = DmaRequest(bdf, batch.epoch, [Segment(iova, length, write)], offset)
+            if self.on_step is not None:
+                self._trace(now, bdf, batch.epoch, request.segments[0])
+            self._dma.submit(now, request, plugged.staging, done)
+            if not outcome:
+                waited = True
+                return
+            if outcome[0].fault is not None:
+                self._finish(now, plugged, batch, index, outcome[0].fault.name)
+                return
+        self._raise(now, plugged, batch)
+
+    def _go_on(self, now: int, plugged: _Plugged, batch: Dma, index: int, result: DmaResult) -> None:
+        if result.fault is not None:
+            self._finish(now, plugged, batch, index, result.fault.name)
+        else:
+            self._item(now, plugged, batch, index + 1)
+        self._next_batch(now, plugged)
+
+    def _trace(self, now: int, bdf: Bdf, epoch: int, segment: Segment) -> None:
+        assert self.on_step is not None
+        try:
+            pieces = self.iommu.translate(now, bdf, epoch, [segment])[0]
+        except DmaFault:
+            pieces = []
+        frames = [(piece.mfn, piece.offset, piece.length) for piece in pieces]
+        self.on_step(DmaStep(now, bdf, self._owner(bdf), segment.iova, segment.length, segment.write, frames))
+
+    def _raise(self, now: int, plugged: _Plugged, batch: Dma) -> None:
+        for handle in batch.vectors:
+            try:
+                entry = self.iommu.raise_interrupt(now, plugged.bdf, batch.epoch, handle)
+            except DmaFault as fault:
+                self._finish(now, plugged, batch, BAD_VECTOR, fault.reason.name)
+                return
+            self._events.raise_pirq(entry.domain, entry.pirq)
+        self._finish(now, plugged, batch, -1, "")
+
+    def _finish(self, now: int, plugged: _Plugged, batch: Dma, fault: int, reason: str) -> None:
+        plugged.busy = False
+        if self._plugged.get(plugged.bdf) is plugged:
+            self._send(plugged.bdf, DmaDone(token=batch.token, fault=fault, reason=reason[:200]))
+
+    # -- registers ------------------------------------------------------------------------------------------------
+
+    def domain_access(self, now: int, domid: DomId, access: DeviceAccess) -> None:
+        """A domain reads or writes a register. Anything but its own devices reads as all ones, as nothing there does."""
+
+        def done(value: int) -> None:
+            self._outbox.emit(Reply(domid, access.token, 0, value.to_bytes(8, "little")))
+
+        bdf = Bdf(access.bdf)
+        if self._owner(bdf) != domid:
+            done((1 << 8 * access.size) - 1)
+            return
+        self.access(now, bdf, access.space, access.offset, access.size, access.value if access.write else None, done)
+
+    def access(
+        self, now: int, bdf: Bdf, space: int, offset: int, size: int, value: int | None, done: Callable[[int], None]
+    ) -> None:
+        """Read (`value` None) or write a register of a device; `done` gets the value read."""
+        plugged = self._plugged.get(bdf)
+        if plugged is None or plugged.hello is None or len(plugged.accesses) >= MAX_ACCESSES:
+            done((1 << 8 * size) - 1)
+            return
+        token = next(self._tokens)
+        plugged.accesses[token] = _Pending(now + ACCESS_TIMEOUT_NS, done, size)
+        write = value is not None
+        self._send(
+            bdf,
+            Access(
+                token=token,
+                space=space,
+                offset=offset,
+                size=size,  # type: ignore[arg-type]  # one of 1, 2, 4, 8: validated with the message it came from
+                write=write,
+                value=value or 0,
+            ),
+        )
+
+    def tick(self, now: int) -> None:
+        """Registers that were not answered in time read as all ones."""
+        for plugged in self._plugged.values():
+            for token in [t for t, pending in plugged.accesses.items() if pending.deadline <= now]:
+                pending = plugged.accesses.pop(token)
+                self._outbox.log("warning", f"device {plugged.bdf:#x} did not answer a register access")
+                pending.done((1 << 8 * pending.size) - 1)
+
+    def next_deadline(self) -> int | None:
+        """When `tick` has something to do."""
+        deadlines = (pending.deadline for p in self._plugged.values() for pending in p.accesses.values())
+        return min(deadlines, default=None)
+
+    # -- assignment -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _address(call: Call) -> Bdf:
+        if call.payload.dev != 0:  # XEN_DOMCTL_DEV_PCI
+            raise XenError(ENODEV)
+        return Bdf(abi.XEN_DOMCTL_ASSIGN_DEVICE_PCI.unpack(call.payload.u).machine_sbdf)
+
+    def _target(self, call: Call) -> Domain:
+        domain = self._domains.get(DomId(call.item.domain))
+        if domain is None or domain.dying is not Dying.ALIVE:
+            raise XenError(EINVAL)
+        return domain
+
+    def _assign(self, call: Call) -> Result:
+        domain, bdf = self._target(call), self._address(call)
+        self.assign(call.now, bdf, domain)
+        return call.reply(0)
+
+    def assign(self, now: int, bdf: Bdf, domain: Domain) -> None:
+        """Give a device to an auto-translated domain. ENODEV, EBUSY, EINVAL (a PV domain), ENOMEM."""
+        if domain.p2m is None:
+            raise XenError(EINVAL)
+        if not self.iommu.has_context(domain.domid):
+            self.iommu.create_context(domain.domid)
+            for gfn, entry in domain.p2m.items():
+                if entry.type is P2mType.RAM:
+                    self.iommu.map_page(domain.domid, gfn, entry.mfn, True)
+            domain.p2m.subscribe(self.iommu.p2m_changed)
+        self._reset(bdf, self.iommu.assign(bdf, domain.domid))
+
+    def _reset(self, bdf: Bdf, epoch: int) -> None:
+        self._forget_interrupts(bdf)
+        if bdf in self._plugged:
+            self._send(bdf, Reset(epoch=epoch))
+
+    def _deassign(self, call: Call) -> Result:
+        domain, bdf = self._target(call), self._address(call)
+        if self._owner(bdf) != domain.domid:
+            raise XenError(ENODEV)
+        self._physdev.release_device(bdf)
+        self._reset(bdf, self.iommu.deassign(bdf))
+        return call.reply(0)
+
+    def _test_assign(self, call: Call) -> Result:
+        bdf = self._address(call)
+        if self.iommu.device(bdf).domain is not None:
+            raise XenError(EINVAL)
+        return call.reply(0)
+
+    def restart_owner(self, domid: DomId) -> None:
+        """A domain's process starts anew: its devices are reset, in a new epoch."""
+        for device in self.iommu.devices():
+            if device.domain == domid:
+                self._physdev.release_device(device.bdf)
+                self._reset(device.bdf, self.iommu.reset(device.bdf))
+
+    # -- interrupts (physdev's MsiListener) -----------------------------------------------------------------------
+
+    def msi_mapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
+        """Allocate a remapping entry and program the device's MSI-X table with it."""
+        plugged = self._plugged.get(bdf)
+        if plugged is None or plugged.hello is None or entry >= plugged.hello.vectors:
+            raise XenError(EINVAL)
+        handle = self.iommu.give_interrupt(bdf, pirq)
+        self._handles[bdf, entry] = handle
+        self._program(bdf, plugged.hello, entry, MSI_ADDRESS | (handle & 0x7FFF) << 5, 0)
+
+    def msi_unmapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
+        """The reverse."""
+        handle = self._handles.pop((bdf, entry), None)
+        if handle is not None:
+            self.iommu.interrupts.release(handle)
+            plugged = self._plugged.get(bdf)
+            if plugged is not None and plugged.hello is not None:
+                self._program(bdf, plugged.hello, entry, 0, 1)
+
+    def _program(self, bdf: Bdf, hello: DeviceHello, entry: int, address: int, masked: int) -> None:
+        """MSI-X table entry: address, upper address, data, vector control (PCI 3.0, 6.8.2.6 to 9)."""
+        base = hello.msix_offset + 16 * entry
+        for offset, value in ((0, address), (4, 0), (8, 0), (12, masked)):
+            self.access(0, bdf, hello.msix_bar, base + offset, 4, value, lambda value: None)
+
+    def _forget_interrupts(self, bdf: Bdf) -> None:
+        """The IOMMU has dropped the device's remapping entries (new epoch)."""
+        for key in [key for key in self._handles if key[0] == bdf]:
+            del self._handles[key]
+
+    # -- lives of domains -----------------------------------------------------------------------------------------
+
+    def dying(self, now: int, domain: Domain) -> None:
+        for device in self.iommu.devices():
+            if device.domain == domain.domid:
+                self._physdev.release_device(device.bdf)
+                self._reset(device.bdf, self.iommu.deassign(device.bdf))
+
+    def gone(self, now: int, domain: Domain) -> None:
+        self.iommu.destroy_context(domain.domid)
