@@ -49,7 +49,10 @@ def unpacked(package: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{package}-", dir=target.parent) as scratch_name:
         scratch = Path(scratch_name)
-        run(["apt-get", "-q", "download", package], scratch, f"apt-get download {package}")
+        try:
+            run(["apt-get", "-q", "download", package], scratch, f"apt-get download {package}")
+        except FetchError as error:
+            raise FetchError(f"{error} (apt-get update may help)") from None
         archives = list(scratch.glob("*.deb"))
         if len(archives) != 1:
             raise FetchError(f"apt-get download {package} gave {len(archives)} files; run apt-get update")
