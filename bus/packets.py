@@ -43,6 +43,10 @@ class PacketLink:
         """For poll and select."""
         return self._socket.fileno()
 
+    def detach(self) -> socket.socket:
+        """The socket, for another link of other kinds; this one must not be used any more."""
+        return self._socket
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()

@@ -6,12 +6,16 @@ import socket
 import time
 
 from bus import privileges
-from bus.addresses import DomId, Mfn
+from bus.addresses import Mfn
 from bus.process import begin
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.core import HypervisorCore
+from hypervisor.core.devices import DeviceService
 from hypervisor.core.grant_calls import GrantCalls
 from hypervisor.core.grants import GrantTables
+from hypervisor.core.iommu import Iommu
+from hypervisor.core.iommu_dma import DmaService
+from hypervisor.core.pool import XenPool
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.processes import Processes, WardenGone
 from hypervisor.shell.server import Server
@@ -20,20 +24,8 @@ DOM0_PAGES = 4096
 """Dom0's own memory (16 MiB): what it grants to others, no more; the program itself lives in its process."""
 
 
-class NoDma:
-    """No domain has devices."""
-
-    def has_context(self, domain: DomId) -> bool:
-        return False
-
-    def lookup(self, domain: DomId, page: int) -> tuple[Mfn, bool] | None:
-        return None
-
-    def map_page(self, domain: DomId, page: int, mfn: Mfn, writable: bool) -> bool:
-        return False
-
-    def unmap_page(self, domain: DomId, page: int) -> None:
-        return None
+TABLE_FRAMES = 16384
+"""Frames for I/O page tables (64 MiB, sparse): enough to map 32 GiB page by page."""
 
 
 def main() -> None:
@@ -48,11 +40,20 @@ def main() -> None:
         total_pages=int(settings.get("memory_mb", 4096)) << 8, pcpus=int(settings.get("cpus", 2))
     )
     core = HypervisorCore(memory, config)
-    no_dma = NoDma()
-    grants = GrantTables(core.frames, core.views, memory, core.outbox, no_dma)
+    iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), TABLE_FRAMES))
+    grants = GrantTables(core.frames, core.views, memory, core.outbox, iommu)
     core.attach_hooks(GrantCalls(grants, core.dispatcher))
+
+    def written(mfn: Mfn) -> None:
+        owner = core.frames.owner(mfn)
+        if owner is not None:
+            core.views.frame_written(owner, mfn)
+
+    dma = DmaService(iommu, grants, written)
+    devices = DeviceService(iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher)
+    core.attach_hooks(devices)
     core.create_dom0(time.monotonic_ns(), max_pages=DOM0_PAGES)
-    server = Server(core, memory, processes, doorbells=bool(settings.get("doorbells", True)))
+    server = Server(core, memory, processes, devices, doorbells=bool(settings.get("doorbells", True)))
     try:
         server.run()
     except WardenGone:

@@ -1,6 +1,6 @@
 """The link between a device process ("hardware") and the hypervisor, and a domain's accesses to its devices.
 
-Device to hypervisor: `DeviceHello`, `Dma`, `AccessDone`. Hypervisor to device: `Attach`, `Access`, `DmaDone`, `Reset`, `Refused`.
+Device to hypervisor: `DeviceHello`, `Dma`, `AccessDone`. Hypervisor to device: `Attach`, `Access`, `DmaDone`, `Refused`.
 Which device it is comes from the link. See docs/decisions/0004-devices.md.
 """
 
@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from bus.messages.domain import U16, U32, U64, Refused
+from bus.messages.domain import FROM_DOMAIN, U16, U32, U64, Refused
 from bus.messages.envelope import MAX_DESCRIPTORS, Message, registry
 
 MAX_DMA_ITEMS = 1024
@@ -44,6 +44,10 @@ class DeviceHello(Message):
     bars: Annotated[list[Bar], Field(max_length=6)]
     vectors: Annotated[int, Field(ge=0, le=2048)]
     """MSI-X vectors that it has."""
+    msix_bar: Annotated[int, Field(ge=0, le=5)] = 0
+    msix_offset: U32 = 0
+    """Where its MSI-X table is. The hypervisor writes it; `Dma.vectors` are the interrupt handles that it wrote there: bits 19:5 of
+    an entry's address."""
 
 
 class Dma(Message):
@@ -66,7 +70,8 @@ class AccessDone(Message):
 
 class Attach(Message):
     """The device is told its address and epoch, and gets its descriptors (`bundle`, as in `Order`): staging memory, then for each
-    doorbell range of its BARs a page memfd and an eventfd to listen to."""
+    doorbell range of its BARs a page memfd and an eventfd to listen to. Sent again at each new epoch, with new doorbell pages: that is
+    a function-level reset, after which the device knows its media and nothing else."""
 
     KIND: ClassVar[str] = "attach"
     bdf: U32
@@ -99,13 +104,6 @@ class DmaDone(Message):
     reason: Annotated[str, Field(max_length=200)] = ""
 
 
-class Reset(Message):
-    """Function-level reset: forget everything but the media; from now on the epoch is this one."""
-
-    KIND: ClassVar[str] = "reset"
-    epoch: U64
-
-
 class DeviceAccess(Message):
     """A domain's access to a device of its own, by PCI address: answered by `HypercallReply` (rc 0, 8 bytes of value)."""
 
@@ -119,5 +117,19 @@ class DeviceAccess(Message):
     value: U64 = 0
 
 
+class Plug(Message):
+    """The control domain plugs a device in (its process is started by the warden, with the descriptors that were deposited there
+    under `name`), or pulls it out. Answered by `HypercallReply`. A device that is plugged in again keeps its owner."""
+
+    KIND: ClassVar[str] = "plug"
+    token: U64
+    bdf: U32
+    role: Annotated[str, Field(max_length=32, pattern=r"^[a-z0-9]+$")]
+    name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_.:-]+$")]
+    present: bool = True
+
+
 FROM_DEVICE = registry(DeviceHello, Dma, AccessDone)
-TO_DEVICE = registry(Attach, Access, DmaDone, Reset, Refused)
+TO_DEVICE = registry(Attach, Access, DmaDone, Refused)
+FROM_ANY_DOMAIN = {**FROM_DOMAIN, **registry(DeviceAccess, Plug)}
+"""All that may come from a domain's process."""

@@ -65,6 +65,23 @@ class Begin(Message):
     settings: Annotated[dict[str, Any], Field(max_length=64)] = {}
 
 
+class Deposit(Message):
+    """From Dom0: descriptors (a disk's files) that the device process of that name will be given when it is started, each time.
+    A second deposit of the name replaces the first. Answered by `Deposited`."""
+
+    KIND: ClassVar[str] = "deposit"
+    name: Name
+    fds: Annotated[list[Name], Field(max_length=MAX_DESCRIPTORS)]
+    settings: Annotated[dict[str, Any], Field(max_length=64)] = {}
+
+
+class Deposited(Message):
+    """The deposit was taken."""
+
+    KIND: ClassVar[str] = "deposited"
+    name: Name
+
+
 class Halt(Message):
     """Machine goes down: the warden ends everything it started and then itself."""
 
@@ -75,3 +92,5 @@ class Halt(Message):
 TO_WARDEN = registry(Spawn, Signal, Halt)
 FROM_WARDEN = registry(Started, Ended)
 TO_PROCESS = registry(Begin)
+FROM_DOM0 = registry(Deposit)
+TO_DOM0 = registry(Deposited)

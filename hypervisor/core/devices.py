@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from bus.abi import domctl as abi
 from bus.abi.xen import HYPERVISOR_domctl
 from bus.addresses import Bdf, DomId, Mfn
-from bus.messages.device import Access, AccessDone, Attach, DeviceAccess, DeviceHello, Dma, DmaDone, Reset
+from bus.messages.device import Access, AccessDone, Attach, DeviceAccess, DeviceHello, Dma, DmaDone
 from bus.messages.envelope import Message
 from hypervisor.core.domains import Domain, DomainTable, Dying
 from hypervisor.core.effects import Reply, ToDevice
@@ -35,7 +35,6 @@ MAX_ACCESSES: Final = 64
 """Accesses to one device that may be under way; more read as all ones."""
 MAX_BATCHES: Final = 256
 """DMA batches of one device that may wait; more are refused."""
-STALE_EPOCH: Final = 0xFFFE
 BAD_VECTOR: Final = 0xFFFF
 MSI_ADDRESS: Final = 0xFEE00010
 """Remappable format (VT-d, 5.1.2.2): bit 4; the handle in bits 19:5."""
@@ -141,9 +140,14 @@ class DeviceService(DomainHooks):
         self._physdev.release_device(bdf)
         self.iommu.remove_device(bdf)
 
-    def plugged(self, bdf: Bdf) -> bool:
-        """A process is there for it."""
-        return bdf in self._plugged
+    def hello_of(self, bdf: Bdf) -> DeviceHello | None:
+        """What the device process said of itself; None while there is none."""
+        plugged = self._plugged.get(bdf)
+        return plugged.hello if plugged is not None else None
+
+    def owner(self, bdf: Bdf) -> DomId | None:
+        """The domain to which the device is assigned."""
+        return self._owner(bdf)
 
     def receive(self, now: int, bdf: Bdf, message: Message) -> None:
         """What a device process says."""
@@ -153,8 +157,7 @@ class DeviceService(DomainHooks):
         if isinstance(message, DeviceHello):
             if plugged.hello is None:
                 plugged.hello = message
-                epoch = self.iommu.device(bdf).epoch
-                self._send(bdf, Attach(bdf=bdf, epoch=epoch, staging=plugged.staging.size))
+                self._attach(plugged, self.iommu.device(bdf).epoch)
         elif isinstance(message, AccessDone):
             pending = plugged.accesses.pop(message.token, None)
             if pending is not None:
@@ -176,33 +179,33 @@ class DeviceService(DomainHooks):
 
     def _item(self, now: int, plugged: _Plugged, batch: Dma, start: int) -> None:
         """Carry out items from `start` on, until one has to wait for a frame that moves."""
-        bdf = plugged.bdf
-        if batch.epoch != self.iommu.device(bdf).epoch:
-            self.iommu.translate_stale(now, bdf, batch.epoch)
-            self._finish(now, plugged, batch, STALE_EPOCH, "stale epoch")
-            return
         for index in range(start, len(batch.items)):
-            iova, length, write, offset = batch.items[index]
-            outcome: list[DmaResult] = []
-            waited = False
-
-            def done(result: DmaResult, index: int = index, outcome: list[DmaResult] = outcome) -> None:
-                if waited:
-                    self._go_on(now, plugged, batch, index, result)
-                else:
-                    outcome.append(result)
-
-            request = DmaRequest(bdf, batch.epoch, [Segment(iova, length, write)], offset)
-            if self.on_step is not None:
-                self._trace(now, bdf, batch.epoch, request.segments[0])
-            self._dma.submit(now, request, plugged.staging, done)
-            if not outcome:
-                waited = True
+            result = self._submit(now, plugged, batch, index)
+            if result is None:
                 return
-            if outcome[0].fault is not None:
-                self._finish(now, plugged, batch, index, outcome[0].fault.name)
+            if result.fault is not None:
+                self._finish(now, plugged, batch, index, result.fault.name)
                 return
         self._raise(now, plugged, batch)
+
+    def _submit(self, now: int, plugged: _Plugged, batch: Dma, index: int) -> DmaResult | None:
+        """One item. None: it waits for a frame that moves, and the batch goes on when it is done."""
+        iova, length, write, offset = batch.items[index]
+        request = DmaRequest(plugged.bdf, batch.epoch, [Segment(iova, length, write)], offset)
+        if self.on_step is not None:
+            self._trace(now, plugged.bdf, batch.epoch, request.segments[0])
+        outcome: list[DmaResult] = []
+        waiting = False
+
+        def done(result: DmaResult) -> None:
+            if waiting:
+                self._go_on(now, plugged, batch, index, result)
+            else:
+                outcome.append(result)
+
+        self._dma.submit(now, request, plugged.staging, done)
+        waiting = not outcome
+        return outcome[0] if outcome else None
 
     def _go_on(self, now: int, plugged: _Plugged, batch: Dma, index: int, result: DmaResult) -> None:
         if result.fault is not None:
@@ -247,10 +250,19 @@ class DeviceService(DomainHooks):
         if self._owner(bdf) != domid:
             done((1 << 8 * access.size) - 1)
             return
-        self.access(now, bdf, access.space, access.offset, access.size, access.value if access.write else None, done)
+        self.access(
+            now, bdf, access.space, access.offset, access.size, access.value if access.write else None, done
+        )
 
     def access(
-        self, now: int, bdf: Bdf, space: int, offset: int, size: int, value: int | None, done: Callable[[int], None]
+        self,
+        now: int,
+        bdf: Bdf,
+        space: int,
+        offset: int,
+        size: int,
+        value: int | None,
+        done: Callable[[int], None],
     ) -> None:
         """Read (`value` None) or write a register of a device; `done` gets the value read."""
         plugged = self._plugged.get(bdf)
@@ -310,7 +322,7 @@ class DeviceService(DomainHooks):
             raise XenError(EINVAL)
         if not self.iommu.has_context(domain.domid):
             self.iommu.create_context(domain.domid)
-            for gfn, entry in domain.p2m.items():
+            for gfn, entry in domain.p2m.entries():
                 if entry.type is P2mType.RAM:
                     self.iommu.map_page(domain.domid, gfn, entry.mfn, True)
             domain.p2m.subscribe(self.iommu.p2m_changed)
@@ -318,8 +330,14 @@ class DeviceService(DomainHooks):
 
     def _reset(self, bdf: Bdf, epoch: int) -> None:
         self._forget_interrupts(bdf)
-        if bdf in self._plugged:
-            self._send(bdf, Reset(epoch=epoch))
+        plugged = self._plugged.get(bdf)
+        if plugged is not None and plugged.hello is not None:
+            self._attach(plugged, epoch)
+
+    def _attach(self, plugged: _Plugged, epoch: int) -> None:
+        """Tell the device its epoch: it forgets all but its media. The shell adds the descriptors, and gives the owner its."""
+        assert plugged.hello is not None
+        self._send(plugged.bdf, Attach(bdf=plugged.bdf, epoch=epoch, staging=plugged.staging.size))
 
     def _deassign(self, call: Call) -> Result:
         domain, bdf = self._target(call), self._address(call)

@@ -48,6 +48,10 @@ class MemfdMemory:
         self._windows: dict[int, _Region] = {}
         self._placed: dict[int, tuple[_Region, int]] = {}
 
+    def place_of(self, mfn: int) -> tuple[memoryview, int]:
+        """Where a frame is mapped here: a view, and the frame's offset in it. KeyError if there is no such memory."""
+        return self._at(mfn)
+
     def _at(self, mfn: int) -> tuple[memoryview, int]:
         placed = self._placed.get(mfn)
         if placed is not None:

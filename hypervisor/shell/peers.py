@@ -11,8 +11,9 @@ from typing import Final
 
 from bus.addresses import DomId
 from bus.credentials import ServerCredentials
-from bus.messages.domain import DESCRIPTORS, FROM_DOMAIN, Descriptors, Order, Raised, Refused
-from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, decode, encode
+from bus.messages.device import FROM_ANY_DOMAIN, Attach
+from bus.messages.domain import DESCRIPTORS, Descriptors, Order, Raised, Refused
+from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
 from bus.packets import LinkClosed, LinkFull, PacketLink
 from bus.zmtp import ProtocolError, ServerConnection
 
@@ -40,9 +41,16 @@ class _Connection:
 class Peer:
     """One domain's connection. It exists before the process does; what is sent meanwhile waits."""
 
-    def __init__(self, domain: DomId, keys: ServerCredentials, descriptors: socket.socket) -> None:
-        """Takes over `descriptors`, the hypervisor's end of the descriptor socket."""
+    def __init__(
+        self,
+        domain: DomId,
+        keys: ServerCredentials,
+        descriptors: socket.socket,
+        kinds: Registry = FROM_ANY_DOMAIN,
+    ) -> None:
+        """Takes over `descriptors`, the hypervisor's end of the descriptor socket. `kinds`: what the peer may send."""
         self.domain = domain
+        self._kinds = kinds
         self._keys = keys
         # The domain may send anything here; nothing is ever read, so its descriptors never arrive in this process.
         self._descriptors = PacketLink(descriptors, DESCRIPTORS, descriptors=False)
@@ -126,7 +134,7 @@ class Peer:
         messages: list[Message] = []
         for raw in raws:
             try:
-                messages.append(decode(raw, FROM_DOMAIN))
+                messages.append(decode(raw, self._kinds))
             except BadMessage as error:
                 self.bad += 1
                 self.send(Refused(why=str(error)[:400], count=self.bad))
@@ -182,14 +190,22 @@ class Peer:
 
     def order(self, number: int, what: str, body: dict[str, object], descriptors: Sequence[int] = ()) -> None:
         """Send an order; descriptors go ahead on their own socket. They stay the caller's."""
-        bundle = 0
-        if descriptors:
-            bundle = next(self._bundles)
-            try:
-                self._descriptors.send(Descriptors(bundle=bundle), descriptors)
-            except (LinkFull, LinkClosed) as error:
-                raise PeerLost(f"descriptor socket: {error}") from None
+        bundle = self._hand_over(descriptors)
         self.send(Order(order=number, what=what, body=body, descriptors=len(descriptors), bundle=bundle))
+
+    def send_with(self, attach: Attach, descriptors: Sequence[int]) -> None:
+        """Send a message that announces descriptors; they go ahead on their own socket, and stay the caller's."""
+        self.send(attach.model_copy(update={"bundle": self._hand_over(descriptors)}))
+
+    def _hand_over(self, descriptors: Sequence[int]) -> int:
+        if not descriptors:
+            return 0
+        bundle = next(self._bundles)
+        try:
+            self._descriptors.send(Descriptors(bundle=bundle), descriptors)
+        except (LinkFull, LinkClosed) as error:
+            raise PeerLost(f"descriptor socket: {error}") from None
+        return bundle
 
     def raised(self, events: list[tuple[int, int]]) -> None:
         """Tell of pending event channels."""

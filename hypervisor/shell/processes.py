@@ -10,7 +10,8 @@ from typing import Any
 
 from bus import credentials
 from bus.addresses import DomId
-from bus.messages.envelope import BadMessage
+from bus.messages.device import FROM_ANY_DOMAIN
+from bus.messages.envelope import BadMessage, Registry
 from bus.messages.warden import FROM_WARDEN, Ended, Halt, Signal, Spawn, Started
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
 from hypervisor.shell.peers import Peer
@@ -51,19 +52,26 @@ class Processes:
         """The running processes of a domain."""
         return self._by_domain.get(domain)
 
-    def start(self, domain: DomId, role: str, settings: dict[str, Any]) -> Peer:
+    def start(
+        self,
+        domain: DomId,
+        role: str,
+        settings: dict[str, Any],
+        name: str = "",
+        kinds: Registry = FROM_ANY_DOMAIN,
+    ) -> Peer:
         """Start its process; the returned peer queues until the process says hello. WardenGone.
 
         Over ipc its listening socket comes with `Started`; over tcp this process listens itself."""
         ours, theirs = pair()
-        name, listener = f"{domain}-{secrets.token_hex(4)}", None
+        endpoint, listener = f"{domain}-{secrets.token_hex(4)}", None
         if self._transport == "tcp":
             listener = socket.socket()
             listener.bind(("127.0.0.1", 0))
             listener.listen(4)
             server, client = credentials.make(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
         else:
-            server, client = credentials.make(f"ipc://{self._directory}/{name}")
+            server, client = credentials.make(f"ipc://{self._directory}/{endpoint}")
         keys = credentials.to_descriptor(client)
         running = Running(domain, role, next(self._ids))
         try:
@@ -71,11 +79,11 @@ class Processes:
                 Spawn(
                     id=running.process,
                     role=role,
-                    name=f"d{domain}",
+                    name=name or f"d{domain}",
                     domain=domain,
                     fds=["keys", "descriptors"],
                     settings=settings,
-                    endpoint="" if listener else name,
+                    endpoint="" if listener else endpoint,
                 ),
                 [keys, theirs.fileno()],
             )
@@ -84,7 +92,7 @@ class Processes:
             theirs.close()
         self._by_domain[domain] = running
         self._by_id[running.process] = running
-        peer = Peer(domain, server, ours)
+        peer = Peer(domain, server, ours, kinds)
         if listener is not None:
             peer.listen(listener)
         return peer

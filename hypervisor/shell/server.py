@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import select
 import sys
@@ -10,14 +11,17 @@ import traceback
 from collections import defaultdict
 from typing import Any, Final
 
-from bus.addresses import DomId
+from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
+from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, Plug
 from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
 from bus.messages.envelope import Message
 from bus.packets import close_all
 from bus.sealed import read_only
 from hypervisor.core import effects as fx
 from hypervisor.core.core import HypervisorCore
+from hypervisor.core.devices import DeviceService
+from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.peers import Peer, PeerLost
 from hypervisor.shell.processes import Processes
@@ -29,9 +33,17 @@ class Server:
     """Sockets, processes, doorbells and time around the core."""
 
     def __init__(
-        self, core: HypervisorCore, memory: MemfdMemory, processes: Processes, *, doorbells: bool
+        self,
+        core: HypervisorCore,
+        memory: MemfdMemory,
+        processes: Processes,
+        devices: DeviceService,
+        *,
+        doorbells: bool,
     ) -> None:
         """`doorbells` False: all notifications go over ZeroMQ."""
+        self.devices = devices
+        self._device_shell = DeviceShell(memory)
         self.core = core
         self.memory = memory
         self.processes = processes
@@ -50,7 +62,8 @@ class Server:
         """Serve until the machine stops; why it did."""
         self._apply()
         while self._stopped is None:
-            deadline = self.core.next_deadline()
+            deadlines = (self.core.next_deadline(), self.devices.next_deadline())
+            deadline = min((d for d in deadlines if d is not None), default=None)
             timeout = (
                 IDLE_S if deadline is None else min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
             )
@@ -64,6 +77,7 @@ class Server:
             now = time.monotonic_ns()
             if deadline is not None and now >= deadline:
                 self.core.tick(now)
+                self.devices.tick(now)
                 self._apply()
         return self._stopped
 
@@ -94,20 +108,29 @@ class Server:
             self.log("critical", "".join(traceback.format_exception(error))[-4000:], peer.domain)
             if peer.domain == 0:
                 raise
+            if is_device(peer.domain):
+                self._lose(peer.domain, f"hypervisor fault: {error!r}"[:200])
+                return
             self.core.crash_domain(time.monotonic_ns(), peer.domain, f"hypervisor fault: {error!r}"[:200])
         self._apply()
 
     def _obey(self, peer: Peer, message: Message) -> None:
         now = time.monotonic_ns()
-        if isinstance(message, Hypercall):
+        if isinstance(message, Hello | DeviceHello):
+            peer.connected = True
+            peer.flush()
+        if is_device(peer.domain):
+            self.devices.receive(now, address_of(peer.domain), message)
+        elif isinstance(message, Hypercall):
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
         elif isinstance(message, OrderDone):
             self.core.order_done(now, peer.domain, message.order, message.rc, message.data)
-        elif isinstance(message, Hello):
-            peer.connected = True
-            peer.flush()
+        elif isinstance(message, DeviceAccess):
+            self.devices.domain_access(now, peer.domain, message)
+        elif isinstance(message, Plug):
+            self._plug(peer, message)
         elif isinstance(message, Report):
             self._report(peer, message)
 
@@ -120,6 +143,43 @@ class Server:
             return
         self.log("info", f"{report.what} {json.dumps(report.body, default=str)[:1000]}", peer.domain)
 
+    def _plug(self, peer: Peer, plug: Plug) -> None:
+        """The control domain plugs a device in, or pulls it out."""
+        caller = self.core.domains.get(peer.domain)
+        if caller is None or not caller.spec.privileged:
+            peer.send(HypercallReply(token=plug.token, rc=-errno.EPERM))
+            return
+        bdf = Bdf(plug.bdf)
+        number = peer_id(bdf)
+        if self.processes.of(number) is not None:
+            if plug.present:
+                peer.send(HypercallReply(token=plug.token, rc=-errno.EBUSY))
+                return
+            self.processes.signal(number, "kill")
+        self._drop_peer(number)
+        if plug.present:
+            self.devices.plug(bdf, self._device_shell.plug(bdf, plug.role, plug.name))
+            self._add_peer(self.processes.start(number, plug.role, self._settings, plug.name, FROM_DEVICE))
+        else:
+            self.devices.remove(bdf)
+            self._device_shell.unplug(bdf)
+        peer.send(HypercallReply(token=plug.token, rc=0))
+
+    def _device_ended(self, bdf: Bdf, how: str) -> None:
+        """Its process is gone: registers read as all ones, and nothing that it asked lands any more."""
+        self.log("warning", f"device {bdf:#x}: process ended with {how}")
+        self.devices.unplug(bdf)
+        self._device_shell.unplug(bdf)
+        control = self.peers.get(DomId(0))
+        if control is not None:
+            control.order(0, "device_ended", {"bdf": int(bdf), "how": how})
+
+    def _add_peer(self, peer: Peer) -> None:
+        self.peers[peer.domain] = peer
+        if peer.listener is not None:
+            self._by_fd[peer.listener.fileno()] = peer
+            self._epoll.register(peer.listener.fileno(), select.EPOLLIN)
+
     def _process_news(self) -> None:
         while (news := self.processes.receive()) is not None:
             running, ended, listener = news
@@ -129,7 +189,10 @@ class Server:
                 if ended.status and ended.text:
                     self.log("warning", f"process ended with {how}: {ended.text[-2000:]}", running.domain)
                 self._drop_peer(running.domain)
-                self.core.process_ended(time.monotonic_ns(), running.domain, how)
+                if is_device(running.domain):
+                    self._device_ended(address_of(running.domain), how)
+                else:
+                    self.core.process_ended(time.monotonic_ns(), running.domain, how)
             elif listener is not None:
                 if peer is None or peer.listener is not None:
                     listener.close()
@@ -189,10 +252,7 @@ class Server:
     def _one(self, effect: fx.Effect) -> None:
         if isinstance(effect, fx.StartProcess):
             peer = self.processes.start(effect.domain, effect.role, self._settings)
-            self.peers[effect.domain] = peer
-            if peer.listener is not None:
-                self._by_fd[peer.listener.fileno()] = peer
-                self._epoll.register(peer.listener.fileno(), select.EPOLLIN)
+            self._add_peer(peer)
         elif isinstance(effect, fx.KillProcess):
             self.log("info", f"killed: {effect.reason}", effect.domain)
             if self.processes.of(effect.domain) is None:
@@ -207,8 +267,28 @@ class Server:
             self.log(effect.level, effect.text, effect.domain)
         elif isinstance(effect, fx.Bind):
             self._bind(effect)
+        elif isinstance(effect, fx.ToDevice):
+            self._to_device(effect)
         else:
             self._to_peer(effect)
+
+    def _to_device(self, effect: fx.ToDevice) -> None:
+        peer = self.peers.get(peer_id(effect.bdf))
+        hello = self.devices.hello_of(effect.bdf)
+        if peer is None or hello is None:
+            return
+        try:
+            if isinstance(effect.message, Attach):
+                owner = self.devices.owner(effect.bdf)
+                target = self.peers.get(owner) if owner is not None else None
+                self._device_shell.attach(effect.message, hello, peer, target, self.doorbells)
+                if target is not None:
+                    self._watch(target)
+            else:
+                peer.send(effect.message)
+            self._watch(peer)
+        except PeerLost as lost:
+            self._lost.append((peer.domain, str(lost)))
 
     def _to_peer(self, effect: fx.Reply | fx.Order | fx.Unbind | fx.Raise) -> None:
         peer = self.peers.get(effect.domain)

@@ -19,7 +19,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bus.messages.envelope import BadMessage
-from bus.messages.warden import TO_WARDEN, Begin, Ended, Halt, Signal, Spawn, Started
+from bus.messages.warden import (
+    FROM_DOM0,
+    TO_WARDEN,
+    Begin,
+    Deposit,
+    Deposited,
+    Ended,
+    Halt,
+    Signal,
+    Spawn,
+    Started,
+)
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
 from toolstack.warden.runtime import RuntimeDirectory
 from toolstack.warden.uids import UidBlock
@@ -27,7 +38,9 @@ from toolstack.warden.uids import UidBlock
 MODULES: Final = {
     "hypervisor": "hypervisor",
     "dom0": "domains.dom0",
+    "domio": "domains.domio",
     "domu": "domains.domu",
+    "nvme": "domains.devices.nvme",
 }
 """Python module of each role that can be started."""
 
@@ -35,6 +48,7 @@ PRESTARTED: Final = {"dom0": 1, "domu": 1}
 """How many processes of a role load their code before anybody asks for them: what `domicile run` will need."""
 
 KILL_WAIT_S: Final = 5.0
+MAX_DEPOSITS: Final = 256
 
 
 @dataclass(slots=True)
@@ -67,6 +81,7 @@ class Warden:
         self._hypervisor: PacketLink | None = None
         self._hypervisor_child: Child | None = None
         self._serial = 0
+        self._deposits: dict[str, tuple[Deposit, list[int]]] = {}
         self.ending: str | None = None
 
     # ------------------------------------------------------------------ processes
@@ -118,7 +133,14 @@ class Warden:
         self._children[order.id] = child
         settings = dict(order.settings)
         names, fds = list(order.fds), list(descriptors)
+        if order.name in self._deposits:
+            deposit, deposited = self._deposits[order.name]
+            names += deposit.fds
+            fds += deposited
+            settings = {**settings, **deposit.settings}
         if order.role == "dom0":
+            child.link = PacketLink(child.link.detach(), FROM_DOM0)
+            self._selector.register(child.link, selectors.EVENT_READ, ("dom0", child))
             for name, listener in self._listeners.items():
                 names.append(name)
                 fds.append(listener.fileno())
@@ -156,6 +178,8 @@ class Warden:
                 for key, _ in self._selector.select(60.0):
                     if isinstance(key.data, Child):
                         self._ended(key.data)
+                    elif isinstance(key.data, tuple):
+                        self._deposit(key.data[1])
                     elif key.data == "owner":
                         self.ending = "the owner went away"
                     else:
@@ -163,6 +187,31 @@ class Warden:
         finally:
             self._end_all()
         return self.ending
+
+    def _deposit(self, dom0: Child) -> None:
+        """Keep what Dom0 gives for a device's process."""
+        try:
+            packet = dom0.link.receive()
+        except BadMessage as error:
+            print(f"warden: refused: {error}", file=sys.stderr, flush=True)
+            return
+        except LinkClosed:
+            self._selector.unregister(dom0.link)
+            return
+        if packet is None:
+            return
+        message, fds = packet
+        assert isinstance(message, Deposit)
+        if len(fds) != len(message.fds) or (
+            message.name not in self._deposits and len(self._deposits) >= MAX_DEPOSITS
+        ):
+            close_all(fds)
+            return
+        close_all(self._deposits.pop(message.name, (message, []))[1])
+        if fds:
+            self._deposits[message.name] = (message, fds)
+        with contextlib.suppress(LinkClosed, LinkFull):
+            dom0.link.send(Deposited(name=message.name))
 
     def _serve(self) -> None:
         assert self._hypervisor is not None
@@ -211,6 +260,8 @@ class Warden:
         status = child.process.wait()
         self._selector.unregister(child.pidfd)
         os.close(child.pidfd)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(child.link)
         child.link.close()
         if child.uid is not None and self._uids is not None:
             self._uids.give_back(child.uid)
@@ -261,6 +312,8 @@ class Warden:
             child.link.close()
         for listener in self._listeners.values():
             listener.close()
+        for _, fds in self._deposits.values():
+            close_all(fds)
         if self._uids:
             self._uids.close()
         self._selector.close()
