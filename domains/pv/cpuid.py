@@ -25,6 +25,9 @@ VENDOR: Final = b"GenuineIntel"
 BRAND: Final = b"Domicile virtual x86-64 CPU"
 SIGNATURE: Final = 0x000106A3
 """Family 6, model 26, stepping 3."""
+MAX_LEAF: Final = 0x16
+CRYSTAL_HZ: Final = 25_000_000
+BUS_MHZ: Final = 100
 PHYSICAL_BITS: Final = 40
 VIRTUAL_BITS: Final = 48
 
@@ -51,8 +54,11 @@ class CpuidPolicy:
         words = [int.from_bytes(VENDOR[i : i + 4], "little") for i in range(0, 12, 4)]
         vendor = (words[0], words[2], words[1])
         leaves: dict[tuple[int, int], Leaf] = {
-            (0, -1): (7, *vendor),
+            (0, -1): (MAX_LEAF, *vendor),
             (7, 0): (0, FEATURES_7_EBX, 0, 0),
+            # TSC and processor frequency: the guest need not measure them (Linux would read the PIT 100,000 times).
+            (0x15, -1): (1, TSC_HZ // CRYSTAL_HZ, CRYSTAL_HZ, 0),
+            (0x16, -1): (TSC_HZ // 1_000_000, TSC_HZ // 1_000_000, BUS_MHZ, 0),
             (0x80000000, -1): (0x80000008, 0, 0, 0),
             (0x80000001, -1): (0, 0, FEATURES_8_1_ECX, FEATURES_8_1_EDX),
             (0x80000008, -1): (VIRTUAL_BITS << 8 | PHYSICAL_BITS, 0, 0, 0),

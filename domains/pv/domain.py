@@ -195,6 +195,7 @@ class PvDomain:
     def pause(self) -> None:
         """Run no vCPU from now on; call `ring` to end a slice that runs."""
         self.paused = True
+        self.preempted()
 
     def unpause(self) -> None:
         """Run again."""
@@ -247,12 +248,15 @@ class PvDomain:
 
     def _run(self, state: VcpuState) -> bool:
         cpu = self.cpu
-        if state is not cpu.current:
+        previous = cpu.current
+        if state is not previous:
+            self.time.set_runstate(previous, idle_runstate(previous))
             cpu.switch_out()
             cpu.switch_in(state)
-        self.time.set_runstate(state, RUNSTATE_running)
-        if state.runstate_area:
-            self.time.write_runstate_area(cpu, state)
+        if state.runstate != RUNSTATE_running:
+            self.time.set_runstate(state, RUNSTATE_running)
+            if state.runstate_area:
+                self.time.write_runstate_area(cpu, state)
         if state.segment_failure:
             state.segment_failure = False
             r = cpu.regs
@@ -264,8 +268,16 @@ class PvDomain:
             bell = reason is StopReason.BELL
             if reason in (StopReason.BAD_ACCESS, StopReason.TRIPLE_FAULT, StopReason.HALT):
                 self._bad_stop(reason)
-        self.time.set_runstate(state, idle_runstate(state))
+        if not state.runnable:
+            self.time.set_runstate(state, idle_runstate(state))
         return bell
+
+    def preempted(self) -> None:
+        """The shell will not call `run_slice` for a while although the domain could run (its lease is over): the time counts
+        as runnable, not as running."""
+        current = self.cpu.current
+        if current.runstate == RUNSTATE_running:
+            self.time.set_runstate(current, idle_runstate(current))
 
     def _bad_stop(self, reason: StopReason) -> None:
         access = self.vcpu.bad_access

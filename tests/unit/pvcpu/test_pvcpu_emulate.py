@@ -249,6 +249,9 @@ def test_policy_hides_what_the_vcpu_lacks() -> None:
     assert policy.query(0xD, 0, 0) == (0, 0, 0, 0)
     words = [policy.query(0x80000002 + i, 0, 0) for i in range(3)]
     assert b"".join(struct.pack("<4I", *w) for w in words).rstrip(b"\0") == BRAND
+    assert policy.query(0, 0, 0)[0] == 0x16
+    denominator, numerator, crystal, _ = policy.query(0x15, 0, 0)
+    assert crystal * numerator // denominator == 1_000_000_000
     assert policy.query(0x40000003, 0, 0)[2] == 1_000_000
     assert policy.query(0x40000003, 1, 0) == (0, 0, 1 << 31, 1)
     assert policy.query(0x40000005, 0, 0)[1] == 40

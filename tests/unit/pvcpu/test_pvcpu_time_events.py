@@ -256,6 +256,7 @@ def test_runstate_and_time_areas(rig: Rig) -> None:
     info = xen.VCPU_TIME_INFO.unpack(rig.get(DATA + 512, 32))
     assert pvclock(info, rig.now) == rig.now
     entered = rig.now
+    rig.domain.preempted()
     rig.now += 700
     rig.run(b"\x90")
     runstate = v.VCPU_RUNSTATE_INFO.unpack(rig.get(DATA + 256, v.VCPU_RUNSTATE_INFO.size))
