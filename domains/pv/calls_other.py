@@ -18,7 +18,13 @@ from bus.abi.hypercalls_model import (
     Where,
     console_io_arg,
 )
-from bus.abi.xen import CONSOLEIO_read, CONSOLEIO_write, HYPERVISOR_console_io, HYPERVISOR_physdev_op
+from bus.abi.xen import (
+    CONSOLEIO_read,
+    CONSOLEIO_write,
+    HYPERVISOR_console_io,
+    HYPERVISOR_physdev_op,
+    HYPERVISOR_physdev_op_compat,
+)
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
 from domains.pv.wire import Remote
@@ -27,6 +33,17 @@ CONSOLE_CHUNK: Final = 4096
 MAX_CONSOLE: Final = 1 << 31
 MAX_PORTS: Final = 65536
 CMD_IN_STRUCTURE: Final = -2
+COMPAT_COMMANDS: Final = frozenset(
+    (
+        physdev.PHYSDEVOP_irq_status_query,
+        physdev.PHYSDEVOP_set_iopl,
+        physdev.PHYSDEVOP_set_iobitmap,
+        physdev.PHYSDEVOP_apic_read,
+        physdev.PHYSDEVOP_apic_write,
+        physdev.PHYSDEVOP_alloc_irq_vector,
+    )
+)
+"""What physdev_op_compat knows."""
 
 
 class OtherCalls:
@@ -40,7 +57,11 @@ class OtherCalls:
 
     def handlers(self) -> Mapping[int, Handler]:
         """By hypercall number."""
-        return {HYPERVISOR_console_io: self.console_io, HYPERVISOR_physdev_op: self.physdev_op}
+        return {
+            HYPERVISOR_console_io: self.console_io,
+            HYPERVISOR_physdev_op: self.physdev_op,
+            HYPERVISOR_physdev_op_compat: self.physdev_op_compat,
+        }
 
     def generic(self, number: int) -> Handler:
         """A handler for a hypercall that does nothing in this process."""
@@ -132,3 +153,10 @@ class OtherCalls:
             s.iobmp_limit = request.nr_ports
             return 0
         return self._generic(HYPERVISOR_physdev_op, cmd, arg, a3)
+
+    def physdev_op_compat(self, op: int, a2: int, a3: int, a4: int, a5: int) -> Result:
+        """The call as it was before Xen 3.2: the command is the first word of the structure, the rest follows at byte 8."""
+        cmd = int.from_bytes(self._cpu.mmu.read_virtual(op, 4), "little")
+        if cmd not in COMPAT_COMMANDS:
+            return -XEN_EINVAL
+        return self.physdev_op(cmd, op + 8, a3, a4, a5)

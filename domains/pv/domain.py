@@ -201,6 +201,13 @@ class PvDomain:
         """Run again."""
         self.paused = False
 
+    def resume(self, value: int) -> None:
+        """After SCHEDOP_shutdown(SHUTDOWN_suspend): go on, and have that hypercall return `value` (1: the suspend was cancelled
+        or was a checkpoint; 0: the domain is a new one)."""
+        self.life.resume()
+        self.cpu.regs.rax = value
+        self.update_clocks()
+
     def ring(self) -> None:
         """From any thread: make `run_slice` return soon."""
         self.vcpu.ring()

@@ -71,6 +71,8 @@ class EventChannels:
 
     def bind(self, port: int, vcpu: int, *, ipi: bool = False, timer: bool = False) -> None:
         """A port exists and notifies `vcpu`; it is an IPI channel, or that vCPU's VIRQ_TIMER."""
+        if not self.has_vcpu(vcpu):
+            return
         self._vcpu[port] = vcpu
         if ipi:
             self._ipi[port] = vcpu
@@ -81,7 +83,8 @@ class EventChannels:
 
     def notify_vcpu(self, port: int, vcpu: int) -> None:
         """EVTCHNOP_bind_vcpu succeeded."""
-        self._vcpu[port] = vcpu
+        if self.has_vcpu(vcpu):
+            self._vcpu[port] = vcpu
 
     def set_priority(self, port: int, priority: int) -> None:
         """EVTCHNOP_set_priority succeeded."""
@@ -187,6 +190,8 @@ class EventChannels:
         self._check_pollers(port)
 
     def _select(self, state: VcpuState, index: int) -> None:
+        if state.info < 0:
+            return  # no vcpu_info yet: Xen keeps such events in a dummy, and registering one makes all count as pending
         selector = (state.info >> 3) + 1
         value = self._words[selector]
         if not value >> index & 1:
@@ -196,7 +201,7 @@ class EventChannels:
     def _mark(self, state: VcpuState) -> None:
         """vcpu_mark_events_pending: the upcall flag goes up, and a blocked vCPU runs again."""
         octets = self._octets
-        if octets[state.info]:
+        if state.info < 0 or octets[state.info]:
             return
         octets[state.info] = 1
         state.blocked = False

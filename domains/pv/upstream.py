@@ -1,5 +1,7 @@
 """What the CPU side of a PV domain needs of the hypervisor process. The process shell implements it over the bus; tests
 implement it with a fake.
+
+That vCPUs block and wake is not told here: `PvDomain.run_slice` returns it to the shell, which owns the lease.
 """
 
 from __future__ import annotations
@@ -21,9 +23,6 @@ class Upstream(Protocol):
 
     def send_event(self, port: Port) -> int:
         """EVTCHNOP_send: ring the doorbell of the channel, or make the hypercall. 0 or a negative errno."""
-
-    def vcpu_state(self, vcpu: int, running: bool) -> None:
-        """A vCPU became runnable or blocked (no answer is waited for; the hypervisor's scheduler and `vcpu-list` use it)."""
 
     def console_line(self, text: str) -> None:
         """A line for the hypervisor's log about this domain (guest warnings that Xen would print)."""

@@ -109,9 +109,6 @@ class FakeUpstream:
             self.machine.drain_console(self)
         return 0
 
-    def vcpu_state(self, vcpu: int, running: bool) -> None:
-        return
-
     def console_line(self, text: str) -> None:
         self.log.append(text)
 

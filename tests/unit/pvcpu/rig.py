@@ -21,8 +21,8 @@ BASE = 0x1000
 FRAMES = 256
 HEAP = 8
 SHARED = BASE + FRAMES
-VIRT = 0x1_0000_0000
-"""Virtual address of frame 0: user half, one L1 table."""
+VIRT = 0x4000_0000
+"""Virtual address of frame 0: user half, below 4 GiB, one L1 table."""
 CODE = VIRT + 16 * PAGE
 HANDLERS = VIRT + 17 * PAGE
 USER_CODE = VIRT + 18 * PAGE
@@ -80,9 +80,6 @@ class Recorder:
     def send_event(self, port: Port) -> int:
         self.sent.append(port)
         return 0
-
-    def vcpu_state(self, vcpu: int, running: bool) -> None:
-        return
 
     def console_line(self, text: str) -> None:
         self.lines.append(text)

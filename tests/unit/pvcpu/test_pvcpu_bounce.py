@@ -21,7 +21,13 @@ from rig import (
 )
 
 from bus.abi.arch_x86_64 import VGCF_in_syscall
-from bus.abi.xen import HYPERVISOR_iret, HYPERVISOR_stack_switch, VMASST_TYPE_architectural_iopl
+from bus.abi.sched import SCHEDOP_shutdown
+from bus.abi.xen import (
+    HYPERVISOR_iret,
+    HYPERVISOR_sched_op,
+    HYPERVISOR_stack_switch,
+    VMASST_TYPE_architectural_iopl,
+)
 
 FLAT_CS, FLAT_SS = 0xE033, 0xE02B
 UD2 = b"\x0f\x0b"
@@ -285,3 +291,38 @@ def test_failsafe_frame_has_four_selectors(rig: Rig) -> None:
     assert len(words) == 11
     assert words[6] == CODE
     assert words[10] == FLAT_SS
+
+
+def test_compatibility_mode_and_back(rig: Rig) -> None:
+    """iret to 32-bit code; INT 0x80 from there enters 64-bit kernel code with the 32-bit CS in the frame; iret goes back."""
+    assert rig.domain.mmu.take_root(rig.frames.base + 4) == 0
+    rig.state.user_root = rig.frames.base + 4  # type: ignore[assignment]  # a plain number is an MFN here
+    rig.state.kernel_sp = KERNEL_STACK
+    # In 32-bit code 0x48 is DEC EAX, in 64-bit code a prefix: what runs shows the mode.
+    rig.put(USER_CODE, b"\xb8\x05\x00\x00\x00\x48\x89\xc3\xcd\x80\x48\xff\xc3\xcd\x80")
+    rig.put(HANDLERS, b"\x49\x89\xc0" + STOP)  # mov r8, rax
+    rig.state.trap_address[0x80] = HANDLERS
+    rig.put(DATA, struct.pack("<9Q", 0, 0, 0, 0, USER_CODE, 0xE023, 0x202, USER_STACK, FLAT_SS))
+    rig.run(mov_rsp(DATA) + hypercall(HYPERVISOR_iret))
+    words = rig.qwords(KERNEL_STACK - 7 * 8, 7)
+    assert words[3] & 0xFFFF == 0xE023
+    assert words[2] == USER_CODE + 10
+    assert rig.regs.r8 == 4, "DEC EAX ran"
+    assert rig.regs.cs == FLAT_CS
+    rig.put(USER_CODE + 10, b"\xb8\x07\x00\x00\x00\xcd\x80")
+    rig.put(DATA, struct.pack("<9Q", 0, 0, 0, 0, USER_CODE + 10, 0xE033, 0x202, USER_STACK, FLAT_SS))
+    rig.run(mov_rsp(DATA) + hypercall(HYPERVISOR_iret))
+    assert rig.regs.r8 == 7
+
+
+def test_suspend_and_resume(rig: Rig) -> None:
+    """SHUTDOWN_suspend stops the vCPU behind the hypercall; resume has it return what it is told."""
+    rig.put(DATA, struct.pack("<I", 2))
+    rig.put(CODE, hypercall(HYPERVISOR_sched_op, SCHEDOP_shutdown, DATA) + b"\x48\x89\xc3" + STOP)
+    rig.regs.rip = CODE
+    rig.domain.run_slice()
+    assert rig.domain.life.shutdown_code == 2
+    rig.domain.resume(1)
+    assert not rig.domain.finished
+    rig.run()
+    assert rig.regs.rbx == 1
