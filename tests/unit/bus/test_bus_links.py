@@ -1,0 +1,162 @@
+"""Packets, sealed memory, doorbells, credentials: descriptors arrive, nothing leaks, nothing blocks."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from bus import credentials, sealed
+from bus.doorbell import Doorbell
+from bus.messages.envelope import MAX_MESSAGE, BadMessage
+from bus.messages.warden import TO_WARDEN, Halt, Signal, Spawn
+from bus.packets import LinkClosed, LinkFull, PacketLink, pair
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def links() -> tuple[PacketLink, PacketLink]:
+    left, right = pair()
+    return PacketLink(left, TO_WARDEN), PacketLink(right, TO_WARDEN)
+
+
+def test_message_and_descriptors_arrive() -> None:
+    """A descriptor that was sent refers to the same memory at the other end."""
+    left, right = links()
+    fd = sealed.create("test", 4096)
+    left.send(Spawn(id=1, role="domu", name="d1", domain=1, fds=["memory"]), [fd])
+    os.pwrite(fd, b"seen", 0)
+    packet = right.receive()
+    assert packet is not None
+    message, fds = packet
+    assert isinstance(message, Spawn)
+    assert message.fds == ["memory"]
+    assert os.pread(fds[0], 4, 0) == b"seen"
+    for each in (fd, *fds):
+        os.close(each)
+    left.close()
+    right.close()
+
+
+def test_descriptors_of_a_bad_message_are_closed() -> None:
+    """A message that does not validate leaves no descriptor behind."""
+    left, right = links()
+    fd = sealed.create("test", 4096)
+    before = descriptors()
+    left.send_raw(b"\xc1 garbage", [fd, fd, fd])
+    with pytest.raises(BadMessage):
+        right.receive()
+    assert descriptors() == before
+    os.close(fd)
+    left.close()
+    right.close()
+
+
+def test_link_without_descriptors_receives_none() -> None:
+    """Where descriptors are not wanted, a peer cannot push any into this process."""
+    a, b = pair()
+    left, right = PacketLink(a, TO_WARDEN), PacketLink(b, TO_WARDEN, descriptors=False)
+    fd = sealed.create("test", 4096)
+    before = descriptors()
+    left.send(Halt(reason="x"), [fd] * 60)
+    packet = right.receive()
+    assert packet == (Halt(reason="x"), [])
+    assert descriptors() == before
+    os.close(fd)
+    left.close()
+    right.close()
+
+
+def fill(link: PacketLink) -> None:
+    for _ in range(10_000):
+        link.send_raw(b"x" * (MAX_MESSAGE // 2))
+
+
+def test_full_link_says_so_and_does_not_block() -> None:
+    """A peer that does not read is noticed, without waiting."""
+    left, right = links()
+    with pytest.raises(LinkFull):
+        fill(left)
+    left.close()
+    right.close()
+
+
+def test_closed_link_says_so() -> None:
+    """Both directions report a peer that is gone."""
+    left, right = links()
+    right.close()
+    with pytest.raises(LinkClosed):
+        left.receive()
+    with pytest.raises(LinkClosed):
+        left.send(Signal(id=1, what="kill"))
+    left.close()
+
+
+def test_sealed_memory_cannot_be_resized() -> None:
+    """Neither shrunk (which would make holders of a mapping crash) nor grown, nor unsealed."""
+    fd = sealed.create("test", 8192)
+    for size in (0, 4096, 16384):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(fd, sealed.F_ADD_SEALS, 8)
+    assert os.fstat(fd).st_mode & 0o777 == 0o600
+    os.close(fd)
+
+
+def test_read_only_descriptor_cannot_write() -> None:
+    """Not by write, and not by a shared writable mapping."""
+    fd = sealed.create("test", 4096)
+    ro = sealed.read_only(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(ro, b"x", 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(ro, 4096)
+    os.close(fd)
+    os.close(ro)
+
+
+def test_check_refuses_what_could_fault_later(tmp_path: Path) -> None:
+    """A plain file, an unsealed memfd and a wrong size are all refused before they are mapped."""
+    plain = os.open(tmp_path / "f", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(plain, 4096)
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, 4096)
+    good = sealed.create("good", 4096)
+    for fd, size in ((plain, 4096), (loose, 4096), (good, 8192)):
+        with pytest.raises(ValueError, match="memfd"):
+            sealed.check(fd, size)
+    sealed.check(good, 4096)
+    for fd in (plain, loose, good):
+        os.close(fd)
+
+
+def test_doorbell_survives_a_peer_that_fills_it() -> None:
+    """A full or blocking counter neither blocks the ringer nor loses the notification."""
+    bell = Doorbell()
+    other = os.dup(bell.fd)
+    os.eventfd_write(other, (1 << 64) - 2)
+    os.set_blocking(other, True)
+    bell.ring()
+    assert bell.take()
+    assert not bell.take()
+    bell.ring()
+    assert bell.take()
+    os.close(other)
+    bell.close()
+
+
+def test_credentials_travel_in_a_sealed_descriptor() -> None:
+    """What the domain reads is what was made, and nobody can change it in between."""
+    server, client = credentials.make("ipc:///x")
+    fd = credentials.to_descriptor(client)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    assert credentials.from_descriptor(fd) == client
+    assert len(server.secret) == 32
+    assert server.client_public != server.secret
