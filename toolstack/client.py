@@ -13,20 +13,10 @@ from typing import Any
 
 from bus.messages.control import FROM_TOOLSTACK, Notice, Request, Response
 from bus.packets import LinkClosed, PacketLink, close_all
+from toolstack.errors import MachineError, MachineGone
 
+__all__ = ["ControlClient", "MachineError", "MachineGone"]
 REQUEST_TIMEOUT_S = 60.0
-
-
-class MachineError(Exception):
-    """Told to the user in one line; `code` is the exit status."""
-
-    def __init__(self, text: str, code: int = 1) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class MachineGone(MachineError):
-    """The machine went down."""
 
 
 class ControlClient:

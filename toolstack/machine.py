@@ -6,14 +6,19 @@ import json
 import os
 import secrets
 import select
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from toolstack.client import ControlClient, MachineError, MachineGone
+from toolstack.errors import InputError, MachineError, MachineGone
 from toolstack.warden.runtime import RuntimeDirectory
+
+if TYPE_CHECKING:
+    from toolstack.client import ControlClient
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
@@ -28,6 +33,26 @@ def settings_from_environment(**more: Any) -> dict[str, Any]:
     }
 
 
+def runtime_directory(name: str) -> RuntimeDirectory:
+    """Of the machine with that name. InputError for a name that cannot be one."""
+    try:
+        return RuntimeDirectory(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def answers(runtime: RuntimeDirectory) -> bool:
+    """Whether a machine runs there: its control socket may be left from one that was killed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(runtime.control))
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
 class Machine:
     """A machine that lives as long as this object (or for itself, if `detached`)."""
 
@@ -35,36 +60,47 @@ class Machine:
         self, name: str = "", *, memory_mb: int = 4096, cpus: int = 0, detached: bool = False, **more: Any
     ) -> None:
         """Starts it. MachineError with the log's end if it does not come up."""
-        self.runtime = RuntimeDirectory(name or f"run-{os.getpid()}-{secrets.token_hex(3)}")
-        if self.runtime.control.exists():
+        self.runtime = runtime_directory(name or f"run-{os.getpid()}-{secrets.token_hex(3)}")
+        if answers(self.runtime):
             raise MachineError(
                 f"machine {self.runtime.name!r} runs already: `domicile down`, or give another --machine"
             )
         settings = settings_from_environment(memory_mb=memory_mb, cpus=cpus or os.cpu_count() or 1, **more)
-        watched, owner = os.pipe()
-        os.set_inheritable(watched, True)
+        # A file, not a pipe: the warden of a detached machine outlives whoever would read it.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        watched, self._owner = os.pipe()
         command = [sys.executable, "-P", "-m", "toolstack.warden", "domicile-warden", self.runtime.name]
         command += [json.dumps(settings), "none" if detached else str(watched)]
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if detached else None,
-                stderr=subprocess.DEVNULL if detached else subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
                 pass_fds=() if detached else (watched,),
                 start_new_session=True,
             )
         finally:
             os.close(watched)
-        self._owner = owner
         self._detached = detached
-        self.client = self._connect()
+        try:
+            self.client = self._connect()
+        except BaseException:
+            self._detached = False
+            self._process.terminate()
+            self.close()
+            raise
 
     def _connect(self) -> ControlClient:
+        # Its code is loaded here, while the machine's processes load theirs.
+        from toolstack.client import ControlClient
+
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             if self._process.poll() is not None:
-                raise MachineError(f"the machine did not start: {self.errors() or 'see its log'}")
+                raise MachineError(
+                    f"the machine did not start: {self.errors() or 'its warden ended without a word'}"
+                )
             if self.runtime.control.exists():
                 try:
                     client = ControlClient(self.runtime.control)
@@ -74,36 +110,40 @@ class Machine:
                     pass
                 except MachineError as error:
                     if "no machine" not in str(error):
-                        self.close()
                         raise
             if time.monotonic() > deadline:
-                self.close()
-                raise MachineError(f"the machine did not start within {START_TIMEOUT_S:.0f} s")
+                raise MachineError(
+                    f"the machine did not start within {START_TIMEOUT_S:.0f} s: {self.errors()}"
+                )
             select.select(
-                [], [], [], 0.01
+                [], [], [], 0.005
             )  # its socket appears within some 100 ms; there is nothing to wait on before
 
     def errors(self) -> str:
-        """What the warden said on standard error, once it has ended."""
-        stream = self._process.stderr
-        return stream.read().decode("utf-8", "replace").strip() if stream is not None else ""
+        """What the warden said on standard error, in one line."""
+        if self._stderr.closed:
+            return ""
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode("utf-8", "replace").split("\n")
+        # The last line of a traceback says what went wrong.
+        said = [line.strip() for line in lines if line.strip() and not line.startswith(("  ", "Traceback"))]
+        return said[-1] if said else ""
 
     def close(self) -> None:
-        """Take the machine down and wait until every process of it is gone."""
+        """Take the machine down and wait until every process of it is gone. A detached one goes on."""
         if hasattr(self, "client"):
             self.client.close()
         if self._owner >= 0:
             os.close(self._owner)
             self._owner = -1
-        if self._detached:
-            return
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait(STOP_TIMEOUT_S)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        if not self._detached:
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()  # its children die with it (PR_SET_PDEATHSIG)
+                self._process.wait(STOP_TIMEOUT_S)
+                self.runtime.remove()
+        self._stderr.close()
 
     def __enter__(self) -> Self:
         return self
@@ -112,3 +152,21 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def warden_pidfd(runtime: RuntimeDirectory) -> int | None:
+    """A pidfd of the machine's warden; None if it does not run (its number may belong to somebody else by now)."""
+    try:
+        pid = int(runtime.pid.read_text(encoding="ascii"))
+        pidfd = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return None
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError:
+        words = []
+    if b"domicile-warden" in words and runtime.name.encode() in words:
+        return pidfd
+    os.close(pidfd)
+    return None

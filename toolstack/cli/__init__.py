@@ -1,0 +1,34 @@
+"""The `domicile` command: xl's verbs on a machine of processes. Verbs load what they need when they are called."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Every failure is one line on standard error and an exit status; a traceback is a bug."""
+    from toolstack.cli.app import call
+    from toolstack.errors import EXIT_INTERRUPTED, MachineError
+
+    status = 0
+    try:
+        status = call(arguments)
+        sys.stdout.flush()
+    except MachineError as error:
+        say_error(str(error))
+        status = error.code
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:  # `domicile list | head -1` is no failure, and no traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 141
+    sys.exit(status)
+
+
+def say_error(text: str) -> None:
+    """One line on standard error, in red where that is wanted and possible."""
+    line = f"domicile: {' '.join(text.split())}"
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        line = f"\x1b[31m{line}\x1b[0m"
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,5 @@
+"""`python -m toolstack.cli` is `domicile`."""
+
+from toolstack.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""From what the user gave to a `DomainConfig` and the open files that go along."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from toolstack.errors import InputError
+
+if TYPE_CHECKING:
+    from bus.messages.control import DomainConfig
+
+NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+
+
+def open_image(path: str, what: str) -> int:
+    """A descriptor of a readable, regular, non-empty file. InputError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise InputError(f"{what} {path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{what} {path}: {os.strerror(error.errno or 0)}") from None
+    status = os.fstat(fd)
+    problem = ""
+    if not os.path.isfile(f"/proc/self/fd/{fd}"):
+        problem = "not a regular file"
+    elif status.st_size == 0:
+        problem = "the file is empty"
+    if problem:
+        os.close(fd)
+        raise InputError(f"{what} {path}: {problem}")
+    return fd
+
+
+def name_of(path: str) -> str:
+    """A domain name made of a kernel's file name."""
+    words = re.sub(r"[^A-Za-z0-9_.+-]+", "-", Path(path).stem).strip("-")
+    return words[:64] or "guest"
+
+
+def check_name(name: str) -> str:
+    """The name, if a domain can have it. InputError."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"name {name!r}: use 1 to 64 letters, digits, '_', '.', '+', '-'")
+    return name
+
+
+class Images:
+    """Descriptors in the order in which they travel; closed on exit."""
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+
+    def __enter__(self) -> Images:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self.descriptors:
+            os.close(fd)
+        self.descriptors.clear()
+
+    def add(self, path: str, what: str) -> int:
+        """Opens it; its index. InputError."""
+        self.descriptors.append(open_image(path, what))
+        return len(self.descriptors) - 1
+
+
+def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
+    """The validated configuration; `kernel` and `ramdisk` are paths here. InputError names the field."""
+    from pydantic import ValidationError
+
+    from bus.messages.control import DomainConfig
+
+    kernel, ramdisk = fields.get("kernel") or "", fields.get("ramdisk") or ""
+    values = {
+        "uuid": uuid.uuid4().bytes,
+        **fields,
+        "kernel": images.add(kernel, "kernel") if kernel else -1,
+        "kernel_path": kernel,
+        "ramdisk": images.add(ramdisk, "ramdisk") if ramdisk else -1,
+        "ramdisk_path": ramdisk,
+    }
+    try:
+        return DomainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where}={first['input']!r}: {first['msg']}"[:400]) from None

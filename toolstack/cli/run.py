@@ -1,0 +1,299 @@
+"""`domicile run`: one machine, one guest, its console on standard output, an exit status for CI."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+from toolstack.cli.images import Images, make_config, open_image
+from toolstack.cli.script import ConsoleScript
+from toolstack.cli.terminal import EscapeKeys, RawTerminal, write_all
+from toolstack.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TIMEOUT,
+    InputError,
+    MachineError,
+    MachineGone,
+)
+
+if TYPE_CHECKING:
+    from toolstack.machine import Machine
+
+MACHINE_SPARE_MB: Final = 256
+"""Machine memory beside the guest's."""
+MACHINE_MEMORY_MB: Final = 4096
+COUNTERS: Final = ("hypercalls", "exceptions", "events")
+"""Of the record: by name, from the domain's process."""
+RECORD_VERSION: Final = 1
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end: SIGINT, SIGTERM or SIGHUP."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass(slots=True)
+class RunRequest:
+    """What to run, checked as far as that goes without a machine."""
+
+    domain: dict[str, Any]
+    """Fields of DomainConfig; `kernel` and `ramdisk` are paths."""
+    script: ConsoleScript
+    timeout: float = 0.0
+    """Seconds for all of it; 0: none."""
+    reboot: bool = True
+    """Start a guest that reboots again; False: its first reboot is its end."""
+    quiet: bool = False
+    """No console on standard output."""
+    json: bool = False
+    json_file: str = ""
+    cpus: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How it ended."""
+
+    reason: str = "unknown"
+    status: int = EXIT_FAILED
+    details: str = ""
+    stats: dict[str, Any] = field(default_factory=dict)
+    reboots: int = 0
+    domid: int = -1
+
+
+class Run:
+    """One run."""
+
+    def __init__(self, request: RunRequest) -> None:
+        self.request = request
+        self.outcome = Outcome()
+        self._start = time.monotonic()
+        self._machine_up = 0.0
+        self._guest_end = 0.0
+        self._keys = EscapeKeys()
+        self._name = str(request.domain["name"])
+        self._last_byte = b"\n"
+
+    # ------------------------------------------------------------------ the whole
+
+    def execute(self) -> int:
+        """The exit status. InputError before anything was started; MachineError if the machine did not come up."""
+        from toolstack.machine import Machine
+
+        request = self.request
+        with Images() as images, _signals():
+            try:
+                # Files are opened before anything is started: what is missing is told at once.
+                for key in ("kernel", "ramdisk"):
+                    if request.domain.get(key):
+                        os.close(open_image(request.domain[key], key))
+                memory = max(MACHINE_MEMORY_MB, request.domain["memory_mb"] + MACHINE_SPARE_MB)
+                machine = Machine(memory_mb=memory, cpus=request.cpus)
+                try:
+                    self._machine_up = time.monotonic()
+                    config = make_config(request.domain, images)
+                    self._guest(machine, config, images)
+                finally:
+                    self._guest_end = self._guest_end or time.monotonic()
+                    machine.close()
+            except Stopped as stopped:
+                self.outcome.reason = signal.Signals(stopped.number).name.lower()
+                self.outcome.status = 128 + stopped.number
+        self._tell()
+        return self.outcome.status
+
+    def _guest(self, machine: Machine, config: Any, images: Images) -> None:
+        outcome = self.outcome
+        try:
+            arguments = {"config": config, "attach": True}
+            outcome.domid = machine.client.request("create", arguments, images.descriptors)
+        except MachineGone:
+            outcome.reason, outcome.details = "machine", machine.errors()
+            return
+        except MachineError as error:
+            # The builder's verdict on the files that the user gave.
+            raise InputError(str(error)) from None
+        try:
+            with RawTerminal() as terminal:
+                self._attend(machine, terminal)
+        except MachineGone:
+            outcome.reason, outcome.details = "machine", machine.errors()
+        except BrokenPipeError:
+            outcome.reason, outcome.status = "nobody reads standard output", 128 + signal.SIGPIPE
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        self._guest_end = time.monotonic()
+
+    # ------------------------------------------------------------------ while it runs
+
+    def _attend(self, machine: Machine, terminal: RawTerminal) -> None:
+        client, request = machine.client, self.request
+        deadline = self._start + request.timeout if request.timeout else None
+        poller = select.poll()
+        poller.register(client.fileno(), select.POLLIN)
+        if terminal.active:
+            poller.register(0, select.POLLIN)
+        while True:
+            while (notice := client.notice(0)) is not None:
+                if notice.what == "console":
+                    self._output(machine, notice.body["data"])
+                elif notice.what == "ended" and self._ended(notice.body):
+                    return None
+                if request.script.matched is not None:
+                    self.outcome.reason, self.outcome.status = "matched", EXIT_OK
+                    return self._collect(machine)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                self.outcome.reason, self.outcome.status = "timeout", EXIT_TIMEOUT
+                return self._collect(machine)
+            for fd, _ in poller.poll(None if left is None else left * 1000):
+                if fd == 0 and not self._input(machine, terminal, poller):
+                    self.outcome.reason, self.outcome.status = "interrupted", EXIT_INTERRUPTED
+                    return self._collect(machine)
+
+    def _output(self, machine: Machine, data: bytes) -> None:
+        if not self.request.quiet:
+            write_all(data)
+        self._last_byte = data[-1:] or self._last_byte
+        typed = self.request.script.feed(data)
+        if typed:
+            self._type(machine, typed)
+
+    def _type(self, machine: Machine, data: bytes) -> None:
+        try:
+            machine.client.request("type", {"domain": self._name, "data": data})
+        except MachineGone:
+            raise
+        except MachineError:
+            pass  # the guest ended meanwhile: its notice says so
+
+    def _input(self, machine: Machine, terminal: RawTerminal, poller: select.poll) -> bool:
+        """Keys of the user; False if they want out."""
+        keys = terminal.read()
+        if not keys:
+            poller.unregister(0)
+            return True
+        data, leave = self._keys.feed(keys, time.monotonic())
+        if data and not leave:
+            self._type(machine, data)
+        return not leave
+
+    def _ended(self, body: dict[str, Any]) -> bool:
+        """A notice about a domain's end; True if that ends the run."""
+        outcome, reason = self.outcome, body["reason"]
+        outcome.details, outcome.stats = body["details"], body.get("stats") or {}
+        if reason == "restarted":
+            outcome.reboots += 1
+            return False
+        outcome.reason = reason
+        if reason == "poweroff" or (reason == "reboot" and not self.request.reboot):
+            outcome.status = EXIT_OK
+        return True
+
+    def _collect(self, machine: Machine) -> None:
+        """The counters of a guest that still runs."""
+        if not (self.request.json or self.request.json_file):
+            return
+        try:
+            self.outcome.stats = machine.client.request("stats", {"domain": self._name}, timeout=5.0)
+        except MachineError:
+            self.outcome.stats = {}
+
+    # ------------------------------------------------------------------ what is told
+
+    def _tell(self) -> None:
+        request, outcome = self.request, self.outcome
+        if self._last_byte != b"\n" and not request.quiet and sys.stdout.isatty():
+            write_all(b"\n")
+        if outcome.status == EXIT_TIMEOUT:
+            wanted = request.script.waits_for
+            missing = f" ({wanted!r} was not seen)" if wanted is not None else ""
+            _say(f"domicile: {self._name}: timeout after {request.timeout:g} s{missing}")
+        elif outcome.status != EXIT_OK:
+            if outcome.details:
+                _say(outcome.details)
+            _say(f"domicile: {self._name}: {self._verdict()}")
+        if request.json or request.json_file:
+            text = json.dumps(self.record())
+            if request.json_file:
+                try:
+                    with open(request.json_file, "w", encoding="utf-8") as file:
+                        file.write(text + "\n")
+                except OSError as error:
+                    raise InputError(
+                        f"--json-file {request.json_file}: {os.strerror(error.errno or 0)}"
+                    ) from None
+            else:
+                start = b"" if self._last_byte == b"\n" or request.quiet else b"\n"
+                write_all(start + text.encode() + b"\n")
+
+    def _verdict(self) -> str:
+        reason = self.outcome.reason
+        known = {
+            "crash": "the guest crashed",
+            "watchdog": "the guest's watchdog ran out",
+            "reboot": "the guest rebooted at once and was not started again",
+            "suspend": "the guest suspended itself, and nobody will resume it",
+            "destroyed": "the domain was destroyed",
+            "machine": "the machine went down",
+            "interrupted": "ended from the keyboard",
+        }
+        return known.get(reason, f"ended: {reason}")
+
+    def record(self) -> dict[str, Any]:
+        """What --json prints. Counters that this machine does not have are null, and named in `not_counted`."""
+        outcome, now = self.outcome, time.monotonic()
+        counters = {name: outcome.stats.get(name) for name in COUNTERS}
+        machine_up = self._machine_up or now
+        return {
+            "version": RECORD_VERSION,
+            "name": self._name,
+            "kernel": self.request.domain.get("kernel"),
+            "reason": outcome.reason,
+            "exit_status": outcome.status,
+            "matched": self.request.script.matched,
+            "reboots": outcome.reboots,
+            "seconds": round(now - self._start, 4),
+            "seconds_machine_start": round(machine_up - self._start, 4),
+            "seconds_guest": round(max(0.0, self._guest_end - machine_up), 4),
+            "console_bytes": self.request.script.written,
+            **counters,
+            "not_counted": [name for name, value in counters.items() if value is None],
+            "details": outcome.details,
+        }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _signals:
+    """SIGINT, SIGTERM and SIGHUP end the run in order: the machine is taken down first."""
+
+    def __enter__(self) -> None:
+        self._before = {
+            number: signal.signal(number, self._stop)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN  # nohup, or a shell's background job
+        }
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        for later in self._before:  # once is enough: the way down is not to be cut short
+            signal.signal(later, signal.SIG_IGN)
+        raise Stopped(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,62 @@
+"""From the options of `domicile run` to a RunRequest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolstack.cli.images import check_name, name_of
+from toolstack.cli.run import Run, RunRequest
+from toolstack.cli.script import ConsoleScript, compile_pattern, decode_escapes
+from toolstack.errors import InputError
+
+TYPES = ("pv", "pvh", "hvm")
+
+
+def run_verb(
+    fields: dict[str, Any],
+    *,
+    disks: list[str],
+    vifs: list[str],
+    until: str,
+    first: str,
+    expect: list[str],
+    send: list[str],
+    timeout: float,
+    reboot: bool,
+    quiet: bool,
+    json: bool,
+    json_file: str,
+    cpus: int,
+) -> int:
+    """Check everything, then run. The exit status; InputError, MachineError."""
+    if fields["type"] not in TYPES:
+        raise InputError(f"--type {fields['type']}: there are {', '.join(TYPES)}")
+    if len(send) > len(expect):
+        raise InputError(f"--send {send[len(expect)]!r}: has no --expect; they come in pairs")
+    if len(send) < len(expect):
+        raise InputError(f"--expect {expect[len(send)]!r}: has no --send; they come in pairs")
+    pairs = [
+        (compile_pattern(pattern, "--expect"), decode_escapes(text, "--send"))
+        for pattern, text in zip(expect, send, strict=True)
+    ]
+    script = ConsoleScript(
+        decode_escapes(first, "--input"), pairs, compile_pattern(until, "--until") if until else None
+    )
+    if disks or vifs:
+        from toolstack.xlcfg.devices import parse_disk, parse_vif
+
+        fields["disks"] = [parse_disk(text, "--disk") for text in disks]
+        fields["vifs"] = [parse_vif(text, "--vif") for text in vifs]
+    domain = {
+        **fields,
+        "name": check_name(fields["name"]) if fields["name"] else name_of(fields["kernel"]),
+        "on_reboot": "restart" if reboot else "destroy",
+    }
+    from toolstack.doctor import require_quick
+
+    require_quick(domain["memory_mb"])
+    return Run(
+        RunRequest(
+            domain, script, timeout, reboot=reboot, quiet=quiet, json=json, json_file=json_file, cpus=cpus
+        )
+    ).execute()
