@@ -48,6 +48,7 @@ class PvProcess:
         )
         self.link.on_message = self._message
         self.upstream = BusUpstream(self.link)
+        self.upstream.deliver = self._deliver
         self.domid = DomId(start.domain)
         self.memory: HostMemory | None = None
         self.frames: DomainFrames | None = None
@@ -77,6 +78,8 @@ class PvProcess:
             "grant_detach": self._grant_detach,
             "doorbell": self._doorbell,
             "doorbell_off": self._doorbell_off,
+            "loop": self._loop,
+            "drop_code": self._drop_code,
         }
         self.link.send(Hello(pid=os.getpid(), role=start.role))
 
@@ -241,8 +244,26 @@ class PvProcess:
         self._ear.add(listen.fd)
         return 0, b""
 
+    def _loop(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """A channel both ends of which are this domain's."""
+        self.upstream.loops[order.body["port"]] = Port(order.body["other"])
+        return 0, b""
+
+    def _drop_code(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """Others wrote to these frames: what was translated from them is stale."""
+        if self.domain is not None:
+            for mfn in order.body["frames"]:
+                self.domain.cpu.drop_code(Mfn(mfn))
+        return 0, b""
+
+    def _deliver(self, port: Port) -> None:
+        if self.domain is not None:
+            self.domain.deliver(port, VcpuId(self.domain.events.vcpu_of(port)))
+
     def _doorbell_off(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
-        self._silence(Port(order.body["port"]))
+        port = Port(order.body["port"])
+        self._silence(port)
+        self.upstream.loops.pop(port, None)
         return 0, b""
 
     def _silence(self, port: Port) -> None:

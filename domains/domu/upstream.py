@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bus.abi.event_channel import EVTCHN_SEND, EVTCHNOP_send, evtchn_send
 from bus.abi.xen import HYPERVISOR_event_channel_op
 from bus.addresses import Port
@@ -19,6 +21,10 @@ class BusUpstream:
         self._link = link
         self.doorbells: dict[int, Doorbell] = {}
         """Where to ring for a local port."""
+        self.loops: dict[int, Port] = {}
+        """Ports of channels within the domain, and their other ends."""
+        self.deliver: Callable[[Port], None] = lambda port: None
+        """Makes a port of this domain pending at once."""
         self.calls = 0
 
     def hypercall(self, vcpu: int, nr: int, cmd: int, data: bytes) -> tuple[int, bytes]:
@@ -31,6 +37,10 @@ class BusUpstream:
         bell = self.doorbells.get(port)
         if bell is not None:
             bell.ring()
+            return 0
+        other = self.loops.get(port)
+        if other is not None:
+            self.deliver(other)
             return 0
         rc, _ = self.hypercall(
             0, HYPERVISOR_event_channel_op, EVTCHNOP_send, EVTCHN_SEND.pack(evtchn_send(port))

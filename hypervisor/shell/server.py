@@ -324,7 +324,17 @@ class Server:
             close_all(copies)
 
     def _bind(self, bind: fx.Bind) -> None:
-        """A doorbell each way: what one side rings the other listens to."""
+        """A doorbell each way: what one side rings the other listens to. A channel within one domain needs none."""
+        if bind.left == bind.right:
+            peer = self.peers.get(bind.left)
+            if peer is not None:
+                try:
+                    for port, other in ((bind.left_port, bind.right_port), (bind.right_port, bind.left_port)):
+                        peer.order(0, "loop", {"port": port, "other": other})
+                    self._watch(peer)
+                except PeerLost as lost:
+                    self._lost.append((bind.left, str(lost)))
+            return
         if not self.doorbells:
             return
         to_left, to_right = Doorbell(), Doorbell()
