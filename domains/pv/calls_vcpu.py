@@ -115,7 +115,7 @@ class VcpuCalls:
             if arg:
                 return -XEN_EINVAL
             state.nmi_pending = True
-            state.blocked = False
+            state.wake()
             return 0
         if cmd == VCPUOP_get_physid:
             return -XEN_EINVAL  # only vCPUs of the hardware domain are pinned for good

@@ -76,7 +76,7 @@ class Slice(NamedTuple):
     deadline: int | None
     """While not runnable: system time (ns) of the next timer; None: only an event can wake the domain."""
     bell: bool
-    """The bell rang: the caller looks what for."""
+    """The bell rang: the caller clears it (`PvDomain.clear_bell`), and then looks what for."""
 
 
 class PvDomain:
@@ -209,8 +209,12 @@ class PvDomain:
         self.update_clocks()
 
     def ring(self) -> None:
-        """From any thread: make `run_slice` return soon."""
+        """From any thread: make `run_slice` return soon, again and again until `clear_bell`."""
         self.vcpu.ring()
+
+    def clear_bell(self) -> None:
+        """Forget the rings so far. The shell calls it before it looks what they were for, so that none is lost."""
+        self.vcpu.clear_bell()
 
     @property
     def finished(self) -> bool:
@@ -221,7 +225,6 @@ class PvDomain:
 
     def run_slice(self) -> Slice:
         """Run one vCPU for a slice, and say what comes next. A domain that ended, or is paused, runs nothing."""
-        self.vcpu.clear_bell()
         if self.paused or self.finished:
             return Slice(False, None, False)
         self._expire_all()
@@ -229,9 +232,8 @@ class PvDomain:
         if state is None:
             return Slice(False, self.next_deadline(), False)
         bell = self._run(state)
-        if self.cpu.crash_reason is not None:
-            self._crashed()
         if self.finished:
+            self._ended()
             return Slice(False, None, bell)
         self._expire_all()
         runnable = any(other.runnable for other in self.states)
@@ -297,10 +299,7 @@ class PvDomain:
         """Fire what is due of one vCPU."""
         now = self.time.now()
         if state.poll_deadline is not None and now >= state.poll_deadline:
-            state.poll_deadline = None
-            if state.poll_ports is not None:
-                state.poll_ports = None
-                state.blocked = False
+            state.wake()
         if timer_due(state, now) and state.timer_port:
             self.events.set_pending(state.timer_port, state.id)
 
@@ -311,10 +310,12 @@ class PvDomain:
 
     # --- the end
 
-    def _crashed(self) -> None:
-        """The domain crashed in this process: tell the hypervisor, keep the registers for the reader."""
-        if self.crash_text is None:
-            reason = self.cpu.crash_reason or "unknown"
+    def _ended(self) -> None:
+        """After a crash, here or declared by the guest itself: keep the registers for the reader, tell the hypervisor."""
+        reason = self.cpu.crash_reason
+        if reason is None and self.life.shutdown_code == SHUTDOWN_crash:
+            reason = "the guest declared SHUTDOWN_crash"
+        if self.crash_text is None and reason is not None:
             self.crash_text = (
                 f"Domain {self.config.domain} (vcpu#{self.cpu.current.id}) crashed: {reason}\n"
                 + register_dump(self.cpu)

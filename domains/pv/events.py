@@ -204,9 +204,7 @@ class EventChannels:
         if state.info < 0 or octets[state.info]:
             return
         octets[state.info] = 1
-        state.blocked = False
-        if state.poll_ports is not None:
-            state.poll_ports = None
+        state.wake()
 
     def clear_pending(self, port: int) -> None:
         """Take the pending bit away (the port is freed)."""
@@ -312,5 +310,4 @@ class EventChannels:
         for state in self._states:
             ports = state.poll_ports
             if ports is not None and (port in ports or not ports):
-                state.poll_ports = None
-                state.blocked = False
+                state.wake()

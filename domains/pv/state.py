@@ -123,6 +123,12 @@ class VcpuState:
         self.runstate_area = 0
         self.time_area = 0
 
+    def wake(self) -> None:
+        """Out of SCHEDOP_block or SCHEDOP_poll."""
+        self.blocked = False
+        self.poll_ports = None
+        self.poll_deadline = None
+
     @property
     def runnable(self) -> bool:
         """Up and not blocked."""

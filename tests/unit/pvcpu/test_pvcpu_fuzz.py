@@ -6,10 +6,11 @@ import struct
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rig import BASE, CODE, DATA, KERNEL_STACK, UNMAPPED, VIRT, Rig
+from rig import BASE, CODE, DATA, KERNEL_STACK, UNMAPPED, USER_L4, VIRT, Rig
 
 from bus.abi.errno import XEN_ENOSYS
 from bus.abi.hypercalls import HYPERCALLS
+from bus.addresses import Mfn
 from domains.pv.api import Continuation
 from domains.pv.calls import NO_RESULT
 
@@ -46,13 +47,15 @@ def test_any_machine_code(code: bytes, user: bool) -> None:
     for vector in range(32):
         rig.handler(vector)
     rig.state.syscall_callback = rig.state.trap_address[6]
+    rig.put(CODE, code + b"\x0f\x0b")
     if user:
-        rig.enter_user(code + b"\x0f\x0b")
-    else:
-        rig.put(CODE, code + b"\x0f\x0b")
-        rig.regs.rip = CODE
-        for _ in range(3):
-            if rig.stopped or rig.domain.finished:
-                break
-            rig.domain.run_slice()
+        assert rig.domain.mmu.take_root(BASE + USER_L4) == 0
+        rig.state.user_root = Mfn(BASE + USER_L4)
+        rig.state.kernel_sp = KERNEL_STACK
+        rig.cpu.toggle_mode()
+    rig.regs.rip = CODE
+    for _ in range(3):  # it may loop for ever
+        if rig.stopped or rig.domain.finished:
+            break
+        rig.domain.run_slice()
     assert rig.domain.mmu.check_invariants() == []

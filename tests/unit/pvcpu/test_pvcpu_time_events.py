@@ -374,4 +374,34 @@ def test_pause(rig: Rig) -> None:
     rig.domain.unpause()
     assert rig.domain.run_slice().runnable
     rig.domain.ring()
-    assert rig.domain.run_slice().runnable, "a ring is forgotten when the loop looks what it was for"
+    for _ in range(2):
+        assert rig.domain.run_slice().bell, "the bell rings until it is cleared"
+    rig.domain.clear_bell()
+    step = rig.domain.run_slice()
+    assert step.runnable
+    assert not step.bell
+
+
+def test_crash_that_the_guest_declares_keeps_the_registers(rig: Rig) -> None:
+    rig.put(DATA, struct.pack("<I", 3))
+    rig.run(hypercall(xen.HYPERVISOR_sched_op, SCHEDOP_shutdown, DATA))
+    assert rig.domain.life.shutdown_code == 3
+    assert rig.domain.crash_text is not None
+    assert "declared SHUTDOWN_crash" in rig.domain.crash_text
+    assert any("RIP:" in line for line in rig.upstream.lines)
+
+
+def test_vcpu_beyond_the_shared_info_needs_its_own_place() -> None:
+    """vCPU 32 has no vcpu_info at first: events for it touch no memory, and it cannot be initialised before it has one."""
+    rig = Rig(34)
+    last = rig.frames.octets[-1]
+    rig.domain.deliver(Port(8), VcpuId(33))
+    assert rig.frames.octets[-1] == last
+    place = DATA + 8 * 4096
+    rig.put(place, ap_context(CODE, KERNEL_STACK, int(rig.state.kernel_root)))
+    assert call(rig, xen.HYPERVISOR_vcpu_op, v.VCPUOP_initialise, 33, place) == -EINVAL
+    rig.put(DATA, struct.pack("<QII", BASE + 60, 0, 0))
+    assert call(rig, xen.HYPERVISOR_vcpu_op, v.VCPUOP_register_vcpu_info, 33, DATA) == 0
+    assert rig.frames.octets[60 * 4096] == 1
+    assert rig.frames.octets[60 * 4096 + 1] == 1
+    assert call(rig, xen.HYPERVISOR_vcpu_op, v.VCPUOP_initialise, 33, place) == 0
