@@ -113,6 +113,7 @@ class UnicornHvmVcpu(Machine):
         self._init_cpu(self._cpu)
         self._halted.value = 0  # all but the boot processor wait for SIPI: that is the caller's business
         self._exception_index.value = -1
+        self._update[4](self._env, 0)  # Unicorn leaves OSFXSR, FSGSBASE and OSXSAVE set
         self.regs.vmcb = VMCB
         self._arm()
         self._flush(self._cpu)

@@ -551,3 +551,30 @@ def test_rep_insb_under_bells_reads_every_byte_once() -> None:
         guest.vcpu.clear_bell()
     assert (reads, bells) == (16000, 16000 // 7)
     assert guest.memory[0x40000 : 0x40000 + 16000] == bytes((n + 1) * 7 & 0xFF for n in range(16000))
+
+
+def test_reset_state_has_cr4_zero_and_no_sse() -> None:
+    """CR4 is 0 after RESET; ADDPS is #UD until CR4.OSFXSR is set (SDM volume 3, 10.1.1 and 14.1)."""
+    guest = HvmGuest()
+    assert guest.vcpu.regs.cr4 == 0
+    guest.real_mode("0f58c1 45 f4")  # addps xmm0,xmm1; inc bp; hlt
+    guest.write(4 * 6, "00710000")
+    guest.write(0x7100, "f4")
+    guest.vcpu.regs.rbp = 0
+    assert guest.run() is StopReason.HALT
+    assert (guest.vcpu.regs.rip, guest.vcpu.regs.rbp) == (0x7101, 0)
+    guest.vcpu.reset()
+    guest.vcpu.set_control(4, 0x200)
+    guest.vcpu.regs.rsp, guest.vcpu.regs.rbp = STACK, 0
+    assert guest.run() is StopReason.HALT
+    assert guest.vcpu.regs.rbp == 1
+
+
+def test_lmsw_is_trapped() -> None:
+    """LMSW from a register: the hook sees the CR0 it makes, and it takes effect."""
+    guest = HvmGuest()
+    guest.vcpu.trap_control_writes(0)
+    guest.real_mode("b80100 0f01f0 eb00 f4")  # mov ax,1; lmsw ax; jmp +0; hlt
+    assert guest.run() is StopReason.HALT
+    assert ("cr", 0, 0x60000011) in guest.exits.seen
+    assert guest.vcpu.regs.cr0 & 1
