@@ -81,6 +81,10 @@ class Cpu:
     def flush_tlb(self) -> None:
         self.vcpu.flush_tlb()
 
+    def flush_page(self, address: int) -> None:
+        """INVLPG of the current vCPU."""
+        self.vcpu.flush_page(address)
+
     def drop_code(self, mfn: Mfn) -> None:
         self.vcpu.drop_code(MachineAddr(mfn << PAGE_SHIFT), 1 << PAGE_SHIFT)
 

@@ -76,7 +76,7 @@ class Slice(NamedTuple):
     deadline: int | None
     """While not runnable: system time (ns) of the next timer; None: only an event can wake the domain."""
     bell: bool
-    """The bell rang: the caller clears it (`PvDomain.clear_bell`), and then looks what for."""
+    """The bell rang, and is cleared already: the caller looks what for."""
 
 
 class PvDomain:
@@ -105,7 +105,9 @@ class PvDomain:
         self._upstream: Final = upstream
         self.time: Final = Timekeeper(wall)
         self.cpu: Final = Cpu(frames.base, frames.octets, frames.words, self.states[0])
-        self.mmu: Final = Mmu(frames, xenmap, self.cpu, config.domain, hardware=config.control)
+        self.mmu: Final = Mmu(
+            frames, xenmap, self.cpu, config.domain, hardware=config.control, flush_page=self.cpu.flush_page
+        )
         self.cpu.mmu = self.mmu
         self._shared = config.shared_info - frames.base << PAGE_SHIFT
         for state in self.states[:XEN_LEGACY_MAX_VCPUS]:
@@ -209,12 +211,9 @@ class PvDomain:
         self.update_clocks()
 
     def ring(self) -> None:
-        """From any thread: make `run_slice` return soon, again and again until `clear_bell`."""
+        """From any thread: make `run_slice` return soon. A ring between two slices ends the next one at once, so that none is
+        lost: the shell looks at everything after each slice."""
         self.vcpu.ring()
-
-    def clear_bell(self) -> None:
-        """Forget the rings so far. The shell calls it before it looks what they were for, so that none is lost."""
-        self.vcpu.clear_bell()
 
     @property
     def finished(self) -> bool:
@@ -275,6 +274,8 @@ class PvDomain:
         if cpu.crash_reason is None:
             reason = self.vcpu.run(self.config.slice_blocks)
             bell = reason is StopReason.BELL
+            if bell:
+                self.vcpu.clear_bell()
             if reason in (StopReason.BAD_ACCESS, StopReason.TRIPLE_FAULT, StopReason.HALT):
                 self._bad_stop(reason)
         if not state.runnable:

@@ -374,9 +374,7 @@ def test_pause(rig: Rig) -> None:
     rig.domain.unpause()
     assert rig.domain.run_slice().runnable
     rig.domain.ring()
-    for _ in range(2):
-        assert rig.domain.run_slice().bell, "the bell rings until it is cleared"
-    rig.domain.clear_bell()
+    assert rig.domain.run_slice().bell, "a ring between two slices is not lost"
     step = rig.domain.run_slice()
     assert step.runnable
     assert not step.bell
