@@ -39,7 +39,7 @@ class Granting:
 
     def grant_map(self, body: dict[str, Any], windows: Sequence[int]) -> bytes:
         """Set flags, then move frames. One status (int16) for each check and each move."""
-        by_number = dict(zip(body["windows"], windows, strict=True))
+        by_number = dict(zip(body.get("windows", ()), windows, strict=True))
         try:
             results = [self._check(*item) for item in body["checks"]]
             results += [

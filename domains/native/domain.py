@@ -330,7 +330,7 @@ class NativeDomain:
         items = order.body["items"]
         for _handle, _mfn, number, _index, is_writable, *_ in items:
             writable[number] = writable.get(number, False) or is_writable
-        fresh = dict(zip(order.body["windows"], fds, strict=True))
+        fresh = dict(zip(order.body.get("windows", ()), fds, strict=True))
         for number, fd in fresh.items():
             known = self._windows.get(number)
             if known is not None and (known[0].writable or not writable.get(number, False)):
