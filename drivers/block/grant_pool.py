@@ -1,0 +1,139 @@
+"""Persistent grants of one queue: frames that stay mapped, because the frontend uses them again and again.
+
+Bounded; the least recently used idle one goes first. They are mapped with write access (blkif.h, note 8).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from drivers.block.ports import GrantMapper
+from drivers.block.requests import Request
+
+
+class GrantPool:
+    """Maps the segments of requests, in one hypercall for many, and lets go of them in one."""
+
+    def __init__(self, mapper: GrantMapper, *, persistent: bool, limit: int) -> None:
+        """`limit`: grants that may stay mapped while idle or in use."""
+        self._mapper: Final = mapper
+        self.persistent: Final = persistent
+        self.limit: Final = limit
+        self._held: OrderedDict[int, list[int]] = OrderedDict()  # ref -> [I/O virtual address, users]
+
+    @property
+    def held(self) -> int:
+        """Persistent grants mapped now."""
+        return len(self._held)
+
+    def map(self, requests: list[Request], write_to_frame: list[bool]) -> list[bool]:
+        """Give each request's `mapped` its (iova, length) list. `write_to_frame`: the device will write (a read). False
+        for a request with a frame that could not be mapped: it holds nothing then."""
+        if not self.persistent:
+            items = [
+                (ref, writable)
+                for request, writable in zip(requests, write_to_frame, strict=True)
+                for ref, _, _ in request.segments
+            ]
+            iovas = self._mapper.map_frames(items)
+            at, bad = 0, []
+            good: list[bool] = []
+            for request in requests:
+                segments = request.segments
+                mine = iovas[at : at + len(segments)]
+                at += len(segments)
+                if min(mine) < 0:
+                    bad += [iova for iova in mine if iova >= 0]
+                    good.append(False)
+                    continue
+                request.iovas = mine
+                request.mapped = [
+                    (iova + offset, length) for iova, (_, offset, length) in zip(mine, segments, strict=True)
+                ]
+                good.append(True)
+            if bad:
+                self._mapper.unmap_frames(bad)
+            return good
+        return self._map_persistent(requests)
+
+    def _map_persistent(self, requests: list[Request]) -> list[bool]:
+        held = self._held
+        fresh = dict.fromkeys(
+            ref for request in requests for ref, _, _ in request.segments if ref not in held
+        )
+        refused: set[int] = set()
+        loose: dict[int, int] = {}
+        if fresh:
+            wanted = {ref for request in requests for ref, _, _ in request.segments}
+            drop: list[int] = []
+            for ref in list(held):
+                if len(held) + len(fresh) <= self.limit:
+                    break
+                if held[ref][1] == 0 and ref not in wanted:
+                    drop.append(held.pop(ref)[0])
+            if drop:
+                self._mapper.unmap_frames(drop)
+            for ref, iova in zip(fresh, self._mapper.map_frames([(ref, True) for ref in fresh]), strict=True):
+                if iova < 0:
+                    refused.add(ref)
+                elif len(held) < self.limit:
+                    held[ref] = [iova, 0]
+                else:
+                    loose[ref] = iova  # no room: for this batch's first user alone
+        good: list[bool] = []
+        owner: dict[int, Request] = {}
+        for request in requests:
+            if any(ref in refused for ref, _, _ in request.segments):
+                good.append(False)
+                continue
+            mapped = []
+            for ref, offset, length in request.segments:
+                entry = held.get(ref)
+                if entry is not None:
+                    entry[1] += 1
+                    request.grants.append(ref)
+                    held.move_to_end(ref)
+                    mapped.append((entry[0] + offset, length))
+                    continue
+                if owner.setdefault(ref, request) is not request:
+                    # Another request of the batch owns that mapping and may end first: a mapping of its own.
+                    iova = self._mapper.map_frames([(ref, True)])[0]
+                    if iova < 0:
+                        break
+                    request.iovas.append(iova)
+                else:
+                    iova = loose[ref]
+                    if iova not in request.iovas:
+                        request.iovas.append(iova)
+                mapped.append((iova + offset, length))
+            if len(mapped) < len(request.segments):
+                self.release([request])
+                good.append(False)
+                continue
+            request.mapped = mapped
+            good.append(True)
+        unused = [iova for ref, iova in loose.items() if ref not in owner]
+        if unused:
+            self._mapper.unmap_frames(unused)
+        return good
+
+    def release(self, requests: list[Request]) -> None:
+        """They are done: unmap what is not persistent."""
+        iovas: list[int] = []
+        for request in requests:
+            if request.iovas:
+                iovas += request.iovas
+                request.iovas = []
+            for ref in request.grants:
+                self._held[ref][1] -= 1
+            request.grants = []
+            request.mapped = None
+        if iovas:
+            self._mapper.unmap_frames(iovas)
+
+    def close(self) -> None:
+        """Unmap everything that is held. No request may be under way."""
+        if self._held:
+            self._mapper.unmap_frames([iova for iova, _ in self._held.values()])
+            self._held.clear()
