@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from bus.abi.grant_table import GTF_reading, GTF_writing
+from bus.abi.xen import DOMID_INVALID
 from bus.addresses import PAGE_SIZE, DomId, Mfn
 from hypervisor.core.grant_entries import place_of
 from hypervisor.core.grant_jobs import Jobs, OrderSpec, Steps
@@ -69,6 +70,10 @@ class GrantCore:
         """CPU mappings of a frame by domains that do not own it."""
         self.dma_maps: dict[tuple[DomId, int], list[Mapping]] = {}
         """Mappings by the I/O virtual page at which they are."""
+        self.references: dict[Mfn, int] = {}
+        """References that the grant tables hold on frames: one a mapping."""
+        self.orphans: dict[int, Mapping] = {}
+        """Mappings of domains that are no more, on their way to be undone."""
         self.limbo: set[Hashable] = set()
         """Locks of maps that missed their deadline."""
         self._window_numbers = count(1)
@@ -103,6 +108,18 @@ class GrantCore:
             if not users:
                 del self.entries_of[entry.mfn]
 
+    def hold(self, mfn: Mfn) -> None:
+        """Take a reference on a frame. XenError if the count is full."""
+        self.frames.get_ref(mfn)
+        self.references[mfn] = self.references.get(mfn, 0) + 1
+
+    def let_go(self, mfn: Mfn) -> None:
+        """Put one back; a frame that its owner has given up is then free."""
+        self.references[mfn] -= 1
+        if not self.references[mfn]:
+            del self.references[mfn]
+        self.frames.put_ref(mfn)
+
     def entry(self, granter: DomId, ref: int) -> ActiveEntry | None:
         """The active entry, if there is one."""
         table = self.tables.get(granter)
@@ -129,6 +146,23 @@ class GrantCore:
         mapping.device = mapping.device and not device
         if not mapping.device and (self.domains.is_translated(mapping.mapper) or not mapping.host):
             self.leave_dma(mapping)
+
+    def forget_domain(self, domain: DomId) -> None:
+        """Drop the table of a domain that is no more. What it had mapped may still be on its way home: a later
+        domain of the same id has no part in it."""
+        table = self.tables[domain]
+        if table.active:
+            raise AssertionError(f"frames of domain {domain} are mapped by others")
+        del self.tables[domain]
+        self.orphans.update((id(mapping), mapping) for mapping in table.maptrack.values())
+        nobody = DomId(DOMID_INVALID)
+        for other in self.tables.values():
+            for entry in other.active.values():
+                if entry.grantee == domain:
+                    entry.grantee = nobody
+        for window in self.windows.values():
+            if domain in window.rights:
+                window.rights[nobody] = window.rights.pop(domain) or window.rights.get(nobody, False)
 
     # -- I/O page tables ------------------------------------------------------------------------------------------
 
@@ -199,6 +233,9 @@ class GrantCore:
         """The frame's content is in its owner's extent again."""
         content = self.memory.read(mfn, 0, PAGE_SIZE) if by_us else b""
         number, _ = self.homes.pop(mfn)
+        if len(self.windows[number].live) > 1:
+            # The window lives on, and others may have or get it: nothing of this frame stays behind.
+            self.memory.write(mfn, 0, bytes(PAGE_SIZE))
         self.memory.restore(mfn)
         if by_us:
             self.memory.write(mfn, 0, content)
@@ -311,17 +348,18 @@ class GrantCore:
         found: list[str] = []
         pins: dict[EntryKey, list[int]] = {}
         hosts: dict[Mfn, int] = {}
-        for table in self.tables.values():
-            for handle, mapping in table.maptrack.items():
+        tracks = [list(table.maptrack.values()) for table in self.tables.values()]
+        for track in [*tracks, list(self.orphans.values())]:
+            for mapping in track:
                 counts = pins.setdefault((mapping.granter, mapping.ref), [0, 0, 0, 0])
                 counts[0 if mapping.readonly else 1] += mapping.host
                 counts[2 if mapping.readonly else 3] += mapping.device
                 if mapping.host and mapping.mapper != mapping.granter:
                     hosts[mapping.mfn] = hosts.get(mapping.mfn, 0) + 1
                 if self.frames.references(mapping.mfn) < 1:
-                    found.append(f"d{table.domain} handle {handle}: frame {mapping.mfn:#x} is not held")
+                    found.append(f"d{mapping.mapper} handle {mapping.handle}: {mapping.mfn:#x} is not held")
                 if self.entry(mapping.granter, mapping.ref) is None:
-                    found.append(f"d{table.domain} handle {handle}: no active entry")
+                    found.append(f"d{mapping.mapper} handle {mapping.handle}: no active entry")
         for table in self.tables.values():
             for ref, entry in table.active.items():
                 counts = [entry.host_read, entry.host_write, entry.device_read, entry.device_write]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
+from typing import Final
 
 from bus.abi.grant_table import (
     GNTMAP_application_map,
@@ -33,6 +34,9 @@ from hypervisor.core.grant_core import GrantCore
 from hypervisor.core.grant_entries import check_access, frame_of, place_of, read_entry
 from hypervisor.core.grant_jobs import UNDO_TIMEOUT_NS, Job, OrderSpec, Outcome, Steps
 from hypervisor.core.grant_state import INVALID_HANDLE, ActiveEntry, Mapping, Table, Window
+
+MAX_WINDOWS: Final = 60
+"""Windows that travel with one order (bus.messages.envelope.MAX_DESCRIPTORS, less some room)."""
 
 
 @dataclass(slots=True)
@@ -76,7 +80,8 @@ class MapCall:
         self._parts: dict[DomId, _Part] = {}
         self._planned: dict[int, int] = {}
         """Bits that this batch sets, by the entry's identity."""
-        self._epoch = core.tables[caller].epoch
+        self._mine = core.tables[caller]
+        self._epoch = self._mine.epoch
 
     def submit(self) -> None:
         """Start, as soon as nobody else works on these entries and frames."""
@@ -125,9 +130,14 @@ class MapCall:
                 if not self._granter_answered(granter, self._parts[granter], outcome):
                     late.append(granter)
         dropped = self._drop_failed()
-        attach = self._attach_order()
-        if attach is not None:
-            self._attached((yield [attach])[0])
+        early = [mapping for mapping in dropped if mapping.granter not in late]
+        # Before the mapper gets a window: a frame that came into it without a grant must have left it again.
+        yield from core.settle(mapping.mfn for mapping in early)
+        dropped += self._drop_failed()  # the caller may have died meanwhile
+        attach = self._attach_orders()
+        if attach:
+            outcomes = yield [order for order, _ in attach]
+            self._attached(attach, outcomes)
         dropped += self._drop_failed()
         self._finish()
         for granter in late:
@@ -136,7 +146,7 @@ class MapCall:
             _Undo(core, granter, self._parts[granter], mine).take_over(job)
         yield from core.settle(mapping.mfn for mapping in dropped)
         for mapping in dropped:
-            core.frames.put_ref(mapping.mfn)
+            core.let_go(mapping.mfn)
 
     def _admit(self, op: _Op, job: Job) -> int:
         """Check one operation as Xen does, in its order; count it in if it may be carried out."""
@@ -149,7 +159,7 @@ class MapCall:
         if translated and args.flags & GNTMAP_device_map and not core.dma.has_context(self._caller):
             return GNTST_general_error  # Xen: no device mapping in an HVM domain
         granter = DomId(args.dom)
-        table, mine = core.tables.get(granter), core.tables[self._caller]
+        table, mine = core.tables.get(granter), self._mine
         if granter >= DOMID_FIRST_RESERVED or table is None or not core.domains.exists(granter):
             return GNTST_bad_domain
         handle = mine.take_handle()
@@ -201,18 +211,18 @@ class MapCall:
             op.args.host_addr, host, bool(flags & GNTMAP_device_map),
         )  # fmt: skip
         try:
-            core.frames.get_ref(entry.mfn)
+            core.hold(entry.mfn)
         except XenError:
             return GNTST_general_error
         if host and self._caller != table.domain and not self._find_home(part, entry.mfn, write):
-            core.frames.put_ref(entry.mfn)
+            core.let_go(entry.mfn)
             return GNTST_general_error
         if missing:
             part.checks.append((entry, missing, raw))
             self._planned[id(entry)] = self._planned.get(id(entry), 0) | missing
         core.activate(entry)
         core.count_in(entry, mapping)
-        core.tables[self._caller].maptrack[handle] = mapping
+        self._mine.maptrack[handle] = mapping
         op.mapping, op.entry = mapping, entry
         return GNTST_okay
 
@@ -305,74 +315,83 @@ class MapCall:
                 core.entry_key(mapping.granter, mapping.ref) in failed
                 or (mapping.host and core.frame_key(mapping.mfn) in failed)
                 or core.domains.is_dying(self._caller)
-                or core.tables[self._caller].epoch != self._epoch
+                or self._mine.epoch != self._epoch
             ):
                 op.status = GNTST_general_error
             if op.status != GNTST_okay:
                 core.count_out(mapping, host=mapping.host, device=mapping.device)
-                core.tables[self._caller].drop_handle(mapping.handle)
+                self._mine.drop_handle(mapping.handle)
+                core.orphans.pop(id(mapping), None)
                 op.mapping = None
                 dropped.append(mapping)
         return dropped
 
     # -- the mapper's side ----------------------------------------------------------------------------------------
 
-    def _attach_order(self) -> OrderSpec | None:
-        """Enter what is ready into the mapper's tables; the order that gives its process the windows, if it needs any."""
-        core, items = self._core, list[tuple[object, ...]]()
-        windows: dict[int, bool] = {}
-        translated = core.domains.is_translated(self._caller)
+    def _attach_orders(self) -> list[tuple[OrderSpec, list[_Op]]]:
+        """Enter what is ready into the mapper's tables; the orders that give its process the windows, each with
+        the operations in it (a message carries so many descriptors and no more)."""
+        orders = list[tuple[OrderSpec, list[_Op]]]()
+        items, windows, inside = list[tuple[object, ...]](), dict[int, bool](), list[_Op]()
         for op in self._ops:
             mapping = op.mapping
-            if mapping is None:
+            if mapping is None or not self._enter_tables(op, mapping) or not mapping.host:
                 continue
-            page = Gfn(mapping.host_addr >> PAGE_SHIFT) if translated else Gfn(mapping.mfn)
-            dma = mapping.device if translated else mapping.granter != self._caller
-            if dma and core.dma.has_context(self._caller) and not core.enter_dma(mapping, page):
-                op.status = GNTST_general_error
-                continue
-            if not mapping.host:
-                continue
-            if translated and not core.domains.enter_grant(
-                self._caller, page, mapping.mfn, not mapping.readonly
-            ):
-                op.status = GNTST_general_error
-                continue
-            self._give_window(mapping, windows)
+            window = self._find_window(mapping)
+            if window is not None and window.number not in windows and len(windows) >= MAX_WINDOWS:
+                orders.append((self._attach_order(items, windows), inside))
+                items, windows, inside = [], {}, []
+            if window is not None:
+                windows[window.number] = self._give_window(mapping, window)
             items.append(
                 (mapping.handle, int(mapping.mfn), mapping.window, mapping.index, not mapping.readonly,
                  mapping.host_addr, mapping.flags, int(mapping.granter))
             )  # fmt: skip
-        if not items:
-            return None
-        return OrderSpec(
-            self._caller, "grant_attach", {"items": items}, len(items), tuple(sorted(windows.items()))
-        )
+            inside.append(op)
+        if items:
+            orders.append((self._attach_order(items, windows), inside))
+        return orders
 
-    def _give_window(self, mapping: Mapping, windows: dict[int, bool]) -> None:
-        core = self._core
-        home = core.homes.get(mapping.mfn)
+    def _attach_order(self, items: list[tuple[object, ...]], windows: dict[int, bool]) -> OrderSpec:
+        given = tuple(sorted(windows.items()))
+        return OrderSpec(self._caller, "grant_attach", {"items": items}, len(items), given)
+
+    def _enter_tables(self, op: _Op, mapping: Mapping) -> bool:
+        """The mapper's I/O page tables and p2m. False, and a status, if the place is taken or there is no memory."""
+        core, translated = self._core, self._core.domains.is_translated(self._caller)
+        page = Gfn(mapping.host_addr >> PAGE_SHIFT) if translated else Gfn(mapping.mfn)
+        dma = mapping.device if translated else mapping.granter != self._caller
+        ready = not dma or not core.dma.has_context(self._caller) or core.enter_dma(mapping, page)
+        if ready and translated and mapping.host:
+            ready = core.domains.enter_grant(self._caller, page, mapping.mfn, not mapping.readonly)
+        if not ready:
+            op.status = GNTST_general_error
+        return ready
+
+    def _find_window(self, mapping: Mapping) -> Window | None:
+        home = self._core.homes.get(mapping.mfn)
         if home is None or mapping.mapper == mapping.granter:
-            return  # its own frame: it has it already, wherever it is
+            return None  # its own frame: it has it already, wherever it is
         mapping.window, mapping.index = home
-        window = core.windows[mapping.window]
-        window.rights[self._caller] = window.rights.get(self._caller, False) or not mapping.readonly
-        windows[window.number] = window.rights[self._caller]
-        entry = core.entry(mapping.granter, mapping.ref)
-        assert entry is not None
-        entry.window_bits |= core.in_use_by(window, entry, self._caller)
+        return self._core.windows[mapping.window]
 
-    def _attached(self, outcome: Outcome) -> None:
-        hosts = [
-            op for op in self._ops if op.mapping is not None and op.mapping.host and op.status == GNTST_okay
-        ]
-        results = outcome.results or [GNTST_general_error] * len(hosts)
-        for op, result in zip(hosts, results, strict=True):
-            if result != GNTST_okay:
+    def _give_window(self, mapping: Mapping, window: Window) -> bool:
+        """The mapper gets the window's descriptor; with write access?"""
+        window.rights[self._caller] = window.rights.get(self._caller, False) or not mapping.readonly
+        entry = self._core.entry(mapping.granter, mapping.ref)
+        assert entry is not None
+        entry.window_bits |= self._core.in_use_by(window, entry, self._caller)
+        return window.rights[self._caller]
+
+    def _attached(self, orders: list[tuple[OrderSpec, list[_Op]]], outcomes: list[Outcome]) -> None:
+        for (order, inside), outcome in zip(orders, outcomes, strict=True):
+            results = outcome.results or [GNTST_general_error] * order.count
+            for op, result in zip(inside, results, strict=True):
+                if result == GNTST_okay:
+                    continue
                 op.status = result if GNTST_bad_page <= result <= GNTST_general_error else GNTST_general_error
-                if self._core.domains.is_translated(self._caller):
+                if self._core.domains.is_translated(self._caller) and op.mapping is not None:
                     page = Gfn(op.args.host_addr >> PAGE_SHIFT)
-                    assert op.mapping is not None
                     self._core.domains.remove_grant(self._caller, page, op.mapping.mfn)
 
     def _finish(self) -> None:
@@ -441,4 +460,4 @@ class _Undo:
             core.drop_if_empty(window)
         yield from core.settle(mapping.mfn for mapping in self._dropped)
         for mapping in self._dropped:
-            core.frames.put_ref(mapping.mfn)
+            core.let_go(mapping.mfn)

@@ -62,13 +62,14 @@ class UnmapCall:
         self._ops = [_Op(request) for request in batch]
         self._done = done
         self._replace = replace
+        self._mine = core.tables[caller]
 
     def submit(self) -> None:
         """Start, as soon as nobody else works on these entries and frames."""
         self._core.jobs.submit(Job(self._caller, self._keys, self._run, self._blocked))
 
     def _mapping(self, request: UnmapRequest) -> Mapping | None:
-        mapping = self._core.tables[self._caller].maptrack.get(request.handle)
+        mapping = self._mine.maptrack.get(request.handle)
         return mapping if mapping is not None and mapping.live else None
 
     def _keys(self) -> Collection[Hashable]:
@@ -97,14 +98,11 @@ class UnmapCall:
                 touched.append(mapping)
         yield from core.settle(mapping.mfn for mapping in touched)
         for mapping in touched:
-            if not mapping.host and not mapping.device and mapping.handle in self._maptrack:
-                self._core.tables[self._caller].drop_handle(mapping.handle)
-                core.frames.put_ref(mapping.mfn)
+            if not mapping.host and not mapping.device and mapping.handle in self._mine.maptrack:
+                self._mine.drop_handle(mapping.handle)
+                core.orphans.pop(id(mapping), None)
+                core.let_go(mapping.mfn)
         self._done([op.status for op in self._ops])
-
-    @property
-    def _maptrack(self) -> dict[int, Mapping]:
-        return self._core.tables[self._caller].maptrack
 
     def _admit(self, op: _Op) -> int:
         """Check one operation; take it out of the tables that the hypervisor holds itself."""
@@ -190,7 +188,8 @@ class ReleaseMappings:
             yield from core.settle(mapping.mfn for mapping in mine)
             for mapping in mine:
                 table.drop_handle(mapping.handle)
-                core.frames.put_ref(mapping.mfn)
+                core.orphans.pop(id(mapping), None)
+                core.let_go(mapping.mfn)
 
         def blocked() -> bool:
             crash_unresponsive(core, left())

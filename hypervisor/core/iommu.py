@@ -79,9 +79,12 @@ class Device:
     """To which it is assigned. Unassigned, every request of it is refused."""
     epoch: int = 1
     requests: int = 0
+    """DMA items carried out."""
     bytes_read: int = 0
     bytes_written: int = 0
     interrupts: int = 0
+    vectors: dict[int, int] = field(default_factory=dict)
+    """MSI-X entry -> index in the remapping table."""
 
 
 @dataclass(slots=True)
@@ -250,6 +253,7 @@ class Iommu:
 
     def _new_epoch(self, device: Device) -> int:
         self.interrupts.release_device(device.bdf)
+        device.vectors.clear()
         device.epoch += 1
         return device.epoch
 
@@ -327,6 +331,33 @@ class Iommu:
             raise self.refuse(now, bdf, index, True, entry)
         device.interrupts += 1
         return entry
+
+    def msi_mapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
+        """The device's MSI-X entry is to raise this PIRQ of its owner (`physdev.MsiListener`). ENODEV, ENOSPC; ENOENT
+        if the domain does not own the device."""
+        device = self.device(bdf)
+        if device.domain != domain:
+            raise XenError(ENOENT)
+        index = self.give_interrupt(bdf, pirq)
+        old = device.vectors.pop(entry, None)
+        if old is not None:
+            self.interrupts.release(old)
+        device.vectors[entry] = index
+
+    def msi_unmapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
+        """It raises nothing any more; nothing happens if it did not."""
+        device = self._devices.get(bdf)
+        index = device.vectors.pop(entry, None) if device is not None else None
+        if index is not None:
+            self.interrupts.release(index)
+
+    def raise_vector(self, now: int, bdf: Bdf, epoch: int, entry: int) -> InterruptEntry:
+        """The device raises the interrupt of an MSI-X entry of its own; where it goes. DmaFault if it may not."""
+        device = self._devices.get(bdf)
+        index = device.vectors.get(entry) if device is not None else None
+        if device is not None and device.epoch == epoch and device.domain is not None and index is None:
+            raise self.refuse(now, bdf, entry, True, FaultReason.INTERRUPT_NOT_PRESENT)
+        return self.raise_interrupt(now, bdf, epoch, -1 if index is None else index)
 
     def give_interrupt(self, bdf: Bdf, pirq: int) -> int:
         """Let the device raise a PIRQ of its domain; the remapping index. ENODEV, ENOENT (no owner), ENOSPC."""

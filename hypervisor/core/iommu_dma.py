@@ -1,12 +1,14 @@
 """DMA itself: bytes move between a device's staging memory and frames, in the step in which they were translated.
 
 Two copies a byte: the device process to or from staging memory that it shares with the hypervisor, and the hypervisor
-between that and the frame. A request is all or nothing: all its addresses are translated before the first byte moves.
-If a frame is on its way into a grant window or home, the request waits for it and is translated anew.
+between that and the frame. A batch (`bus.messages.device.Dma`) is carried out item by item, in order; each item is all or
+nothing, and the first that faults ends the batch. Batches of one device complete in order. If a frame is on its way into
+a grant window or home, the item waits for it and is translated anew, so that what was revoked meanwhile is a fault.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
@@ -14,11 +16,19 @@ from typing import Final, NamedTuple, Protocol
 from bus.addresses import Bdf, DomId, Mfn
 from hypervisor.core.iommu import DmaFault, Iommu, Piece, Segment
 from hypervisor.core.iommu_faults import FaultReason
+from hypervisor.core.iommu_interrupts import InterruptEntry
 
 MAX_WAITS: Final = 8
-"""How often one request waits for frames on the move before it is refused."""
-MAX_WAITING: Final = 256
-"""Requests of one device that may wait at the same time."""
+"""How often one item waits for frames on the move before it is refused."""
+MAX_BATCHES: Final = 256
+"""Batches of one device that may be under way; more are refused."""
+MAX_ITEMS: Final = 1024
+MAX_VECTORS: Final = 64
+NO_FAULT: Final = -1
+FAULT_VECTOR: Final = 0xFFFF
+"""`DmaResult.fault`: all items were carried out, but a vector was refused."""
+FAULT_EPOCH: Final = 0xFFFE
+"""The batch is of an earlier epoch, or of a device without an owner: nothing was carried out."""
 
 
 class Staging(Protocol):
@@ -44,101 +54,155 @@ class StillFrames(Protocol):
         """Call `run` when that is over; with False if it will not be."""
 
 
-class DmaRequest(NamedTuple):
-    """What a device asks: its segments in turn, with the staging memory from `position` on."""
+class DmaItem(NamedTuple):
+    """`length` bytes between `iova` and the staging memory at `position`; `write`: the device writes memory."""
 
-    bdf: Bdf
-    epoch: int
-    segments: list[Segment]
+    iova: int
+    length: int
+    write: bool
     position: int
 
 
 @dataclass(frozen=True, slots=True)
-class DmaResult:
-    """The answer to the device. `fault` None: all bytes moved; else none did."""
+class DmaBatch:
+    """What a device asks in one message. `epoch` is what the device was told, the PCI address what its link says."""
 
-    moved: int
-    fault: FaultReason | None = None
+    bdf: Bdf
+    epoch: int
+    items: list[DmaItem]
+    vectors: list[int]
+    """MSI-X entries to raise after the last item."""
+
+
+@dataclass(frozen=True, slots=True)
+class DmaResult:
+    """The answer to the device: `fault` is NO_FAULT, the index of the item that faulted, FAULT_VECTOR or FAULT_EPOCH."""
+
+    fault: int
+    reason: FaultReason | None = None
     iova: int = 0
 
 
-class DmaService:
-    """Carries out DMA requests. `written` is told of each frame that was written (translated code of it is stale)."""
+@dataclass(slots=True)
+class _Running:
+    batch: DmaBatch
+    staging: Staging
+    done: Callable[[DmaResult], None]
+    next: int = 0
+    waits: int = MAX_WAITS
 
-    def __init__(self, iommu: Iommu, frames: StillFrames, written: Callable[[Mfn], None]) -> None:
+
+class DmaService:
+    """Carries out batches. `written` is told of each frame that was written (translated code of it is stale),
+    `interrupt` of each vector that goes to a domain."""
+
+    def __init__(
+        self,
+        iommu: Iommu,
+        frames: StillFrames,
+        written: Callable[[Mfn], None],
+        interrupt: Callable[[int, InterruptEntry], None] = lambda now, entry: None,
+    ) -> None:
         self._iommu = iommu
         self._frames = frames
         self._written = written
-        self._waiting: dict[Bdf, int] = {}
+        self._interrupt = interrupt
+        self._queues: dict[Bdf, deque[_Running]] = {}
 
-    def submit(
-        self, now: int, request: DmaRequest, staging: Staging, done: Callable[[DmaResult], None]
-    ) -> None:
-        """Carry the request out and call `done`, at once unless a frame must be waited for."""
-        self._try(now, request, staging, done, MAX_WAITS)
-
-    def _try(
-        self, now: int, request: DmaRequest, staging: Staging, done: Callable[[DmaResult], None], left: int
-    ) -> None:
-        iommu = self._iommu
-        try:
-            pieces = iommu.translate(now, request.bdf, request.epoch, request.segments)
-            total = sum(segment.length for segment in request.segments)
-            if request.position < 0 or request.position + total > staging.size:
-                first = request.segments[0]
-                raise iommu.refuse(now, request.bdf, first.iova, first.write, FaultReason.MALFORMED)
-        except DmaFault as fault:
-            done(DmaResult(0, fault.reason, fault.iova))
+    def submit(self, now: int, batch: DmaBatch, staging: Staging, done: Callable[[DmaResult], None]) -> None:
+        """Carry the batch out and call `done`: at once, unless one of its frames, or an earlier batch, must be waited
+        for. It never raises for what a device says."""
+        if len(batch.items) > MAX_ITEMS or len(batch.vectors) > MAX_VECTORS:
+            done(self._refused(now, batch, 0, FaultReason.MALFORMED))
             return
-        moving = {p.mfn for run in pieces for p in run if self._frames.moving(p.mfn)}
-        if not moving:
-            self._move(request, pieces, staging)
-            done(DmaResult(total))
+        queue = self._queues.setdefault(batch.bdf, deque())
+        if len(queue) >= MAX_BATCHES:
+            done(self._refused(now, batch, 0, FaultReason.MALFORMED))
             return
-        self._wait(now, request, staging, done, left, moving)
+        queue.append(_Running(batch, staging, done))
+        if len(queue) == 1:
+            self._go_on(now, batch.bdf)
 
-    def _wait(
-        self, now: int, request: DmaRequest, staging: Staging, done: Callable[[DmaResult], None], left: int,
-        moving: set[Mfn],
-    ) -> None:  # fmt: skip
-        waiting = self._waiting.get(request.bdf, 0)
-        domain = self._iommu.device(request.bdf).domain
-        first = request.segments[0]
-        reason = FaultReason.NO_WRITE_PERMISSION if first.write else FaultReason.NO_READ_PERMISSION
+    def waiting(self, bdf: Bdf) -> int:
+        """Batches of the device that are under way."""
+        return len(self._queues.get(bdf, ()))
 
-        def refuse() -> None:
-            fault = self._iommu.refuse(now, request.bdf, first.iova, first.write, reason)
-            done(DmaResult(0, fault.reason, fault.iova))
+    def _refused(self, now: int, batch: DmaBatch, index: int, reason: FaultReason) -> DmaResult:
+        item = batch.items[index] if index < len(batch.items) else DmaItem(0, 0, False, 0)
+        fault = self._iommu.refuse(now, batch.bdf, item.iova, item.write, reason)
+        return DmaResult(index, fault.reason, fault.iova)
 
-        if not left or waiting >= MAX_WAITING or domain is None:
-            refuse()
-            return
-        self._waiting[request.bdf] = waiting + 1
+    def _go_on(self, now: int, bdf: Bdf) -> None:
+        """Carry out batches of a device, one after the other, until one has to wait."""
+        queue = self._queues.get(bdf, deque())
+        while queue:
+            result = self._run(now, queue[0])
+            if result is None:
+                return
+            queue.popleft().done(result)
+        self._queues.pop(bdf, None)
 
-        def go_on(still: bool) -> None:
-            self._waiting[request.bdf] -= 1
-            if not self._waiting[request.bdf]:
-                del self._waiting[request.bdf]
-            if still:
-                self._try(now, request, staging, done, left - 1)
-            else:
-                refuse()
+    def _run(self, now: int, running: _Running) -> DmaResult | None:
+        """Carry the head of a queue out as far as it goes. None: it waits, and goes on by itself."""
+        iommu, batch, staging = self._iommu, running.batch, running.staging
+        while running.next < len(batch.items):
+            item = batch.items[running.next]
+            try:
+                (pieces,) = iommu.translate(
+                    now, batch.bdf, batch.epoch, [Segment(item.iova, item.length, item.write)]
+                )
+            except DmaFault as fault:
+                stale = fault.reason is FaultReason.CONTEXT_NOT_PRESENT
+                return DmaResult(FAULT_EPOCH if stale else running.next, fault.reason, fault.iova)
+            if item.position < 0 or item.position + item.length > staging.size:
+                return self._refused(now, batch, running.next, FaultReason.MALFORMED)
+            moving = {piece.mfn for piece in pieces if self._frames.moving(piece.mfn)}
+            if moving:
+                return self._wait(now, running, moving)
+            self._move(batch.bdf, item, pieces, staging)
+            running.next += 1
+            running.waits = MAX_WAITS
+        return self._raise_vectors(now, batch)
 
-        self._frames.when_still(now, moving, domain, go_on)
+    def _wait(self, now: int, running: _Running, moving: set[Mfn]) -> DmaResult | None:
+        batch = running.batch
+        domain = self._iommu.device(batch.bdf).domain
+        item = batch.items[running.next]
+        reason = FaultReason.NO_WRITE_PERMISSION if item.write else FaultReason.NO_READ_PERMISSION
+        if not running.waits or domain is None:
+            return self._refused(now, batch, running.next, reason)
+        running.waits -= 1
 
-    def _move(self, request: DmaRequest, pieces: list[list[Piece]], staging: Staging) -> None:
-        device = self._iommu.device(request.bdf)
+        def still(arrived: bool) -> None:
+            if not arrived:
+                result = self._refused(now, batch, running.next, reason)
+                self._queues[batch.bdf].popleft().done(result)
+            self._go_on(now, batch.bdf)
+
+        self._frames.when_still(now, moving, domain, still)
+        return None
+
+    def _move(self, bdf: Bdf, item: DmaItem, pieces: list[Piece], staging: Staging) -> None:
+        device, position = self._iommu.device(bdf), item.position
         device.requests += 1
-        position = request.position
-        for segment, run in zip(request.segments, pieces, strict=True):
-            if segment.write:
-                for mfn, offset, length in run:
-                    staging.to_frame(position, mfn, offset, length)
-                    position += length
-                    self._written(mfn)
-                device.bytes_written += segment.length
-            else:
-                for mfn, offset, length in run:
-                    staging.from_frame(mfn, offset, position, length)
-                    position += length
-                device.bytes_read += segment.length
+        if item.write:
+            for mfn, offset, length in pieces:
+                staging.to_frame(position, mfn, offset, length)
+                position += length
+                self._written(mfn)
+            device.bytes_written += item.length
+            return
+        for mfn, offset, length in pieces:
+            staging.from_frame(mfn, offset, position, length)
+            position += length
+        device.bytes_read += item.length
+
+    def _raise_vectors(self, now: int, batch: DmaBatch) -> DmaResult:
+        for vector in batch.vectors:
+            try:
+                entry = self._iommu.raise_vector(now, batch.bdf, batch.epoch, vector)
+            except DmaFault as fault:
+                stale = fault.reason is FaultReason.CONTEXT_NOT_PRESENT
+                return DmaResult(FAULT_EPOCH if stale else FAULT_VECTOR, fault.reason, fault.iova)
+            self._interrupt(now, entry)
+        return DmaResult(NO_FAULT)

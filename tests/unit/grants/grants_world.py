@@ -368,6 +368,7 @@ class World:
         assert self.grants.busy == 0
         assert self.grants.window_count == 0
         assert not self.memory.windows
+        assert list(self.grants.references()) == []
         for dom in self.doms.values():
             assert all(self.frames.references(mfn) == 0 for mfn in dom.ram)
 

@@ -13,9 +13,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bus.abi.grant_table import GNTMAP_device_map, GNTMAP_readonly
 from bus.addresses import Bdf, DomId, Gfn, Mfn
-from hypervisor.core.iommu import Iommu, Segment
-from hypervisor.core.iommu_dma import DmaRequest, DmaResult, DmaService
+from hypervisor.core.iommu import Iommu
+from hypervisor.core.iommu_dma import (
+    FAULT_EPOCH,
+    FAULT_VECTOR,
+    NO_FAULT,
+    DmaBatch,
+    DmaItem,
+    DmaResult,
+    DmaService,
+)
 from hypervisor.core.iommu_faults import FaultReason
+from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.iommu_tables import XenPool
 from hypervisor.core.p2m import P2m, P2mType
 
@@ -56,7 +65,10 @@ class Machine(World):
         self.iommu.add_device(BDF)
         self.epoch = self.iommu.assign(BDF, ONE)
         self.dma_written: list[Mfn] = []
-        self.service = DmaService(self.iommu, self.grants, self.dma_written.append)
+        self.raised: list[InterruptEntry] = []
+        self.service = DmaService(
+            self.iommu, self.grants, self.dma_written.append, lambda now, entry: self.raised.append(entry)
+        )
         self.staging = Staging(self)
 
     def translate(self, domain: DomId, gfn: int) -> Mfn | None:
@@ -82,40 +94,87 @@ class Machine(World):
         self.p2m.clear(gfn)
         return True
 
-    def request(self, *segments: tuple[int, int, bool], epoch: int | None = None) -> list[DmaResult]:
+    def request(
+        self, *segments: tuple[int, int, bool], epoch: int | None = None, vectors: tuple[int, ...] = ()
+    ) -> list[DmaResult]:
+        """One batch; its items follow each other in the staging memory."""
         results: list[DmaResult] = []
-        pieces = [Segment(*s) for s in segments]
-        request = DmaRequest(BDF, self.epoch if epoch is None else epoch, pieces, 0)
-        self.service.submit(self.now, request, self.staging, results.append)
+        items, position = [], 0
+        for iova, length, write in segments:
+            items.append(DmaItem(iova, length, write, position))
+            position += length
+        batch = DmaBatch(BDF, self.epoch if epoch is None else epoch, items, list(vectors))
+        self.service.submit(self.now, batch, self.staging, results.append)
         return results
+
+
+DONE = DmaResult(NO_FAULT)
 
 
 def test_dma_moves_bytes_both_ways() -> None:
     """Between staging memory and frames, a scatter list in turn; the driver's guest frames are the addresses."""
     m = Machine("pv")
     m.staging.data[:8] = b"12345678"
-    assert m.request((0x1FFE, 4, True), (0x3000, 4, True)) == [DmaResult(8)]
+    assert m.request((0x1FFE, 4, True), (0x3000, 4, True)) == [DONE]
     ram = m.doms[ONE].ram
     assert m.memory.read(ram[1], 0xFFE, 2) + m.memory.read(ram[2], 0, 2) == b"1234"
     assert m.memory.read(ram[3], 0, 4) == b"5678"
     assert set(m.dma_written) == {ram[1], ram[2], ram[3]}
-    assert m.request((0x3000, 4, False), (0x1FFE, 4, False)) == [DmaResult(8)]
+    assert m.request((0x3000, 4, False), (0x1FFE, 4, False)) == [DONE]
     assert m.staging.data[:8] == b"56781234"
     device = m.iommu.device(BDF)
-    assert (device.requests, device.bytes_read, device.bytes_written) == (2, 8, 8)
+    assert (device.requests, device.bytes_read, device.bytes_written) == (4, 8, 8)
 
 
-def test_a_fault_moves_no_byte() -> None:
-    """Not even those of the segments before it."""
+def test_a_fault_moves_no_byte_of_its_item_and_ends_the_batch() -> None:
+    """What was before it in the batch is done, what is behind it is not, and no interrupt is raised."""
     m = Machine("pv")
-    m.staging.data[:8] = b"12345678"
-    result = m.request((0x1000, 4, True), (0x999000, 4, True))
-    assert result == [DmaResult(0, FaultReason.NO_WRITE_PERMISSION, 0x999000)]
-    assert m.memory.read(m.doms[ONE].ram[1], 0, 4) == bytes(4)
-    assert m.request((0, 65537, True))[0].fault is not None
-    assert m.request((0x1000, 4, True), epoch=m.epoch - 1)[0].fault is FaultReason.CONTEXT_NOT_PRESENT
+    m.iommu.msi_mapped(BDF, 0, ONE, 40)
+    m.staging.data[:16] = b"0123456789abcdef"
+    ram = m.doms[ONE].ram
+    result = m.request((0x1000, 4, True), (0xFFFE, 4, True), (0x2000, 4, True), vectors=(0,))
+    assert result == [DmaResult(1, FaultReason.NO_WRITE_PERMISSION, 0x10000)]
+    assert m.memory.read(ram[1], 0, 4) == b"0123"
+    assert m.memory.read(ram[15], 0xFFE, 2) == m.memory.read(ram[2], 0, 2) == bytes(2)
+    assert m.raised == []
+    assert m.request((0, 65537, True))[0] != DONE
+    assert m.request((0x1000, 4, True), epoch=m.epoch - 1)[0].fault == FAULT_EPOCH
     machine_address = m.doms[TWO].ram[0] << 12
-    assert m.request((machine_address, 4, True))[0].fault is FaultReason.NO_WRITE_PERMISSION
+    assert m.request((machine_address, 4, True))[0].reason is FaultReason.NO_WRITE_PERMISSION
+    assert m.request(*[(0, 1, False)] * 1025)[0].reason is FaultReason.MALFORMED
+
+
+def test_a_batch_raises_its_vectors_at_its_end() -> None:
+    """Only those that the device was given, and not after a reset."""
+    m = Machine("pv")
+    m.iommu.msi_mapped(BDF, 3, ONE, 40)
+    assert m.request((0x1000, 4, True), vectors=(3,)) == [DONE]
+    assert [(e.domain, e.pirq) for e in m.raised] == [(ONE, 40)]
+    refused = m.request((0x1000, 4, True), vectors=(2,))[0]
+    assert (refused.fault, refused.reason) == (FAULT_VECTOR, FaultReason.INTERRUPT_NOT_PRESENT)
+    m.iommu.msi_mapped(BDF, 3, ONE, 41)
+    m.request(vectors=(3,))
+    assert m.raised[-1].pirq == 41
+    m.iommu.msi_unmapped(BDF, 3, ONE, 41)
+    assert m.request(vectors=(3,))[0].fault == FAULT_VECTOR
+    m.iommu.msi_mapped(BDF, 3, ONE, 42)
+    old, m.epoch = m.epoch, m.iommu.reset(BDF)
+    assert m.request(vectors=(3,), epoch=old)[0].fault == FAULT_EPOCH
+    assert m.request(vectors=(3,))[0].fault == FAULT_VECTOR
+    assert len(m.raised) == 2
+
+
+def test_batches_of_a_device_complete_in_order() -> None:
+    """One that waits for a frame holds up those behind it."""
+    m = Machine("pv", "pv")
+    m.grant(2, 8, 1, 3)
+    m.grant(2, 9, 3, 3)
+    m.map(1, (2, 8, DEVICE, 0x77000))
+    m.start_map(3, (2, 9, HOST, 0x1000))
+    first, second = m.request((0x77000, 4, True)), m.request((0x1000, 4, True))
+    assert (first, second, m.service.waiting(BDF)) == ([], [], 2)
+    m.pump()
+    assert (first, second, m.service.waiting(BDF)) == ([DONE], [DONE], 0)
 
 
 def test_a_granted_frame_is_reachable_while_it_is_mapped() -> None:
@@ -123,17 +182,17 @@ def test_a_granted_frame_is_reachable_while_it_is_mapped() -> None:
     m = Machine("pv")
     mfn = m.grant(2, 8, 1, 3)
     m.staging.data[:4] = b"disk"
-    assert m.request((0x77000, 4, True))[0].fault is not None
+    assert m.request((0x77000, 4, True))[0] != DONE
     (answer,) = m.map(1, (2, 8, DEVICE_RO, 0x77000))
-    assert m.request((0x77000, 4, True))[0].fault is FaultReason.NO_WRITE_PERMISSION
-    assert m.request((0x77000, 4, False))[0].fault is None
+    assert m.request((0x77000, 4, True))[0].reason is FaultReason.NO_WRITE_PERMISSION
+    assert m.request((0x77000, 4, False))[0] == DONE
     m.unmap(1, (answer.handle, 0, 0x77000))
     (answer,) = m.map(1, (2, 8, DEVICE, 0x77000))
     m.staging.data[:4] = b"disk"
-    assert m.request((0x77000, 4, True))[0].fault is None
+    assert m.request((0x77000, 4, True))[0] == DONE
     assert m.doms[TWO].process.page(mfn)[:4] == b"disk"
     unmap = m.start_unmap(1, (answer.handle, 0, 0x77000))
-    assert m.request((0x77000, 4, True))[0].fault is FaultReason.NO_WRITE_PERMISSION
+    assert m.request((0x77000, 4, True))[0].reason is FaultReason.NO_WRITE_PERMISSION
     m.pump()
     assert unmap[0].status == 0
     m.clean()
@@ -152,7 +211,7 @@ def test_dma_waits_while_the_frame_moves_and_is_translated_anew() -> None:
     m.step(TWO)
     assert result == []  # the mapper has not attached it yet
     m.pump()
-    assert result == [DmaResult(4)]
+    assert result == [DONE]
     assert m.doms[TWO].process.page(mfn)[:4] == b"late"
     again = m.start_unmap(3, (other[0].handle, 0x1000, 0))
     result = m.request((0x77000, 4, True))
@@ -160,7 +219,7 @@ def test_dma_waits_while_the_frame_moves_and_is_translated_anew() -> None:
     m.start_unmap(1, (answer.handle, 0, 0x77000))
     m.pump()
     assert again[0].status == 0
-    assert result[0].fault in (None, FaultReason.NO_WRITE_PERMISSION)
+    assert result[0].reason in (None, FaultReason.NO_WRITE_PERMISSION)
     m.clean()
 
 
@@ -173,7 +232,7 @@ def test_dma_on_a_frame_whose_granter_is_silent_is_refused() -> None:
     m.start_map(3, (2, 9, HOST, 0x1000))
     result = m.request((0x77000, 4, True))
     m.wait(1.1, 2)
-    assert result[0].fault is not None
+    assert result[0] != DONE
 
 
 class Everything(RuleBasedStateMachine):
@@ -273,7 +332,7 @@ class Everything(RuleBasedStateMachine):
             return
         self.m.grants.release_mappings(self.m.now, ONE)
         old, self.m.epoch = self.m.epoch, self.m.iommu.reset(BDF)
-        assert self.m.request((0, 1, True), epoch=old)[0].fault is FaultReason.CONTEXT_NOT_PRESENT
+        assert self.m.request((0, 1, True), epoch=old)[0].reason is FaultReason.CONTEXT_NOT_PRESENT
 
     @rule(gfn=st.integers(0, 3))
     def balloon(self, gfn: int) -> None:
@@ -281,7 +340,7 @@ class Everything(RuleBasedStateMachine):
         if entry is not None:
             self.m.p2m.clear(Gfn(gfn))
             self.m.frames.release(entry.mfn)
-            assert self.m.request((gfn << 12, 1, True))[0].fault is not None
+            assert self.m.request((gfn << 12, 1, True))[0] != DONE
         else:
             self.m.p2m.set(Gfn(gfn), self.m.frames.allocate_ram(ONE, 0), P2mType.RAM)
 
@@ -295,9 +354,9 @@ class Everything(RuleBasedStateMachine):
         said = self.m.iommu.lookup(ONE, page)
         result = self.m.request(((page << 12) + 8, 2, write))
         if said is None or (write and not said[1]):
-            assert result[0].fault is not None
+            assert result[0] != DONE
         elif result:
-            assert result[0].fault is None
+            assert result[0] == DONE
 
     @rule(guest=guests, index=indexes)
     def touch(self, guest: int, index: int) -> None:
@@ -380,6 +439,8 @@ class Everything(RuleBasedStateMachine):
         for domain in (2, 3):
             if self.alive(domain):
                 m.destroy(DomId(domain))
+            else:
+                m.frames.release_domain(DomId(domain))
         m.pump()
         m.clean()
         assert all(m.grants.quiet(DomId(d)) for d in (1, 2, 3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from grants_world import HOST, RO, World
+from grants_world import HOST, RO, Dom, Process, World
 
 from bus.abi.grant_table import GNTMAP_device_map
 from bus.addresses import DomId
@@ -207,3 +207,47 @@ def test_a_frame_given_back_while_mapped_stays_until_the_unmap() -> None:
     assert w.frames.owner(mfn) is None
     assert w.frames.kind(mfn) == 0
     w.clean()
+
+
+def test_a_grantee_is_forgotten_before_its_maps_are_home() -> None:
+    """The granter has its second; meanwhile the grantee's id may be used again, and the new domain gets nothing of
+    the old one's."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    w.map(1, (2, 8, HOST, 0x1000))
+    w.start_map(1, (2, 8, RO, 0x2000))
+    w.step(TWO)
+    w.doms[ONE].dying = True
+    w.grants.release_mappings(0, ONE)
+    w.end_process(ONE)
+    w.frames.release_domain(ONE)
+    w.grants.remove(ONE)
+    assert w.grants.check() == []
+    del w.doms[ONE]
+    assert w.grants.busy
+    w.grants.create(ONE)
+    w.doms[ONE] = Dom(process=Process(w, ONE))
+    again = w.start_map(1, (2, 8, HOST, 0x1000))
+    w.pump()
+    assert again[0].status == 0  # by the entry, which is the guest's to withdraw
+    assert w.unmap(1, (again[0].handle, 0x1000, 0)) == [0]
+    w.clean()
+
+
+def test_domains_that_mapped_each_other_die_together() -> None:
+    """Neither waits for the other's last frame."""
+    w = World("pv", "pv")
+    w.grant(1, 8, 2, 3)
+    w.grant(2, 8, 1, 3)
+    w.map(1, (2, 8, HOST, 0x1000))
+    w.map(2, (1, 8, HOST, 0x1000))
+    for domain in (ONE, TWO):
+        w.doms[domain].dying = True
+        w.end_process(domain)
+    for domain in (ONE, TWO):
+        w.grants.release_mappings(0, domain)
+    for domain in (ONE, TWO):
+        w.frames.release_domain(domain)
+        w.grants.remove(domain)
+    w.clean()
+    assert w.frames.free_pages == w.frames.total_pages

@@ -292,3 +292,40 @@ def test_a_map_waits_for_the_unmap_before_it() -> None:
     assert w.doms[DomId(1)].process.foreign(mfn)[:3] == b"one"
     w.unmap(1, (again[0].handle, 0x2000, 0))
     w.clean()
+
+
+def test_many_windows_travel_in_several_orders() -> None:
+    """Each map of a single frame made a window; one batch that wants them all stays below a message's descriptors."""
+    w = World("pv", "pv", "pv", ram=80)
+    answers = []
+    for index in range(70):
+        w.grant(2, 8 + index, 1, index)
+        w.grant(2, 100 + index, 3, index)
+        answers += w.map(1, (2, 8 + index, HOST, 0x1000))
+    before = len(w.orders)
+    others = w.map(3, *[(2, 100 + index, RO, 0x1000 * (index + 1)) for index in range(70)])
+    assert [a.status for a in others] == [0] * 70
+    attach = [o for o in w.orders[before:] if o.kind == "grant_attach"]
+    assert [len(o.windows) for o in attach] == [60, 10]
+    w.unmap(3, *[(a.handle, 0x1000 * (index + 1), 0) for index, a in enumerate(others)])
+    w.unmap(1, *[(a.handle, 0x1000, 0) for a in answers])
+    w.clean()
+
+
+def test_a_frame_whose_grant_was_withdrawn_is_never_seen() -> None:
+    """It was copied into the batch's window before its entry was found changed: it leaves it, with its bytes, before the
+    mapper gets the descriptor."""
+    w = World("pv", "pv")
+    granter, mapper = w.doms[DomId(2)].process, w.doms[DomId(1)].process
+    secret = w.grant(2, 8, 1, 3)
+    w.grant(2, 9, 1, 4)
+    granter.page(secret)[:6] = b"secret"
+    answers = w.start_map(1, (2, 8, HOST, 0x1000), (2, 9, HOST, 0x2000))
+    w.grant(2, 8, 3, 3)
+    w.pump()
+    assert [a.status for a in answers] == [-1, 0]
+    assert [o.kind for o in w.orders] == ["grant_map", "grant_unmap", "grant_attach"]
+    assert all(bytes(page[:6]) != b"secret" for window in mapper.windows.values() for page in window)
+    assert granter.page(secret)[:6] == b"secret"
+    w.unmap(1, (answers[1].handle, 0x2000, 0))
+    w.clean()
