@@ -15,6 +15,7 @@ from hypervisor.core.grant_calls import GrantCalls
 from hypervisor.core.grants import GrantTables
 from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaService
+from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.pool import XenPool
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.processes import Processes, WardenGone
@@ -49,7 +50,10 @@ def main() -> None:
         if owner is not None:
             core.views.frame_written(owner, mfn)
 
-    dma = DmaService(iommu, grants, written)
+    def interrupt(now: int, entry: InterruptEntry) -> None:
+        core.events.raise_pirq(entry.domain, entry.pirq)
+
+    dma = DmaService(iommu, grants, written, interrupt)
     devices = DeviceService(iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher)
     core.attach_hooks(devices)
     core.create_dom0(time.monotonic_ns(), max_pages=DOM0_PAGES)

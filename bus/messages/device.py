@@ -44,14 +44,10 @@ class DeviceHello(Message):
     bars: Annotated[list[Bar], Field(max_length=6)]
     vectors: Annotated[int, Field(ge=0, le=2048)]
     """MSI-X vectors that it has."""
-    msix_bar: Annotated[int, Field(ge=0, le=5)] = 0
-    msix_offset: U32 = 0
-    """Where its MSI-X table is. The hypervisor writes it; `Dma.vectors` are the interrupt handles that it wrote there: bits 19:5 of
-    an entry's address."""
 
 
 class Dma(Message):
-    """Carry out the items in order, then raise the vectors; stop at the first fault."""
+    """Carry out the items in order, then raise the vectors (MSI-X entry numbers); stop at the first fault."""
 
     KIND: ClassVar[str] = "dma"
     token: U64

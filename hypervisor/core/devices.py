@@ -7,7 +7,6 @@ time reads as all ones, as a missing device does. See docs/decisions/0004-device
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EINVAL, ENODEV
@@ -25,7 +24,7 @@ from hypervisor.core.event_channels import EventChannels
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
 from hypervisor.core.iommu import DmaFault, Iommu, Segment
-from hypervisor.core.iommu_dma import DmaRequest, DmaResult, DmaService, Staging
+from hypervisor.core.iommu_dma import DmaBatch, DmaItem, DmaResult, DmaService, Staging
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import P2mType
 from hypervisor.core.physdev import PhysdevOps
@@ -33,11 +32,6 @@ from hypervisor.core.physdev import PhysdevOps
 ACCESS_TIMEOUT_NS: Final = 1_000_000_000
 MAX_ACCESSES: Final = 64
 """Accesses to one device that may be under way; more read as all ones."""
-MAX_BATCHES: Final = 256
-"""DMA batches of one device that may wait; more are refused."""
-BAD_VECTOR: Final = 0xFFFF
-MSI_ADDRESS: Final = 0xFEE00010
-"""Remappable format (VT-d, 5.1.2.2): bit 4; the handle in bits 19:5."""
 
 
 class DmaStep(NamedTuple):
@@ -67,8 +61,6 @@ class _Plugged:
     staging: Staging
     hello: DeviceHello | None = None
     accesses: dict[int, _Pending] = field(default_factory=dict)
-    batches: deque[Dma] = field(default_factory=deque)
-    busy: bool = False
 
 
 class DeviceService(DomainHooks):
@@ -92,7 +84,6 @@ class DeviceService(DomainHooks):
         self._outbox = outbox
         self._tokens = itertools.count(1)
         self._plugged: dict[Bdf, _Plugged] = {}
-        self._handles: dict[tuple[Bdf, int], int] = {}
         self.on_step: Callable[[DmaStep], None] | None = None
         physdev.device_owner = self._owner
         physdev.device_exists = lambda bdf: bdf in {device.bdf for device in iommu.devices()}
@@ -130,7 +121,6 @@ class DeviceService(DomainHooks):
         if plugged is None:
             return
         self.iommu.reset(bdf)
-        self._forget_interrupts(bdf)
         for pending in plugged.accesses.values():
             pending.done((1 << 8 * pending.size) - 1)
 
@@ -163,56 +153,26 @@ class DeviceService(DomainHooks):
             if pending is not None:
                 pending.done(message.value & ((1 << 8 * pending.size) - 1))
         elif isinstance(message, Dma):
-            if len(plugged.batches) >= MAX_BATCHES:
-                self._send(bdf, DmaDone(token=message.token, fault=0, reason="too many batches under way"))
-                return
-            plugged.batches.append(message)
-            self._next_batch(now, plugged)
+            self._dma_batch(now, plugged, message)
 
     # -- DMA ------------------------------------------------------------------------------------------------------
 
-    def _next_batch(self, now: int, plugged: _Plugged) -> None:
-        """Batches are carried out one after another, so that they complete in order."""
-        while plugged.batches and not plugged.busy:
-            plugged.busy = True
-            self._item(now, plugged, plugged.batches.popleft(), 0)
-
-    def _item(self, now: int, plugged: _Plugged, batch: Dma, start: int) -> None:
-        """Carry out items from `start` on, until one has to wait for a frame that moves."""
-        for index in range(start, len(batch.items)):
-            result = self._submit(now, plugged, batch, index)
-            if result is None:
-                return
-            if result.fault is not None:
-                self._finish(now, plugged, batch, index, result.fault.name)
-                return
-        self._raise(now, plugged, batch)
-
-    def _submit(self, now: int, plugged: _Plugged, batch: Dma, index: int) -> DmaResult | None:
-        """One item. None: it waits for a frame that moves, and the batch goes on when it is done."""
-        iova, length, write, offset = batch.items[index]
-        request = DmaRequest(plugged.bdf, batch.epoch, [Segment(iova, length, write)], offset)
-        if self.on_step is not None:
-            self._trace(now, plugged.bdf, batch.epoch, request.segments[0])
-        outcome: list[DmaResult] = []
-        waiting = False
+    def _dma_batch(self, now: int, plugged: _Plugged, message: Dma) -> None:
+        """Hand a batch to the DMA service; it answers now or when frames that move have arrived."""
+        bdf = plugged.bdf
 
         def done(result: DmaResult) -> None:
-            if waiting:
-                self._go_on(now, plugged, batch, index, result)
-            else:
-                outcome.append(result)
+            if self._plugged.get(bdf) is plugged:
+                reason = result.reason.name if result.reason is not None else ""
+                self._send(bdf, DmaDone(token=message.token, fault=result.fault, reason=reason))
 
-        self._dma.submit(now, request, plugged.staging, done)
-        waiting = not outcome
-        return outcome[0] if outcome else None
-
-    def _go_on(self, now: int, plugged: _Plugged, batch: Dma, index: int, result: DmaResult) -> None:
-        if result.fault is not None:
-            self._finish(now, plugged, batch, index, result.fault.name)
-        else:
-            self._item(now, plugged, batch, index + 1)
-        self._next_batch(now, plugged)
+        items = [DmaItem(*item) for item in message.items]
+        if self.on_step is not None:
+            for item in items:
+                self._trace(now, bdf, message.epoch, Segment(item.iova, item.length, item.write))
+        self._dma.submit(
+            now, DmaBatch(bdf, message.epoch, items, list(message.vectors)), plugged.staging, done
+        )
 
     def _trace(self, now: int, bdf: Bdf, epoch: int, segment: Segment) -> None:
         assert self.on_step is not None
@@ -222,21 +182,6 @@ class DeviceService(DomainHooks):
             pieces = []
         frames = [(piece.mfn, piece.offset, piece.length) for piece in pieces]
         self.on_step(DmaStep(now, bdf, self._owner(bdf), segment.iova, segment.length, segment.write, frames))
-
-    def _raise(self, now: int, plugged: _Plugged, batch: Dma) -> None:
-        for handle in batch.vectors:
-            try:
-                entry = self.iommu.raise_interrupt(now, plugged.bdf, batch.epoch, handle)
-            except DmaFault as fault:
-                self._finish(now, plugged, batch, BAD_VECTOR, fault.reason.name)
-                return
-            self._events.raise_pirq(entry.domain, entry.pirq)
-        self._finish(now, plugged, batch, -1, "")
-
-    def _finish(self, now: int, plugged: _Plugged, batch: Dma, fault: int, reason: str) -> None:
-        plugged.busy = False
-        if self._plugged.get(plugged.bdf) is plugged:
-            self._send(plugged.bdf, DmaDone(token=batch.token, fault=fault, reason=reason[:200]))
 
     # -- registers ------------------------------------------------------------------------------------------------
 
@@ -329,7 +274,6 @@ class DeviceService(DomainHooks):
         self._reset(bdf, self.iommu.assign(bdf, domain.domid))
 
     def _reset(self, bdf: Bdf, epoch: int) -> None:
-        self._forget_interrupts(bdf)
         plugged = self._plugged.get(bdf)
         if plugged is not None and plugged.hello is not None:
             self._attach(plugged, epoch)
@@ -363,33 +307,15 @@ class DeviceService(DomainHooks):
     # -- interrupts (physdev's MsiListener) -----------------------------------------------------------------------
 
     def msi_mapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
-        """Allocate a remapping entry and program the device's MSI-X table with it."""
+        """The device must be there and have that vector; the rest is the remapping table's."""
         plugged = self._plugged.get(bdf)
         if plugged is None or plugged.hello is None or entry >= plugged.hello.vectors:
             raise XenError(EINVAL)
-        handle = self.iommu.give_interrupt(bdf, pirq)
-        self._handles[bdf, entry] = handle
-        self._program(bdf, plugged.hello, entry, MSI_ADDRESS | (handle & 0x7FFF) << 5, 0)
+        self.iommu.msi_mapped(bdf, entry, domain, pirq)
 
     def msi_unmapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
         """The reverse."""
-        handle = self._handles.pop((bdf, entry), None)
-        if handle is not None:
-            self.iommu.interrupts.release(handle)
-            plugged = self._plugged.get(bdf)
-            if plugged is not None and plugged.hello is not None:
-                self._program(bdf, plugged.hello, entry, 0, 1)
-
-    def _program(self, bdf: Bdf, hello: DeviceHello, entry: int, address: int, masked: int) -> None:
-        """MSI-X table entry: address, upper address, data, vector control (PCI 3.0, 6.8.2.6 to 9)."""
-        base = hello.msix_offset + 16 * entry
-        for offset, value in ((0, address), (4, 0), (8, 0), (12, masked)):
-            self.access(0, bdf, hello.msix_bar, base + offset, 4, value, lambda value: None)
-
-    def _forget_interrupts(self, bdf: Bdf) -> None:
-        """The IOMMU has dropped the device's remapping entries (new epoch)."""
-        for key in [key for key in self._handles if key[0] == bdf]:
-            del self._handles[key]
+        self.iommu.msi_unmapped(bdf, entry, domain, pirq)
 
     # -- lives of domains -----------------------------------------------------------------------------------------
 
