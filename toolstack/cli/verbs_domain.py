@@ -17,7 +17,7 @@ Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="Name or id.")]
 def add(app: typer.Typer) -> None:
     """Put the verbs into the command."""
     for name, verb in (
-        # ("create", create) follows with the xl.cfg parser
+        ("create", create),
         ("list", list_),
         ("vcpu-list", vcpu_list),
         ("console", console),

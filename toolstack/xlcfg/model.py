@@ -1,0 +1,314 @@
+"""From the text of an xl.cfg to what a domain is to be."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import uuid as uuid_module
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from toolstack.xlcfg.devices import parse_disk, parse_vif
+from toolstack.xlcfg.errors import ConfigError
+from toolstack.xlcfg.grammar import Setting, Value, parse
+from toolstack.xlcfg.keys import IGNORED, REFUSED, UNDERSTOOD
+
+Action = Literal[
+    "destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset"
+]
+MAX_FILE: Final = 1 << 20
+MAX_CPU: Final = 4095
+_CPU_WORD: Final = re.compile(r"(\^?)([0-9]{1,4})(?:-(\^?)([0-9]{1,4}))?")
+
+
+class XlConfig(BaseModel):
+    """A configuration that holds together. Units are xl's: MiB, percent of one processor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.+-]+$")
+    type: Literal["pv", "pvh", "hvm"] = "pv"
+    kernel: str = ""
+    ramdisk: str = ""
+    cmdline: str = Field(default="", max_length=4095)
+    memory: int = Field(default=32, ge=1, le=1 << 20)
+    maxmem: int = Field(default=0, ge=0, le=1 << 20)
+    vcpus: int = Field(default=1, ge=1, le=128)
+    maxvcpus: int = Field(default=0, ge=0, le=128)
+    cpu_weight: int = Field(default=256, ge=1, le=65535)
+    cap: int = Field(default=0, ge=0, le=65535)
+    on_poweroff: Action = "destroy"
+    on_reboot: Action = "restart"
+    on_watchdog: Action = "destroy"
+    on_crash: Action = "destroy"
+    on_soft_reset: Action = "soft-reset"
+    uuid: bytes = Field(min_length=16, max_length=16)
+    disks: list[dict[str, Any]] = Field(default=[], max_length=64)
+    vifs: list[dict[str, Any]] = Field(default=[], max_length=16)
+    cpus: list[set[int] | None] = Field(default=[], max_length=128)
+    """Processors that each vCPU may use; None: all. One entry for all vCPUs, or one each."""
+    boot: str = ""
+    serial: list[str] = Field(default=[], max_length=4)
+    warnings: list[str] = []
+
+    def domain_fields(self) -> dict[str, Any]:
+        """The fields of `bus.messages.control.DomainConfig`, kernel and ramdisk as paths."""
+        same = (
+            "name",
+            "type",
+            "kernel",
+            "ramdisk",
+            "cmdline",
+            "vcpus",
+            "maxvcpus",
+            "cpu_weight",
+            "cap",
+            "uuid",
+        )
+        actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash")
+        fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs")}
+        return {**fields, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
+
+
+def load(path: str, more: list[str] | None = None) -> XlConfig:
+    """Read and understand a file; `more` are lines as if at its end. ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if len(raw) > MAX_FILE:
+        raise ConfigError(f"longer than {MAX_FILE} bytes: this is no configuration", path)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError("not UTF-8 text (is it the kernel?)", path, line, 1) from None
+    base = Path(path).parent
+    settings = parse(text, path)
+    for extra in more or []:
+        settings.update(parse(_quoted(extra), repr(extra)))
+    return understand(settings, path, base)
+
+
+def _quoted(text: str) -> str:
+    """On a command line the shell has eaten the quotes: `name=x` means name="x"."""
+    key, equals, value = text.partition("=")
+    value = value.strip()
+    if equals and value and value[0] not in "'\"[0123456789":
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}="{escaped}"'
+    return text
+
+
+class _Reader:
+    """Settings with their positions, taken one by one."""
+
+    def __init__(self, settings: dict[str, Setting], source: str) -> None:
+        self.settings = settings
+        self.source = source
+
+    def fail(self, key: str, text: str, at: Value | None = None) -> ConfigError:
+        setting = self.settings.get(key)
+        if setting is None:
+            return ConfigError(text, self.source)
+        place = at or setting.value
+        return ConfigError(f"{key}: {text}", self.source, place.line, place.column)
+
+    def string(self, key: str, default: str = "") -> str:
+        setting = self.settings.get(key)
+        if setting is None:
+            return default
+        if not isinstance(setting.value.data, str):
+            raise self.fail(key, f"must be a string in quotes, not {setting.value.kind}")
+        return setting.value.data
+
+    def number(self, key: str, default: int) -> int:
+        setting = self.settings.get(key)
+        if setting is None:
+            return default
+        data = setting.value.data
+        if isinstance(data, str) and data.isascii() and data.isdigit() and len(data) < 19:
+            return int(data)  # xl takes memory="512" as well
+        if not isinstance(data, int):
+            raise self.fail(key, f"must be a number, not {setting.value.kind}")
+        return data
+
+    def strings(self, key: str) -> list[tuple[str, Value]]:
+        """A list of strings; a lone string is a list of one."""
+        setting = self.settings.get(key)
+        if setting is None:
+            return []
+        value = setting.value
+        items = value.data if isinstance(value.data, list) else [value]
+        found = []
+        for item in items:
+            if not isinstance(item.data, str):
+                raise self.fail(key, f"must be a list of strings, and this is {item.kind}", item)
+            found.append((item.data, item))
+        return found
+
+
+def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -> XlConfig:
+    """What the settings mean; files are looked for beside the configuration. ConfigError."""
+    warnings = _known_keys(settings, source)
+    read = _Reader(settings, source)
+    if "name" not in settings:
+        raise ConfigError('name is missing: add name = "..."', source)
+    values: dict[str, Any] = {
+        "name": read.string("name"),
+        "type": _type(read),
+        "kernel": _path(read.string("kernel"), base),
+        "ramdisk": _path(read.string("ramdisk"), base),
+        "cmdline": _cmdline(read),
+        "uuid": _uuid(read),
+        "disks": [_device(read, "disk", text, at, parse_disk) for text, at in read.strings("disk")],
+        "vifs": [_device(read, "vif", text, at, parse_vif) for text, at in read.strings("vif")],
+        "boot": read.string("boot"),
+        "serial": [text for text, _ in read.strings("serial")],
+        "cpus": _cpus(read),
+    }
+    for disk in values["disks"]:
+        disk["target"] = _path(disk["target"], base)
+    names = [disk["vdev"] for disk in values["disks"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise read.fail("disk", f"two disks are called {name}: give each a vdev of its own")
+    for key, default in (
+        ("memory", 32),
+        ("vcpus", 1),
+        ("cpu_weight", 256),
+        ("maxmem", 0),
+        ("maxvcpus", 0),
+        ("cap", 0),
+    ):
+        values[key] = read.number(key, default)
+    if "vcpus" not in settings and values["maxvcpus"]:
+        values["vcpus"] = values["maxvcpus"]
+    for key in ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset"):
+        if key in settings:
+            values[key] = read.string(key)
+    if values["maxmem"] and values["maxmem"] < values["memory"]:
+        raise read.fail("maxmem", f"{values['maxmem']} is less than memory = {values['memory']}")
+    if values["maxvcpus"] and values["maxvcpus"] < values["vcpus"]:
+        raise read.fail("maxvcpus", f"{values['maxvcpus']} is less than vcpus = {values['vcpus']}")
+    if values["type"] != "hvm" and not values["kernel"]:
+        raise ConfigError(f'kernel is missing: a {values["type"]} guest needs kernel = "PATH"', source)
+    if any(entry is not None for entry in values["cpus"]):
+        warnings.append(
+            f"{source}: cpus: this machine does not pin a guest when it is made: it may use all processors"
+        )
+    if values["type"] != "hvm":
+        warnings += [f"{source}: {key}: only for HVM guests" for key in ("boot", "serial") if key in settings]
+    try:
+        return XlConfig(**values, warnings=warnings)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = {"disks": "disk", "vifs": "vif"}.get(str(first["loc"][0]), str(first["loc"][0]))
+        raise read.fail(key, first["msg"]) from None
+
+
+def _known_keys(settings: dict[str, Setting], source: str) -> list[str]:
+    warnings = []
+    for key, setting in settings.items():
+        if key in UNDERSTOOD:
+            continue
+        place = f"{source}:{setting.line}:{setting.column}"
+        if key in REFUSED:
+            if setting.value.data in (0, "", "0", []):
+                continue
+            raise ConfigError(f"{key}: {REFUSED[key]}", source, setting.line, setting.column)
+        if key in IGNORED:
+            warnings.append(f"{place}: {key} is ignored: {IGNORED[key]}")
+            continue
+        near = difflib.get_close_matches(key, [*UNDERSTOOD, *IGNORED, *REFUSED], n=1)
+        hint = f": do you mean {near[0]}?" if near else ": see xl.cfg(5)"
+        raise ConfigError(f"{key[:60]}: there is no such key{hint}", source, setting.line, setting.column)
+    return warnings
+
+
+def _type(read: _Reader) -> str:
+    if "type" in read.settings:
+        kind = read.string("type")
+        if kind not in ("pv", "pvh", "hvm"):
+            raise read.fail("type", f"{kind!r}: there are pv, pvh and hvm")
+        return kind
+    builder = read.string("builder", "generic")
+    kinds = {"generic": "pv", "linux": "pv", "hvm": "hvm"}
+    if builder not in kinds:
+        raise read.fail("builder", f'{builder!r}: write type = "pv", "pvh" or "hvm" instead')
+    return kinds[builder]
+
+
+def _cmdline(read: _Reader) -> str:
+    if "cmdline" in read.settings:
+        return read.string("cmdline")
+    words = [f"root={read.string('root')}" if "root" in read.settings else "", read.string("extra")]
+    return " ".join(word for word in words if word)
+
+
+def _uuid(read: _Reader) -> bytes:
+    if "uuid" not in read.settings:
+        return uuid_module.uuid4().bytes
+    text = read.string("uuid")
+    if not re.fullmatch(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}", text):
+        raise read.fail("uuid", f"{text!r}: 32 hexadecimal digits, as uuidgen prints them")
+    return uuid_module.UUID(text).bytes
+
+
+def _path(text: str, base: Path) -> str:
+    """Relative to the working directory, as xl has it; else beside the configuration."""
+    if not text or text.startswith("/") or Path(text).exists():
+        return text
+    beside = base / text
+    return str(beside) if beside.exists() else text
+
+
+def _device(
+    read: _Reader, key: str, text: str, at: Value, parser: Callable[[str, str], dict[str, Any]]
+) -> dict[str, Any]:
+    try:
+        return parser(text, f"{read.source}:{at.line}:{at.column}")
+    except ConfigError as error:
+        raise ConfigError(
+            error.text.partition(f"{at.line}:{at.column}: ")[2] or error.text, read.source, at.line, at.column
+        ) from None
+
+
+def _cpus(read: _Reader) -> list[set[int] | None]:
+    setting = read.settings.get("cpus")
+    if setting is None:
+        return []
+    value = setting.value
+    items = value.data if isinstance(value.data, list) else [value]
+    return [_cpu_list(read, item) for item in items]
+
+
+def _cpu_list(read: _Reader, item: Value) -> set[int] | None:
+    """ "0-3,5,^1" or "all" or a number."""
+    if isinstance(item.data, list):
+        raise read.fail("cpus", 'must be a string such as "0-3,^1"', item)
+    wanted: set[int] = set()
+    every = False
+    without: set[int] = set()
+    for word in str(item.data).replace(" ", "").split(","):
+        if word == "all":
+            every = True
+            continue
+        if word.lstrip("^").startswith("node"):
+            raise read.fail("cpus", f"{word!r}: the machine has one NUMA node: name processors", item)
+        match = _CPU_WORD.fullmatch(word)
+        if match is None or match[3]:
+            raise read.fail("cpus", f"{word!r}: write 3, 0-3, ^2 or all, with commas between", item)
+        first, last = int(match[2]), int(match[4] or match[2])
+        if first > last or last > MAX_CPU:
+            raise read.fail("cpus", f"{word!r}: a range from low to high, up to {MAX_CPU}", item)
+        (without if match[1] else wanted).update(range(first, last + 1))
+    if every and not without:
+        return None
+    result = (set(range(MAX_CPU + 1)) if every else wanted) - without
+    if not result:
+        raise read.fail("cpus", "no processor is left to run on", item)
+    return result
