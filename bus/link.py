@@ -102,24 +102,33 @@ class DomainLink:
     def call(self, nr: int, cmd: int, data: bytes = b"", vcpu: int = 0) -> tuple[int, bytes]:
         """A hypercall and its answer: (return value, updated structures). Orders and events that come meanwhile go to
         `on_message` at once. HypervisorGone after CALL_TIMEOUT_S."""
-        self._token = token = self._token + 1
+        token = self.next_token()
         self.calls += 1
-        self.send(Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data))
+        return self.exchange(Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data), token)
+
+    def next_token(self) -> int:
+        """A number for a request of this link's."""
+        self._token += 1
+        return self._token
+
+    def exchange(self, message: Message, token: int) -> tuple[int, bytes]:
+        """Send a request that carries `token`, and wait for its answer as `call` does."""
+        self.send(message)
         deadline = time.monotonic() + CALL_TIMEOUT_S
         while True:
-            message = self.receive()
-            if message is None:
+            answer = self.receive()
+            if answer is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._socket.poll(int(left * 1000) + 1):
-                    raise HypervisorGone(f"no answer to hypercall {nr}.{cmd} within {CALL_TIMEOUT_S:.0f} s")
-            elif isinstance(message, HypercallReply):
-                if message.token == token:
-                    return message.rc, message.data
-            elif isinstance(message, Refused):
-                self.refused = message.count
-                raise BadMessage(f"the hypervisor refused a message: {message.why}")
+                    raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s")
+            elif isinstance(answer, HypercallReply):
+                if answer.token == token:
+                    return answer.rc, answer.data
+            elif isinstance(answer, Refused):
+                self.refused = answer.count
+                raise BadMessage(f"the hypervisor refused a message: {answer.why}")
             else:
-                self.on_message(message)
+                self.on_message(answer)
 
     def answer(self, order: Order, rc: int = 0, data: bytes = b"") -> None:
         """Report an order done (those of number 0 want no answer)."""

@@ -99,6 +99,15 @@ class HostMemory:
         """Copy a frame into frame `index` of a window and put that at the frame's place. The vCPUs must be stopped."""
         offset = self._offset(mfn)
         os.pwrite(window_fd, self.octets[offset : offset + PAGE_SIZE], index << PAGE_SHIFT)
+        self._map_window(offset, window_fd, index)
+        self._moved.add(mfn)
+
+    def find_in_window(self, mfn: Mfn, window_fd: int, index: int) -> None:
+        """A new process of the domain finds a frame in a window: map it at the frame's place. Nothing is copied."""
+        self._map_window(self._offset(mfn), window_fd, index)
+        self._moved.add(mfn)
+
+    def _map_window(self, offset: int, window_fd: int, index: int) -> None:
         _mmap(
             self.address + offset,
             PAGE_SIZE,
@@ -107,7 +116,6 @@ class HostMemory:
             window_fd,
             index << PAGE_SHIFT,
         )
-        self._moved.add(mfn)
 
     def move_back(self, mfn: Mfn) -> None:
         """Copy a frame back into the own memfd, which nobody else holds, and map that again. The vCPUs must be stopped."""

@@ -43,7 +43,7 @@ def main() -> None:
     core = HypervisorCore(memory, config)
     iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), TABLE_FRAMES))
     grants = GrantTables(core.frames, core.views, memory, core.outbox, iommu)
-    core.attach_hooks(GrantCalls(grants, core.dispatcher))
+    core.attach_hooks(GrantCalls(grants, core.dispatcher, core.outbox))
 
     def written(mfn: Mfn) -> None:
         owner = core.frames.owner(mfn)

@@ -5,19 +5,24 @@ Its memory is auto-translated: it knows guest frame numbers, and its process has
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
+from bus import sealed
 from bus.abi import event_channel as ec
 from bus.abi import grant_table as gt
-from bus.abi import xen
+from bus.abi import physdev, xen
 from bus.abi.errno import XEN_ENOSYS
+from bus.abi.hvm import hvm_op
 from bus.addresses import PAGE_SIZE, DomId, GrantRef, Mfn, Port
 from bus.credentials import from_descriptor
 from bus.doorbell import Doorbell
 from bus.link import DomainLink
+from bus.messages.device import DeviceAccess
 from bus.messages.domain import Hello, Order, Raised
 from bus.messages.envelope import Message
 from bus.packets import close_all
@@ -27,6 +32,8 @@ from domains.hostmem import HostMemory, Window
 from domains.native.reactor import Reactor
 
 MAX_GRANT_BATCH: Final = 128
+P2M_RAM: Final = 1
+"""Type of a `memory` order's p2m run: the domain's own RAM (hypervisor.core.p2m.P2mType.RAM)."""
 
 
 class HypercallError(OSError):
@@ -62,6 +69,35 @@ class _Channel:
     listen: Doorbell | None = None
 
 
+class DeviceBell:
+    """A doorbell range of a device's BAR: a page shared with the device, and an eventfd."""
+
+    def __init__(self, page: int, bell: int, bar: int, offset: int, length: int) -> None:
+        """Takes over both descriptors. ValueError if the page is not a sealed memfd of that length."""
+        self._bar, self._offset, self._length = bar, offset, length
+        self._bell = Doorbell(bell)
+        try:
+            sealed.check(page, length)
+            self._mapping = mmap.mmap(page, length)
+        finally:
+            os.close(page)
+
+    def holds(self, bar: int, offset: int, size: int) -> bool:
+        """The register is a doorbell of this range."""
+        return bar == self._bar and self._offset <= offset and offset + size <= self._offset + self._length
+
+    def store(self, offset: int, size: int, value: int) -> None:
+        """Write the register and ring."""
+        start = offset - self._offset
+        self._mapping[start : start + size] = value.to_bytes(size, "little")
+        self._bell.ring()
+
+    def close(self) -> None:
+        """Unmap and close."""
+        self._mapping.close()
+        self._bell.close()
+
+
 class NativeDomain:
     """One per process, on one thread."""
 
@@ -78,8 +114,17 @@ class NativeDomain:
         self.memory: HostMemory | None = None
         self.ram_frames = 0
         self.shared_info = Mfn(0)
-        self._free_gfns: list[int] = []
+        self._p2m: dict[int, int] = {}
+        self._device_bells: dict[int, list[DeviceBell]] = {}
+        self.devices: set[int] = set()
+        """PCI addresses of its own devices."""
+        self.on_device: Callable[[int], None] | None = None
+        self.known_channels: list[tuple[int, ...]] = []
+        """(port, EVTCHNSTAT_*, vCPU, remote domain, remote port, VIRQ or PIRQ, priority): what a process that takes the place of
+        another finds."""
         self._windows: dict[int, tuple[Window, int]] = {}
+        self._superseded: dict[int, list[Window]] = {}
+        """Read-only mappings of windows that were mapped writable later; views of them are in use."""
         self._attached: dict[int, tuple[int, memoryview]] = {}
         self._channels: dict[Port, _Channel] = {}
         self._early_raises: set[Port] = set()
@@ -92,7 +137,11 @@ class NativeDomain:
             "extent": self._extent,
             "build_extent": self._build_extent,
             "drop_extent": self._drop_extent,
-            "memory": lambda order, fds: b"",
+            "memory": self._memory_news,
+            "own_windows": self._own_windows,
+            "channels": self._known_channels,
+            "drop_code": lambda order, fds: b"",
+            "loop": lambda order, fds: b"",
             "start": lambda order, fds: b"",
             "pause": lambda order, fds: b"",
             "resume": lambda order, fds: b"",
@@ -103,6 +152,7 @@ class NativeDomain:
             "grant_detach": self._grant_detach,
             "doorbell": self._doorbell,
             "doorbell_off": self._doorbell_off,
+            "device_attached": self._device_attached,
         }
         reactor.reader(self.link.fileno(), self.poll)
         self.link.send(Hello(pid=os.getpid(), role=start.role))
@@ -130,6 +180,91 @@ class NativeDomain:
             raise HypercallError(-rc, what or f"hypercall {nr}.{cmd}")
         return reply
 
+    def hvm_param(self, index: int) -> int:
+        """HVMOP_get_param of its own: where its xenstore page and port are, for one."""
+        reply = self.call(
+            xen.HYPERVISOR_hvm_op,
+            hvm_op.HVMOP_get_param,
+            hvm_op.XEN_HVM_PARAM.pack(
+                hvm_op.xen_hvm_param(domid=xen.DOMID_SELF, pad=0, index_=index, value=0)
+            ),
+            f"HVM parameter {index}",
+        )
+        return hvm_op.XEN_HVM_PARAM.unpack(reply).value
+
+    # ------------------------------------------------------------------ devices of its own
+
+    def device_read(self, bdf: int, space: int, offset: int, size: int) -> int:
+        """A register of a device: `space` -1 is configuration space, else a BAR. All ones where nothing answers."""
+        return self._device_access(bdf, space, offset, size, None)
+
+    def device_write(self, bdf: int, space: int, offset: int, size: int, value: int) -> None:
+        """Write a register; returns when the device has it. Doorbells of the device are rung without a message."""
+        if space >= 0:
+            for bell in self._device_bells.get(bdf, ()):
+                if bell.holds(space, offset, size):
+                    bell.store(offset, size, value)
+                    return
+        self._device_access(bdf, space, offset, size, value)
+
+    def _device_access(self, bdf: int, space: int, offset: int, size: int, value: int | None) -> int:
+        token = self.link.next_token()
+        message = DeviceAccess(
+            token=token,
+            bdf=bdf,
+            space=space,
+            offset=offset,
+            size=size,  # type: ignore[arg-type]  # validated by the model
+            write=value is not None,
+            value=value or 0,
+        )
+        rc, data = self.link.exchange(message, token)
+        self.reactor.soon(self.poll)
+        if rc < 0:
+            raise HypercallError(-rc, f"register of device {bdf:#x}")
+        return int.from_bytes(data, "little")
+
+    def _device_attached(self, order: Order, fds: list[int]) -> bytes:
+        """A device of its own came, or was reset: its doorbell pages."""
+        bdf = order.body["bdf"]
+        for bell in self._device_bells.pop(bdf, ()):
+            bell.close()
+        ranges = order.body["doorbells"]
+        self._device_bells[bdf] = [
+            DeviceBell(fds[2 * index], fds[2 * index + 1], each["bar"], each["offset"], each["length"])
+            for index, each in enumerate(ranges)
+        ]
+        self.devices.add(bdf)
+        if self.on_device is not None:
+            self.reactor.soon(partial(self.on_device, bdf))
+        return b""
+
+    def bind_msi(self, bdf: int, entry: int, callback: Callable[[], None]) -> Port:
+        """A port for an MSI-X vector of a device: PHYSDEVOP_map_pirq and EVTCHNOP_bind_pirq."""
+        layout = physdev.PHYSDEV_MAP_PIRQ
+        request = layout.zero()._replace(
+            domid=xen.DOMID_SELF,
+            type=physdev.MAP_PIRQ_TYPE_MSI_SEG,
+            index_=-1,
+            pirq=-1,
+            bus=(bdf >> 16) << 16 | (bdf >> 8 & 0xFF),
+            devfn=bdf & 0xFF,
+            entry_nr=entry,
+        )
+        reply = self.call(
+            xen.HYPERVISOR_physdev_op, physdev.PHYSDEVOP_map_pirq, layout.pack(request), "PHYSDEVOP_map_pirq"
+        )
+        pirq = layout.unpack(reply).pirq
+        reply = self.call(
+            xen.HYPERVISOR_event_channel_op,
+            ec.EVTCHNOP_bind_pirq,
+            ec.EVTCHN_BIND_PIRQ.pack(ec.evtchn_bind_pirq(pirq=pirq, flags=0, port=0)),
+            "EVTCHNOP_bind_pirq",
+        )
+        port = Port(ec.EVTCHN_BIND_PIRQ.unpack(reply).port)
+        self.on_event(port, callback)
+        return port
+
     # ------------------------------------------------------------------ orders and events
 
     def _message(self, message: Message) -> None:
@@ -154,9 +289,44 @@ class NativeDomain:
         self.memory = HostMemory(fds[0], Mfn(body["base"]), body["frames"])
         self.ram_frames = body["ram_frames"]
         self.shared_info = Mfn(body["shared_info"])
-        self._free_gfns = list(range(self.ram_frames))
         self._granting = Granting(self.memory)
         return b""
+
+    def _memory_news(self, order: Order, fds: list[int]) -> bytes:
+        """The physical map: where the guest frames are in machine memory."""
+        for gfn, mfn, count, kind in order.body.get("p2m", ()):
+            for offset in range(count):
+                if kind == P2M_RAM:
+                    self._p2m[gfn + offset] = mfn + offset
+                else:
+                    self._p2m.pop(gfn + offset, None)
+        return b""
+
+    def _own_windows(self, order: Order, fds: list[int]) -> bytes:
+        """A new process finds frames that its domain granted in windows."""
+        assert self.memory is not None
+        by_number = dict(zip(order.body["windows"], fds, strict=True))
+        for mfn, number, index in order.body["frames"]:
+            self.memory.find_in_window(Mfn(mfn), by_number[number], index)
+        close_all(fds)
+        return b""
+
+    def _known_channels(self, order: Order, fds: list[int]) -> bytes:
+        """A new process is told which event channels its domain has."""
+        self.known_channels += [tuple(row) for row in order.body["channels"]]
+        return b""
+
+    # ------------------------------------------------------------------ own memory
+
+    def page(self, gfn: int) -> memoryview:
+        """The 4096 bytes of a frame of its own. KeyError if there is none at that guest frame number."""
+        assert self.memory is not None
+        return self.memory.page(Mfn(self._p2m[gfn]))
+
+    @property
+    def own_gfns(self) -> list[int]:
+        """Guest frame numbers of its own memory, in order."""
+        return sorted(self._p2m)
 
     def _build_extent(self, order: Order, fds: list[int]) -> bytes:
         old = self.foreign_extents.pop(DomId(order.body["domid"]), None)
@@ -197,9 +367,11 @@ class NativeDomain:
 
     def _doorbell(self, order: Order, fds: list[int]) -> bytes:
         port = Port(order.body["port"])
-        channel = self._channels.setdefault(
-            port, _Channel(port, lambda: self._early_raises.add(port) or None)
-        )
+
+        def early() -> None:
+            self._early_raises.add(port)
+
+        channel = self._channels.setdefault(port, _Channel(port, early))
         self._silence(channel)
         channel.ring, channel.listen = Doorbell(fds[0]), Doorbell(fds[1])
         self.reactor.reader(channel.listen.fd, lambda: self._rung(channel))
@@ -337,7 +509,10 @@ class NativeDomain:
                 os.close(fd)
                 continue
             frames[number] = os.fstat(fd).st_size // PAGE_SIZE
-            self._windows[number] = (Window(fd, frames[number], writable.get(number, False)), 0)
+            window = Window(fd, frames[number], writable.get(number, False))
+            if known is not None:
+                self._superseded.setdefault(number, []).append(known[0])
+            self._windows[number] = (window, known[1] if known is not None else 0)
         for handle, mfn, number, index, *_ in items:
             if number in self._windows:
                 window, users = self._windows[number]
@@ -355,7 +530,8 @@ class NativeDomain:
             if number in self._windows:
                 window, users = self._windows[number]
                 if users <= 1:
-                    window.close()
+                    for old in [window, *self._superseded.pop(number, [])]:
+                        old.close()
                     del self._windows[number]
                 else:
                     self._windows[number] = (window, users - 1)

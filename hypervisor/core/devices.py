@@ -297,10 +297,10 @@ class DeviceService(DomainHooks):
             raise XenError(EINVAL)
         return call.reply(0)
 
-    def restart_owner(self, domid: DomId) -> None:
-        """A domain's process starts anew: its devices are reset, in a new epoch."""
+    def restarted(self, now: int, domain: Domain) -> None:
+        """The domain's process starts anew: its devices are reset, in a new epoch; nothing of the old life is under way."""
         for device in self.iommu.devices():
-            if device.domain == domid:
+            if device.domain == domain.domid:
                 self._physdev.release_device(device.bdf)
                 self._reset(device.bdf, self.iommu.reset(device.bdf))
 

@@ -10,10 +10,14 @@ from bus.abi import grant_table as gt
 from bus.abi.xen import DOMID_SELF, HYPERVISOR_grant_table_op
 from bus.addresses import DomId
 from hypervisor.core.domains import Domain
+from hypervisor.core.effects import Order
 from hypervisor.core.grants import DEFAULT_GRANT_FRAMES, DEFAULT_MAPTRACK, MAPTRACK_PER_FRAME, GrantTables
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
+from hypervisor.core.outbox import Outbox
 
+WINDOWS_PER_ORDER = 48
+"""Windows whose descriptors travel with one order (bus.messages.envelope.MAX_DESCRIPTORS is 64)."""
 Waiting = Callable[[int, DomId, list[Any], Callable[[list[Any]], None]], None]
 Simple = Callable[[DomId, Any], Any]
 
@@ -21,8 +25,9 @@ Simple = Callable[[DomId, Any], Any]
 class GrantCalls(DomainHooks):
     """Registers every GNTTABOP; keeps a table for each domain from its creation to its removal."""
 
-    def __init__(self, grants: GrantTables, dispatcher: Dispatcher) -> None:
+    def __init__(self, grants: GrantTables, dispatcher: Dispatcher, outbox: Outbox) -> None:
         self._grants = grants
+        self._outbox = outbox
         ops = grants.ops
         waiting: tuple[tuple[int, Waiting], ...] = (
             (gt.GNTTABOP_map_grant_ref, grants.map),
@@ -98,6 +103,18 @@ class GrantCalls(DomainHooks):
             else spec.max_maptrack_frames * MAPTRACK_PER_FRAME,
             spec.max_grant_version or 2,
         )
+
+    def restarted(self, now: int, domain: Domain) -> None:
+        """What the old process had mapped is unmapped; order `own_windows`: where the new one finds its granted frames."""
+        self._grants.release_mappings(now, domain.domid)
+        found = self._grants.own_windows(domain.domid)
+        for start in range(0, len(found), WINDOWS_PER_ORDER):
+            part = found[start : start + WINDOWS_PER_ORDER]
+            numbers = sorted({own.window for own in part})
+            body: dict[str, object] = {"frames": [[int(own.mfn), own.window, own.index] for own in part]}
+            self._outbox.emit(
+                Order(domain.domid, 0, "own_windows", body, tuple((number, True) for number in numbers), 0)
+            )
 
     def gone(self, now: int, domain: Domain) -> None:
         self._grants.release_mappings(now, domain.domid)
