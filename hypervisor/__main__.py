@@ -6,6 +6,7 @@ import socket
 import time
 
 from bus import privileges
+from bus.abi.memory import XENMEM_resource_grant_table
 from bus.addresses import Mfn
 from bus.process import begin
 from hypervisor.core.config import MachineConfig
@@ -43,7 +44,10 @@ def main() -> None:
     core = HypervisorCore(memory, config)
     iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), TABLE_FRAMES))
     grants = GrantTables(core.frames, core.views, memory, core.outbox, iommu)
-    core.attach_hooks(GrantCalls(grants, core.dispatcher, core.outbox))
+    grant_calls = GrantCalls(grants, core.dispatcher, core.outbox)
+    core.attach_hooks(grant_calls)
+    core.physmap.grant_frame = grant_calls.physmap_frame
+    core.memory_ops.resources[XENMEM_resource_grant_table] = grant_calls.resource
 
     def written(mfn: Mfn) -> None:
         owner = core.frames.owner(mfn)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from errno import EINVAL
 from struct import pack
 from typing import Any
 
 from bus.abi import grant_table as gt
+from bus.abi.memory import XENMEM_resource_grant_table_id_shared, XENMEM_resource_grant_table_id_status
 from bus.abi.xen import DOMID_SELF, HYPERVISOR_grant_table_op
-from bus.addresses import DomId
+from bus.addresses import DomId, Mfn
 from hypervisor.core.domains import Domain
 from hypervisor.core.effects import Order
+from hypervisor.core.errors import XenError
 from hypervisor.core.grants import DEFAULT_GRANT_FRAMES, DEFAULT_MAPTRACK, MAPTRACK_PER_FRAME, GrantTables
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
@@ -90,6 +93,25 @@ class GrantCalls(DomainHooks):
         return op._replace(
             status=gt.GNTST_okay if self._grants.table(domain) is not None else gt.GNTST_bad_domain
         )
+
+    # -- frames of the tables -------------------------------------------------------------------------------------
+
+    def physmap_frame(self, domain: Domain, index: int) -> Mfn:
+        """XENMAPSPACE_grant_table of an auto-translated domain."""
+        return self._grants.ops.map_space_frame(domain.domid, index)
+
+    def resource(self, domain: Domain, number: int, first: int, count: int) -> list[int]:
+        """XENMEM_resource_grant_table: shared (0) or status (1) frames, for the domain's builder. EINVAL, ENOMEM."""
+        if number not in (XENMEM_resource_grant_table_id_shared, XENMEM_resource_grant_table_id_status):
+            raise XenError(EINVAL)
+        status = number == XENMEM_resource_grant_table_id_status
+        if count == 0:
+            table = self._grants.table(domain.domid)
+            return [table.max_grant_frames if table is not None else 0]
+        return [
+            int(mfn)
+            for mfn in self._grants.ops.resource_frames(domain.domid, status=status, first=first, count=count)
+        ]
 
     # -- lives of domains -----------------------------------------------------------------------------------------
 
