@@ -14,6 +14,8 @@ class Op(IntEnum):
     WRITE = 1
     FLUSH = 2
     DISCARD = 3
+    WRITE_ZEROES = 4
+    """Not asked by blkif; for the driver's other users."""
 
 
 class Extent(NamedTuple):

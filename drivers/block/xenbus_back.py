@@ -1,0 +1,217 @@
+"""The back end's side of a virtual disk's way up and down (XenbusState; nodes as in blkif.h).
+
+`BackDevice.changed` is a procedure for `drivers.xenbus.client.Client.start`. The shell runs it after every event of its
+watches on the frontend's `state` and on its own `online`, one at a time, and once more when `BackPort.disconnect` said
+that it was not done and now is. No hotplug script is waited for: who provides `BackPort` has opened the disk.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from drivers.block.nodes import FrontLink, NodeError, QueueLink, optional, read_number, write_all
+from drivers.block.paged_ring import MAX_ORDER
+from drivers.block.requests import Disk
+from drivers.block.wire import ABIS, X86_64
+from drivers.xenbus import client
+from drivers.xenbus.client import Procedure, XenstoreError, transaction
+from drivers.xenbus.states import XenbusState, backend_reaction, parse_state, state_text
+
+MAX_REF: Final = 0xFFFFFFFF
+
+
+class ConnectError(Exception):
+    """The rings cannot be mapped or the channel not bound; the text says why."""
+
+
+class BackPort(Protocol):
+    """What the shell does when told."""
+
+    def connect(self, link: FrontLink, disk: Disk) -> None:
+        """Map the rings, bind the channels, serve. ConnectError if that cannot be done (nothing is held then)."""
+
+    def disconnect(self) -> bool:
+        """Let go of the rings (nothing is an error). False if requests are under way still: it goes on by itself."""
+
+    def removed(self) -> None:
+        """The device is gone for good."""
+
+
+class BackDevice:
+    """One virtual disk at the back end."""
+
+    def __init__(
+        self,
+        path: str,
+        frontend: str,
+        disk: Disk,
+        port: BackPort,
+        *,
+        max_queues: int = 4,
+        max_order: int = MAX_ORDER,
+        persistent: bool = True,
+        block_size: int = 512,
+    ) -> None:
+        """`path`, `frontend`: the two ends' directories. `disk`: as for 512-byte sectors. `block_size`: the storage's:
+        with 4096 only frontends that set feature-large-sector-size can be served."""
+        if not 1 <= max_queues <= 16 or not 0 <= max_order <= MAX_ORDER:
+            raise ValueError(f"{max_queues} queues, order {max_order}")
+        self.path: Final = path
+        self.frontend: Final = frontend
+        self.disk: Final = disk
+        self.port: Final = port
+        self.state = XenbusState.Unknown
+        self.removed = False
+        self.error = ""
+        self._max_queues: Final = max_queues
+        self._max_order: Final = max_order
+        self._persistent: Final = persistent
+        self._block_size: Final = block_size
+        self._draining = False
+
+    def start(self) -> Procedure[XenbusState]:
+        """Read the own state first: of a new device, or of one that a process before this one served. If the answer is
+        Connected, the caller resumes from its ledger, or calls `fail`. Else `changed` follows."""
+        self.state = parse_state((yield from optional(f"{self.path}/state")))
+        return self.state
+
+    def changed(self) -> Procedure[None]:
+        """See what changed, and answer to it."""
+        if self.removed:
+            return
+        peer = parse_state((yield from optional(f"{self.frontend}/state")))
+        online = (yield from optional(f"{self.path}/online")) == b"1"
+        if self.state == XenbusState.Initialising and peer in (
+            XenbusState.Initialised,
+            XenbusState.Connected,
+        ):
+            # The frontend did not wait for our features: it gets them all the same.
+            yield from self._enter(XenbusState.InitWait, peer)
+        reaction = backend_reaction(self.state, peer, online)
+        if reaction.disconnect or self._draining:
+            self._draining = not self.port.disconnect()
+            if self._draining:
+                if self.state not in (XenbusState.Closing, XenbusState.Closed) and not reaction.connect:
+                    yield from self._write_state(XenbusState.Closing)
+                return
+        if reaction.connect:
+            try:
+                yield from self._connect()
+            except (NodeError, ConnectError) as error:
+                yield from self.fail(str(error))
+                return
+        if reaction.enter is not None:
+            yield from self._enter(reaction.enter, peer)
+        if reaction.remove:
+            self.removed = True
+            self.port.removed()
+
+    def fail(self, reason: str) -> Procedure[None]:
+        """This frontend cannot be served (any longer): say why in error/, let go, and go to Closing."""
+        self.error = reason
+        self._draining = not self.port.disconnect()
+        relative = (
+            self.path.split("/", 4)[-1] if self.path.startswith("/local/domain/") else self.path.strip("/")
+        )
+        try:
+            yield client.write(f"error/{relative}/error", f"22 {reason}".encode()[:1024])
+        except XenstoreError as error:
+            if error.name not in ("EACCES", "ENOSPC", "E2BIG"):
+                raise
+        if self.state not in (XenbusState.Closing, XenbusState.Closed):
+            yield from self._write_state(XenbusState.Closing)
+
+    def _write_state(self, state: XenbusState) -> Procedure[None]:
+        yield client.write(f"{self.path}/state", state_text(state))
+        self.state = state
+
+    def _enter(self, state: XenbusState, peer: XenbusState) -> Procedure[None]:
+        nodes: list[tuple[str, str]] = []
+        if state == XenbusState.InitWait:
+            nodes = self._features()
+        nodes.append(("state", str(int(state))))
+        yield from transaction(lambda tx: write_all(self.path, nodes, tx))
+        self.state = state
+
+    def _features(self) -> list[tuple[str, str]]:
+        disk = self.disk
+        nodes = [
+            ("feature-flush-cache", str(int(disk.flush))),
+            ("feature-barrier", str(int(disk.barrier))),
+            ("feature-persistent", str(int(self._persistent))),
+            ("max-ring-page-order", str(self._max_order)),
+            ("max-ring-pages", str(1 << self._max_order)),
+            ("multi-queue-max-queues", str(self._max_queues)),
+            ("feature-discard", str(int(disk.discard))),
+        ]
+        if disk.max_indirect:
+            nodes.append(("feature-max-indirect-segments", str(disk.max_indirect)))
+        if disk.discard:
+            nodes.append(("discard-granularity", str(disk.discard_granularity)))
+            nodes.append(("discard-alignment", "0"))
+            nodes.append(("discard-secure", str(int(disk.discard_secure))))
+        return nodes
+
+    def _connect(self) -> Procedure[None]:
+        link = yield from self.read_link()
+        size = self._block_size
+        if size > 512 and not link.large_sectors:
+            raise NodeError(
+                f"the disk has sectors of {size} bytes, and the frontend lacks feature-large-sector-size"
+            )
+        disk = Disk(
+            self.disk.sectors,
+            size,
+            max(size, self.disk.physical_sector_size),
+            self.disk.read_only,
+            self.disk.removable,
+            self.disk.cdrom,
+            self.disk.flush,
+            self.disk.barrier,
+            self.disk.discard,
+            self.disk.discard_granularity,
+            self.disk.discard_secure,
+            self.disk.max_indirect,
+        )
+        nodes = [
+            ("sectors", str(disk.sectors * 512 // size)),
+            ("info", str(disk.info)),
+            ("sector-size", str(size)),
+            ("physical-sector-size", str(disk.physical_sector_size)),
+        ]
+        yield from transaction(lambda tx: write_all(self.path, nodes, tx))
+        self.port.connect(link, disk)
+
+    def read_link(self) -> Procedure[FrontLink]:
+        """What the frontend published. NodeError if it makes no sense."""
+        base = self.frontend
+        protocol = yield from optional(f"{base}/protocol")
+        name = protocol.decode("ascii", "replace") if protocol else X86_64.protocol
+        if name not in ABIS:
+            raise NodeError(f"protocol is {name[:32]!r}: unknown")
+        order = yield from optional(f"{base}/ring-page-order")
+        if order is None:
+            pages = yield from read_number(f"{base}/num-ring-pages", 1, 1, 1 << self._max_order)
+            if pages & (pages - 1):
+                raise NodeError(f"num-ring-pages is {pages}: not a power of two")
+        else:
+            pages = 1 << (yield from read_number(f"{base}/ring-page-order", 0, 0, self._max_order))
+        queues = yield from read_number(f"{base}/multi-queue-num-queues", 1, 1, self._max_queues)
+        persistent = yield from read_number(f"{base}/feature-persistent", 0, 0, 1)
+        large = yield from read_number(f"{base}/feature-large-sector-size", 0, 0, 1)
+        links: list[QueueLink] = []
+        for queue in range(queues):
+            place = base if queues == 1 else f"{base}/queue-{queue}"
+            channel = yield from read_number(f"{place}/event-channel", None, 1, MAX_REF)
+            refs: list[int] = []
+            single = (yield from optional(f"{place}/ring-ref")) if pages == 1 else None
+            if single is not None:
+                refs.append((yield from read_number(f"{place}/ring-ref", None, 0, MAX_REF)))
+            else:
+                for page in range(pages):
+                    refs.append((yield from read_number(f"{place}/ring-ref{page}", None, 0, MAX_REF)))
+            links.append(QueueLink(tuple(refs), channel))
+        every = [ref for link in links for ref in link.ring_refs]
+        if len(set(every)) < len(every):
+            raise NodeError("two ring pages have the same grant")
+        return FrontLink(tuple(links), ABIS[name], self._persistent and bool(persistent), bool(large))
