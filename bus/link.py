@@ -1,4 +1,4 @@
-"""`DomainLink`: a domain's end of its link to the hypervisor. One thread owns it."""
+"""`DomainLink`, `DeviceLink`: a process's end of its link to the hypervisor. One thread owns it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Final
 import zmq
 
 from bus.credentials import ClientCredentials
+from bus.messages.device import TO_DEVICE, Attach
 from bus.messages.domain import (
     DESCRIPTORS,
     TO_DOMAIN,
@@ -22,7 +23,7 @@ from bus.messages.domain import (
     Raised,
     Refused,
 )
-from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, decode, encode
+from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
 from bus.packets import LinkClosed, PacketLink, close_all
 
 CALL_TIMEOUT_S: Final = 10.0
@@ -33,11 +34,12 @@ class HypervisorGone(ConnectionError):
     """The hypervisor, or this domain's relay, does not answer any more: nothing is left to run for."""
 
 
-class DomainLink:
-    """Hypercalls out, orders and events in; descriptors beside them."""
+class _Link:
+    """Messages both ways, and descriptors beside those that come."""
 
-    def __init__(self, keys: ClientCredentials, descriptors: socket.socket) -> None:
-        """Connects to the endpoint of `keys`; `descriptors` is this domain's end of its descriptor socket."""
+    def __init__(self, keys: ClientCredentials, descriptors: socket.socket, kinds: Registry) -> None:
+        """Connects to the endpoint of `keys`; `descriptors` is this process's end of its descriptor socket; `kinds` may come."""
+        self._kinds = kinds
         self._context = zmq.Context(io_threads=1)
         sock = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -55,12 +57,10 @@ class DomainLink:
         self._socket = sock
         self._descriptors = PacketLink(descriptors, DESCRIPTORS)
         self._early: dict[int, list[int]] = {}
-        self._token = 0
         self._pending: deque[Message] = deque()
         self.on_message: Callable[[Message], None] = self._pending.append
-        """Takes orders and events, also while a call waits for its reply."""
+        """Takes what comes, also while a call waits for its reply."""
         self.refused = 0
-        self.calls = 0
 
     def fileno(self) -> int:
         """Readable when the socket may have something. Edge-triggered by nature: call `dispatch` until it returns 0."""
@@ -87,7 +87,7 @@ class DomainLink:
             raw = self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
-        return decode(raw, TO_DOMAIN)
+        return decode(raw, self._kinds)
 
     def dispatch(self) -> int:
         """Give all waiting messages to `on_message`; how many there were."""
@@ -98,6 +98,42 @@ class DomainLink:
                 self.refused = message.count
             self.on_message(message)
         return count
+
+    def _bundle(self, number: int, count: int, what: str, timeout: float) -> list[int]:
+        """The descriptors of a bundle; the caller owns them. HypervisorGone if they do not come."""
+        if not count:
+            return []
+        deadline = time.monotonic() + timeout
+        while number not in self._early:
+            try:
+                packet = self._descriptors.receive()
+            except LinkClosed as error:
+                raise HypervisorGone(str(error)) from None
+            if packet is None:
+                poller = zmq.Poller()
+                poller.register(self._descriptors.fileno(), zmq.POLLIN)
+                left = deadline - time.monotonic()
+                if left <= 0 or not poller.poll(int(left * 1000) + 1):
+                    raise HypervisorGone(f"no descriptors for {what}")
+                continue
+            message, fds = packet
+            assert isinstance(message, Descriptors)
+            self._early.setdefault(message.bundle, []).extend(fds)
+        fds = self._early.pop(number)
+        if len(fds) != count:
+            close_all(fds)
+            raise HypervisorGone(f"{what}: {count} descriptors announced, {len(fds)} came")
+        return fds
+
+
+class DomainLink(_Link):
+    """A domain's: hypercalls out, orders and events in; descriptors beside them."""
+
+    def __init__(self, keys: ClientCredentials, descriptors: socket.socket) -> None:
+        """Connects to the endpoint of `keys`; `descriptors` is this domain's end of its descriptor socket."""
+        super().__init__(keys, descriptors, TO_DOMAIN)
+        self._token = 0
+        self.calls = 0
 
     def call(self, nr: int, cmd: int, data: bytes = b"", vcpu: int = 0) -> tuple[int, bytes]:
         """A hypercall and its answer: (return value, updated structures). Orders and events that come meanwhile go to
@@ -138,31 +174,19 @@ class DomainLink:
 
     def descriptors_of(self, order: Order, timeout: float = 1.0) -> list[int]:
         """The descriptors that came with an order; the caller owns them. HypervisorGone if they do not come."""
-        if not order.descriptors:
-            return []
-        deadline = time.monotonic() + timeout
-        while order.bundle not in self._early:
-            try:
-                packet = self._descriptors.receive()
-            except LinkClosed as error:
-                raise HypervisorGone(str(error)) from None
-            if packet is None:
-                poller = zmq.Poller()
-                poller.register(self._descriptors.fileno(), zmq.POLLIN)
-                left = deadline - time.monotonic()
-                if left <= 0 or not poller.poll(int(left * 1000) + 1):
-                    raise HypervisorGone(f"no descriptors for order {order.what}")
-                continue
-            message, fds = packet
-            assert isinstance(message, Descriptors)
-            self._early.setdefault(message.bundle, []).extend(fds)
-        fds = self._early.pop(order.bundle)
-        if len(fds) != order.descriptors:
-            close_all(fds)
-            raise HypervisorGone(
-                f"order {order.what}: {order.descriptors} descriptors announced, {len(fds)} came"
-            )
-        return fds
+        return self._bundle(order.bundle, order.descriptors, f"order {order.what}", timeout)
 
 
-__all__ = ["DomainLink", "HypervisorGone", "Raised"]
+class DeviceLink(_Link):
+    """A device's: DMA out, register accesses in."""
+
+    def __init__(self, keys: ClientCredentials, descriptors: socket.socket) -> None:
+        """Connects to the endpoint of `keys`; `descriptors` is this device's end of its descriptor socket."""
+        super().__init__(keys, descriptors, TO_DEVICE)
+
+    def descriptors_of(self, attach: Attach, timeout: float = 1.0) -> list[int]:
+        """Staging memory, then a page and an eventfd for each doorbell range. HypervisorGone if they do not come."""
+        return self._bundle(attach.bundle, attach.descriptors, "attach", timeout)
+
+
+__all__ = ["DeviceLink", "DomainLink", "HypervisorGone", "Raised"]

@@ -1,0 +1,683 @@
+"""An NVMe 1.4 controller without I/O: registers, life cycle, queues, completions.
+
+Calls in: `access` (configuration space and BAR 0), `doorbells`, `dma_done`, `media_done`, `tick`. Effects out: `take_media`, `take_clears`,
+`take_batches` in that order after each call. All that a driver can do wrong ends in a status code, an asynchronous event or, where
+queue memory cannot be reached, in CSTS.CFS; commands under way and memory are bounded by MAX_TASKS and the staging memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from drivers.hw.msix import MsixTable
+from drivers.hw.nvme import pages, prp, spec
+from drivers.hw.nvme.admin import AdminCommands
+from drivers.hw.nvme.dma import MAX_BATCHES, MAX_ITEMS, DmaBatch, DmaEngine, Item, Unit, merge
+from drivers.hw.nvme.features import Features
+from drivers.hw.nvme.io import IoCommands, MediaOp, MediaRequest, MediaResult
+from drivers.hw.nvme.pages import Counters, Identity
+from drivers.hw.nvme.queues import CompletionQueue, SubmissionQueue, Task
+from drivers.hw.nvme.spec import Status
+from drivers.hw.nvme.staging import PAGE, Staging, StagingFull
+from drivers.hw.pci import BarSpec, ConfigSpace, MsixSpec
+
+MAX_TASKS: Final = 2048
+"""Commands under way at once."""
+FETCH_BURST: Final = 64
+"""Submission entries read at once from one queue: a page of staging memory."""
+ENTRIES_PER_PAGE: Final = PAGE // spec.CQE_SIZE
+ONES: Final = (1 << 64) - 1
+
+_MAY_RETRY: Final = frozenset(
+    (
+        Status.DATA_TRANSFER_ERROR,
+        Status.INTERNAL_ERROR,
+        Status.ABORT_REQUESTED,
+        Status.SQ_DELETED,
+        Status.WRITE_FAULT,
+    )
+)
+
+
+class Controller:
+    """One controller in one epoch: a new assignment begins with a new object."""
+
+    def __init__(self, identity: Identity, staging: memoryview, counters: Counters | None = None) -> None:
+        """`staging`: the memory shared with the hypervisor. ValueError if it is too small for the largest transfer."""
+        self.identity: Final = identity
+        self.max_transfer: Final = PAGE << identity.mdts
+        self.counters: Final = counters or Counters()
+        self.features: Final = Features(identity)
+        self.config: Final = ConfigSpace(
+            vendor=pages.VENDOR,
+            device=pages.DEVICE,
+            class_code=spec.PCI_CLASS,
+            bars={spec.BAR: BarSpec(spec.BAR_SIZE)},
+            msix=MsixSpec(identity.vectors, spec.BAR, spec.MSIX_TABLE_OFFSET, spec.MSIX_PBA_OFFSET),
+            on_reset=self._function_reset,
+        )
+        self.msix: Final = MsixTable(identity.vectors)
+        self.used_blocks: dict[int, int] = {}
+        self.now = 0
+        self.cc = self.csts = 0
+        self.fatal_reason = ""
+        self._aqa = self._asq = self._acq = self._intms = 0
+        self.sqs: dict[int, SubmissionQueue] = {}
+        self.cqs: dict[int, CompletionQueue] = {}
+        self._dma = DmaEngine()
+        self._memory = staging
+        self._resetting = False
+        self._shutting = False
+        self._media: dict[int, Callable[[MediaResult], None] | None] = {}
+        self._media_tokens = itertools.count(1)
+        self._requests: list[MediaRequest] = []
+        self._clears: list[tuple[int, int]] = []
+        self._admin = AdminCommands(self)
+        self._io = IoCommands(self)
+        self._fresh()
+
+    def _fresh(self) -> None:
+        """No command, no buffer."""
+        self._staging = Staging(self._memory, self.max_transfer)
+        self._entry_pages = [self._staging.allocate(PAGE) for _ in range(MAX_BATCHES + 1)]
+        self._message_page = self._entry_pages.pop()
+        self.tasks = 0
+        self._completing: deque[Task] = deque()
+        self._waiting: deque[Task] = deque()
+        self._gathered: dict[int, tuple[int, int]] = {}
+        self._turn = 0
+
+    # -- registers ------------------------------------------------------------------------------------------------
+
+    def access(self, now: int, space: int, offset: int, size: int, value: int | None) -> int:
+        """Read (`value` None) or write; the value read. `space`: -1 configuration, 0 the registers; others are not there."""
+        self.now = now
+        ones = ONES >> 64 - 8 * size
+        if space == -1:
+            if value is None:
+                return self.config.read(offset, size)
+            self.config.write(offset, size, value)
+            self._unmasked()
+            return 0
+        if space != spec.BAR or offset < 0 or offset + size > spec.BAR_SIZE:
+            return ones
+        if offset >= spec.MSIX_TABLE_OFFSET:
+            # Whoever owns the interrupt remapping table may program vectors before the driver enables the BAR.
+            return self._msix_access(offset, size, value)
+        if not self.config.memory_enabled:
+            return ones
+        if offset >= spec.DOORBELL_OFFSET:
+            if value is not None and size == 4 and not offset & 3:
+                self._ring(offset - spec.DOORBELL_OFFSET >> 2, value)
+            return 0
+        if value is None:
+            low = self._read(offset & ~3) | self._read((offset & ~3) + 4) << 32
+            return low >> 8 * (offset & 3) & ones
+        if size >= 4 and not offset & 3:
+            self._write(offset, value & 0xFFFF_FFFF)
+            if size == 8:
+                self._write(offset + 4, value >> 32)
+        return 0
+
+    def _msix_access(self, offset: int, size: int, value: int | None) -> int:
+        pending = offset >= spec.MSIX_PBA_OFFSET
+        if value is None:
+            if pending:
+                return self.msix.read_pending(offset - spec.MSIX_PBA_OFFSET, size)
+            return self.msix.read(offset - spec.MSIX_TABLE_OFFSET, size)
+        if not pending:
+            self.msix.write(offset - spec.MSIX_TABLE_OFFSET, size, value)
+            self._unmasked()
+        return 0
+
+    @property
+    def _cap(self) -> int:
+        return (self.identity.max_queue - 1) | spec.CAP_CQR | 20 << spec.CAP_TO_SHIFT | spec.CAP_CSS_NVM
+
+    def _read(self, offset: int) -> int:
+        low = 0xFFFF_FFFF
+        values = {
+            spec.REG_CAP: self._cap & low,
+            spec.REG_CAP + 4: self._cap >> 32,
+            spec.REG_VS: spec.VERSION_1_4,
+            spec.REG_INTMS: self._intms,
+            spec.REG_INTMC: self._intms,
+            spec.REG_CC: self.cc,
+            spec.REG_CSTS: self.csts,
+            spec.REG_AQA: self._aqa,
+            spec.REG_ASQ: self._asq & low,
+            spec.REG_ASQ + 4: self._asq >> 32,
+            spec.REG_ACQ: self._acq & low,
+            spec.REG_ACQ + 4: self._acq >> 32,
+        }
+        return values.get(offset, 0)
+
+    def _write(self, offset: int, value: int) -> None:
+        if offset == spec.REG_INTMS:
+            self._intms |= value  # without effect: interrupts are MSI-X only (section 3.1.3)
+        elif offset == spec.REG_INTMC:
+            self._intms &= ~value
+        elif offset == spec.REG_CC:
+            self._write_cc(value & 0x00FF_FFF1)
+        elif offset == spec.REG_AQA:
+            self._aqa = value & 0x0FFF_0FFF
+        elif offset == spec.REG_ASQ:
+            self._asq = self._asq & ~0xFFFF_FFFF | value & ~0xFFF
+        elif offset == spec.REG_ASQ + 4:
+            self._asq = self._asq & 0xFFFF_FFFF | value << 32
+        elif offset == spec.REG_ACQ:
+            self._acq = self._acq & ~0xFFFF_FFFF | value & ~0xFFF
+        elif offset == spec.REG_ACQ + 4:
+            self._acq = self._acq & 0xFFFF_FFFF | value << 32
+
+    # -- life cycle (sections 3.1.5, 7.3, 7.6) ---------------------------------------------------------------------
+
+    def _write_cc(self, value: int) -> None:
+        before, self.cc = self.cc, value
+        if before & spec.CC_EN and not value & spec.CC_EN:
+            self._reset()
+        elif value & spec.CC_EN and not before & spec.CC_EN and not self._resetting:
+            self._enable()
+        if value & spec.CC_SHN_MASK and not before & spec.CC_SHN_MASK:
+            self.csts = self.csts & ~spec.CSTS_SHST_MASK | spec.SHST_OCCURRING << spec.CSTS_SHST_SHIFT
+            self._shutting = True
+
+    def _enable(self) -> None:
+        cc = self.cc
+        sq_size, cq_size = (self._aqa & 0xFFF) + 1, (self._aqa >> 16 & 0xFFF) + 1
+        unsupported = (
+            cc >> spec.CC_MPS_SHIFT & 0xF or cc >> spec.CC_CSS_SHIFT & 7 or cc >> spec.CC_AMS_SHIFT & 7
+        )
+        if unsupported or sq_size < 2 or cq_size < 2:
+            self._fatal("enabled with values that the controller does not have")
+            return
+        self.cqs[0] = CompletionQueue(0, self._acq, cq_size, 0, True)
+        self.sqs[0] = SubmissionQueue(0, self._asq, sq_size, self.cqs[0])
+        self.cqs[0].users = 1
+        self._clears.append((0, spec.DOORBELL_LENGTH))
+        self.csts |= spec.CSTS_RDY
+
+    def _reset(self) -> None:
+        """CC.EN was cleared: RDY follows when nothing of the old life is under way."""
+        self.sqs.clear()
+        self.cqs.clear()
+        self._completing.clear()
+        self._waiting.clear()
+        self._gathered.clear()
+        untaken = {request.token for request in self._requests}
+        self._media = dict.fromkeys(token for token in self._media if token not in untaken)
+        self._requests.clear()
+        self._dma.reset()
+        self._admin.reset()
+        self.features.reset()
+        self._shutting = False
+        self._resetting = True
+        self._quiet()
+
+    def _quiet(self) -> None:
+        if self._resetting and not self._dma.flying and not self._media:
+            self._resetting = False
+            self.csts = 0
+            self.fatal_reason = ""
+            self._fresh()
+            if self.cc & spec.CC_EN:
+                self._enable()
+
+    def _function_reset(self) -> None:
+        """Function-level reset by configuration space; `config` is reset already."""
+        self.msix.reset()
+        self.cc = self._aqa = self._asq = self._acq = self._intms = 0
+        self._reset()
+
+    def _fatal(self, why: str) -> None:
+        """Controller fatal status: nothing goes on until a reset."""
+        self.csts |= spec.CSTS_CFS
+        self.fatal_reason = why
+        self._dma.reset()
+
+    @property
+    def _works(self) -> bool:
+        return self.csts & (spec.CSTS_RDY | spec.CSTS_CFS) == spec.CSTS_RDY and not self._resetting
+
+    def _go_on_shutting(self) -> None:
+        """Shutdown: when the commands are done, the caches are written."""
+        if (self.tasks or self._completing) and not self.csts & spec.CSTS_CFS:
+            return
+        self._shutting = False
+        left = sorted(self.identity.namespaces)
+
+        def next_one(result: MediaResult) -> None:
+            if left:
+                self._ask(next_one, MediaOp.FLUSH, nsid=left.pop(0))
+            else:
+                self.csts = self.csts & ~spec.CSTS_SHST_MASK | spec.SHST_COMPLETE << spec.CSTS_SHST_SHIFT
+
+        next_one(MediaResult.OK)
+
+    # -- doorbells ------------------------------------------------------------------------------------------------
+
+    def doorbells(self, now: int, words: memoryview) -> None:
+        """Look at the doorbell page (32-bit words): a value that changed is a write to that doorbell."""
+        self.now = now
+        if not self._works:
+            return
+        for cq in list(self.cqs.values()):
+            value = words[2 * cq.qid + 1]
+            if value != cq.seen:
+                cq.seen = value
+                self._ring(2 * cq.qid + 1, value)
+        for sq in list(self.sqs.values()):
+            value = words[2 * sq.qid]
+            if value != sq.seen:
+                sq.seen = value
+                self._ring(2 * sq.qid, value)
+
+    def _ring(self, index: int, value: int) -> None:
+        if not self._works:
+            return
+        value &= 0xFFFF
+        qid = index >> 1
+        if index & 1:
+            cq = self.cqs.get(qid)
+            if cq is not None:
+                if not cq.consumed(value):
+                    self._admin.event(spec.EVENT_ERROR, spec.ERROR_BAD_DOORBELL_VALUE)
+                elif qid == 0:
+                    self._admin.deliver()
+                return
+        else:
+            sq = self.sqs.get(qid)
+            if sq is not None:
+                if value >= sq.size:
+                    self._admin.event(spec.EVENT_ERROR, spec.ERROR_BAD_DOORBELL_VALUE)
+                else:
+                    sq.tail = value
+                return
+        self._admin.event(spec.EVENT_ERROR, spec.ERROR_BAD_DOORBELL_REGISTER)
+
+    def clear_doorbell(self, offset: int) -> None:
+        """A queue was created: its doorbell begins at 0 (offset in the BAR)."""
+        self._clears.append((offset - spec.DOORBELL_OFFSET, 4))
+
+    def take_clears(self) -> list[tuple[int, int]]:
+        """Effect: (offset, length) to zero in the doorbell page, before any answer goes out."""
+        clears, self._clears = self._clears, []
+        return clears
+
+    # -- fetching and starting commands ---------------------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        queues = list(self.sqs.values())
+        self._turn += 1
+        for step in range(len(queues)):
+            sq = queues[(self._turn + step) % len(queues)]
+            count = min(sq.waiting, sq.cq.room, FETCH_BURST, MAX_TASKS - self.tasks)
+            if count <= 0 or sq.fetching or sq.deleter is not None:
+                continue
+            try:
+                position = self._staging.allocate(PAGE)
+            except StagingFull:
+                return
+            straight = min(count, sq.size - sq.head)
+            size = spec.SQE_SIZE
+            items: list[Item] = [(sq.base + size * sq.head, size * straight, False, position)]
+            if count > straight:
+                items.append((sq.base, size * (count - straight), False, position + size * straight))
+            sq.fetching = True
+            sq.cq.reserved += count
+            sq.count += count
+            self.tasks += count
+            bad = partial(self._fatal, f"submission queue {sq.qid} cannot be read")
+            self._dma.add([Unit(items, partial(self._fetched, sq, position, count), bad)])
+
+    def _fetched(self, sq: SubmissionQueue, position: int, count: int) -> None:
+        size = spec.SQE_SIZE
+        unpack = spec.COMMAND.unpack
+        commands = [unpack(self._memory, position + size * i) for i in range(count)]
+        self._staging.release(position)
+        sq.fetching = False
+        sq.head = (sq.head + count) % sq.size
+        start = self._io.start if sq.qid else self._admin.start
+        for command in commands:
+            task = Task(sq, command)
+            if command.cid in sq.active:
+                self.complete(task, Status.CID_CONFLICT)
+                continue
+            sq.active[command.cid] = task
+            task.registered = True
+            if command.flags:  # fused commands and SGLs: not supported; the rest of the byte is reserved
+                task.error_location = 1
+                self.complete(task, Status.INVALID_FIELD)
+            else:
+                start(task)
+
+    def with_prps(self, task: Task, then: Callable[[Task], None]) -> None:
+        """Get a buffer for `task.length` bytes and the task's `segments` from its PRPs; then go on."""
+        try:
+            task.segments, step = prp.begin(task.command.prp1, task.command.prp2, task.length)
+        except prp.PrpError as error:
+            self.complete(task, error.status)
+            return
+        task.prp_done = then
+        task.start = partial(self._read_list, step=step)
+        self._waiting.append(task)
+        if len(self._waiting) == 1:
+            self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """First come, first served: a large command is not overtaken for ever by small ones."""
+        while self._waiting:
+            task = self._waiting[0]
+            try:
+                task.position = self._staging.allocate(task.length)
+            except StagingFull:
+                return
+            self._waiting.popleft()
+            assert task.start is not None
+            task.start(task)
+
+    def stop_waiting(self, task: Task) -> bool:
+        """Abort a command that has no buffer yet."""
+        try:
+            self._waiting.remove(task)
+        except ValueError:
+            return False
+        return True
+
+    def _read_list(self, task: Task, step: prp.ListStep | None) -> None:
+        """PRP lists are read into the command's own buffer: the data comes later."""
+        if step is None:
+            assert task.prp_done is not None
+            task.prp_done(task)
+            return
+        item = (step.address, step.entries * prp.ENTRY, False, task.position)
+        self._dma.add([Unit([item], partial(self._list_read, task, step), partial(self._no_data, task))])
+
+    def _list_read(self, task: Task, step: prp.ListStep) -> None:
+        try:
+            runs, further = prp.go_on(step, self._memory[task.position : task.position + PAGE])
+        except prp.PrpError as error:
+            self.complete(task, error.status)
+            return
+        task.segments += runs
+        self._read_list(task, further)
+
+    def _no_data(self, task: Task) -> None:
+        self.complete(task, Status.DATA_TRANSFER_ERROR)
+
+    def fetch_data(self, task: Task, then: Callable[[Task], None]) -> None:
+        """Have the data from the driver's memory in the buffer; then go on."""
+        items = merge(task.segments, False, task.position)
+        self._dma.add([Unit(items, partial(then, task), partial(self._no_data, task))])
+
+    def buffer(self, task: Task) -> memoryview:
+        """The task's data."""
+        return self._memory[task.position : task.position + task.length]
+
+    def send(self, task: Task, data: bytes) -> None:
+        """Answer an admin command with data."""
+
+        def put(task: Task) -> None:
+            self._memory[task.position : task.position + len(data)] = data
+            self.complete(task, Status.SUCCESS)
+
+        task.length, task.to_memory = len(data), True
+        self.with_prps(task, put)
+
+    # -- media ----------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        then: Callable[[MediaResult], None],
+        op: MediaOp,
+        nsid: int,
+        offset: int = 0,
+        length: int = 0,
+        position: int = 0,
+        durable: bool = False,
+        deallocate: bool = False,
+    ) -> None:
+        token = next(self._media_tokens)
+        self._media[token] = then
+        self._requests.append(MediaRequest(token, op, nsid, offset, length, position, durable, deallocate))
+
+    def media(
+        self,
+        task: Task,
+        then: Callable[[Task, MediaResult], None],
+        op: MediaOp,
+        *,
+        nsid: int | None = None,
+        offset: int = 0,
+        length: int = 0,
+        position: int = 0,
+        durable: bool = False,
+        deallocate: bool = False,
+    ) -> None:
+        """Ask the medium; `then` gets the result."""
+        target = task.command.nsid if nsid is None else nsid
+        self._ask(partial(then, task), op, target, offset, length, position, durable, deallocate)
+
+    def flush_all(self, task: Task) -> None:
+        """Flush every namespace, then answer the task."""
+        left = sorted(self.identity.namespaces)
+
+        def next_one(task: Task, result: MediaResult) -> None:
+            if result is not MediaResult.OK:
+                self.complete(task, Status.INTERNAL_ERROR)
+            elif left:
+                self.media(task, next_one, MediaOp.FLUSH, nsid=left.pop(0))
+            else:
+                self.complete(task, Status.SUCCESS)
+
+        next_one(task, MediaResult.OK)
+
+    def take_media(self) -> list[MediaRequest]:
+        """Effect: what the media have to do."""
+        if self._shutting and not self._resetting:
+            self._go_on_shutting()
+        requests, self._requests = self._requests, []
+        return requests
+
+    def media_done(self, now: int, token: int, result: MediaResult) -> None:
+        """A medium's answer. Unknown tokens are dropped."""
+        self.now = now
+        then = self._media.pop(token, None)
+        if then is not None:
+            then(result)
+        self._quiet()
+
+    # -- completing -----------------------------------------------------------------------------------------------
+
+    def complete(self, task: Task, status: Status) -> None:
+        """Answer the command; its data goes to memory first if it was successful."""
+        task.status = status
+        self._completing.append(task)
+
+    def park(self, task: Task) -> None:
+        """The command will wait without bound: it gives its completion slot back."""
+        task.sq.cq.reserved -= 1
+        self.tasks -= 1
+
+    def unpark(self, task: Task) -> bool:
+        """It goes on, if there is a slot."""
+        if task.sq.cq.room < 1:
+            return False
+        task.sq.cq.reserved += 1
+        self.tasks += 1
+        return True
+
+    def queue_quiet(self, sq: SubmissionQueue) -> None:
+        """If a queue that is being deleted has nothing under way, finish that."""
+        if sq.deleter is not None and not sq.count and not sq.fetching:
+            self._admin.finish_delete(sq)
+
+    def _status_field(self, task: Task, phase: int) -> int:
+        if task.status == Status.SUCCESS:
+            return phase
+        field = task.status << 1 | phase | spec.STATUS_MORE
+        if task.status not in _MAY_RETRY:
+            field |= spec.STATUS_DNR
+        self._admin.record_error(task, field)
+        return field
+
+    def _build(self) -> None:
+        """Completions: data, then entries, then vectors, in as few batches as there can be."""
+        while self._completing and self._entry_pages and self._dma.room:
+            page = self._entry_pages.pop()
+            room = MAX_ITEMS - 2 * len(self.cqs)
+            units: list[Unit] = []
+            by_queue: dict[int, list[Task]] = {}
+            count = 0
+            while self._completing and count < ENTRIES_PER_PAGE:
+                task = self._completing[0]
+                if task.to_memory and task.status == Status.SUCCESS:
+                    items = merge(task.segments, True, task.position)
+                    room -= len(items)
+                    if room < 0:
+                        break
+                    units.append(Unit(items, _nothing, partial(self._data_failed, task)))
+                self._completing.popleft()
+                by_queue.setdefault(task.sq.cq.qid, []).append(task)
+                count += 1
+            vectors: list[int] = []
+            position = page
+            for qid, tasks in by_queue.items():
+                cq = self.cqs[qid]
+                items = self._entries(cq, tasks, position)
+                position += spec.CQE_SIZE * len(tasks)
+                bad = partial(self._fatal, f"completion queue {qid} cannot be written")
+                units.append(Unit(items, partial(self._posted, cq, tasks), bad))
+                if cq.enabled and not self.features.coalescing(cq.vector)[1]:
+                    self._interrupt(cq.vector, units, vectors)
+            last = units[-1]
+            units[-1] = Unit(last.items, partial(self._page_free, last.ok, page), last.bad)
+            self._dma.add(units, vectors)
+
+    def _entries(self, cq: CompletionQueue, tasks: list[Task], position: int) -> list[Item]:
+        """Write completion entries to the staging memory; the items that carry them to the queue."""
+        runs: list[tuple[int, int]] = []
+        start = position
+        for task in tasks:
+            address, phase = cq.take_slot()
+            cq.reserved -= 1
+            task.slot = position
+            sq = task.sq
+            field = self._status_field(task, phase)
+            _PACK_CQE(self._memory, position, task.dw0, 0, sq.head, sq.qid, task.command.cid, field)
+            runs.append((address, spec.CQE_SIZE))
+            position += spec.CQE_SIZE
+        return merge(runs, True, start)
+
+    def _data_failed(self, task: Task) -> None:
+        """The data of a read could not be written: its completion entry, which is still here, says so."""
+        task.status = Status.DATA_TRANSFER_ERROR
+        place = task.slot + spec.COMPLETION.offset("status")
+        field = self._status_field(task, self._memory[place] & spec.STATUS_PHASE)
+        struct.pack_into("<H", self._memory, place, field)
+
+    def _page_free(self, ok: Callable[[], None], page: int) -> None:
+        self._entry_pages.append(page)
+        ok()
+
+    def _posted(self, cq: CompletionQueue, tasks: list[Task]) -> None:
+        """Entries are in the driver's memory: the commands are over."""
+        for task in tasks:
+            sq = task.sq
+            if task.position >= 0:
+                self._staging.release(task.position)
+            if task.registered:
+                del sq.active[task.command.cid]
+            sq.count -= 1
+            self.tasks -= 1
+            if sq.deleter is not None:
+                self.queue_quiet(sq)
+        if cq.enabled:
+            threshold, delay = self.features.coalescing(cq.vector)
+            if delay:
+                gathered, deadline = self._gathered.get(cq.vector, (0, self.now + delay))
+                self._gathered[cq.vector] = gathered + len(tasks), deadline
+                if gathered + len(tasks) >= threshold:
+                    self._gathered[cq.vector] = threshold, self.now
+                    self.tick(self.now)
+        self._start_waiting()
+
+    # -- interrupts -----------------------------------------------------------------------------------------------
+
+    def _interrupt(self, vector: int, units: list[Unit], vectors: list[int]) -> None:
+        """Add what raises a vector; nothing if it is masked (then it is pending) or MSI-X is off."""
+        if not self.config.msix_enabled:
+            return
+        interrupt = self.msix.raise_vector(vector, self.config.msix_masked)
+        if interrupt is None:
+            return
+        if interrupt.handle is not None:
+            if interrupt.handle not in vectors:
+                vectors.append(interrupt.handle)
+            return
+        # A driver may put any address there; a message signalled interrupt is a memory write, and the IOMMU judges it.
+        place = self._message_page + 4 * (vector % (PAGE // 4))
+        struct.pack_into("<I", self._memory, place, interrupt.data)
+        units.append(Unit([(interrupt.address & ~3, 4, True, place)], _nothing, _nothing))
+
+    def _raise_now(self, vector: int) -> None:
+        units: list[Unit] = []
+        vectors: list[int] = []
+        self._interrupt(vector, units, vectors)
+        self._dma.add(units, vectors)
+
+    def _unmasked(self) -> None:
+        if self.config.msix_enabled:
+            for vector in self.msix.unmasked(self.config.msix_masked):
+                self._raise_now(vector)
+
+    def tick(self, now: int) -> None:
+        """Time has passed: interrupts that were gathered long enough."""
+        self.now = now
+        for vector in [v for v, (_, deadline) in self._gathered.items() if deadline <= now]:
+            del self._gathered[vector]
+            self._raise_now(vector)
+
+    def next_deadline(self) -> int | None:
+        """When `tick` has something to do."""
+        return min((deadline for _, deadline in self._gathered.values()), default=None)
+
+    # -- DMA ------------------------------------------------------------------------------------------------------
+
+    def take_batches(self) -> list[DmaBatch]:
+        """Effect: DMA to carry out. Call it when the media have nothing to do."""
+        if self._works:
+            self._build()
+            if self._dma.room and not self._shutting and not self.csts & spec.CSTS_SHST_MASK:
+                self._fetch()
+        if not self.config.bus_master or self.csts & spec.CSTS_CFS or self._resetting:
+            return []
+        return self._dma.take()
+
+    def release(self) -> None:
+        """The end: no view of the staging memory is held any more, and no call may follow."""
+        self._reset()
+        self._memory = self._staging.view = memoryview(b"")
+
+    @property
+    def busy(self) -> bool:
+        """There is DMA or media I/O under way."""
+        return bool(self._dma.flying or self._media)
+
+    def dma_done(self, now: int, token: int, fault: int) -> None:
+        """The hypervisor's answer to a batch: `fault` -1, the index of the item that faulted, or FFFFh (a vector)."""
+        self.now = now
+        self._dma.done(token, fault)
+        self._quiet()
+
+
+_PACK_CQE: Final = struct.Struct("<IIHHHH").pack_into
+
+
+def _nothing() -> None:
+    """Nothing follows."""
