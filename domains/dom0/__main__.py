@@ -8,6 +8,7 @@ from bus import privileges
 from bus.abi import sched, xen
 from bus.addresses import DomId
 from bus.process import begin
+from domains.dom0.toolstack.disks import Disks
 from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.server import ToolstackServer, console_directory
 from domains.dom0.xc import ControlInterface
@@ -32,7 +33,8 @@ def main() -> None:
     store.mkdir("/tool")
     store.mkdir("/vm")
     store.attach_socket(socket.socket(fileno=start.fds["xenstored"]))
-    manager = Manager(host, store, console_directory(start.settings["consoles"]))
+    disks = Disks(host, store, xc, start.warden, lambda text: print(text, flush=True))
+    manager = Manager(host, store, xc, disks, console_directory(start.settings["consoles"]))
     info = {"isolated": start.own_uid, "doorbells": bool(start.settings.get("doorbells", True))}
     server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info)
     reactor.run()

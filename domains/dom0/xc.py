@@ -13,8 +13,10 @@ from bus.abi import grant_table as gt
 from bus.abi import memory as mem
 from bus.abi import sched, sysctl, xen
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT, vcpu_guest_context, xen_arch_domainconfig
+from bus.abi.hvm import hvm_op
 from bus.abi.layout import Layout
 from bus.addresses import DomId, Mfn, VcpuId
+from bus.messages.device import Plug
 from domains.native.domain import HypercallError, NativeDomain
 
 POPULATE_BATCH: Final = 512
@@ -51,10 +53,12 @@ class ControlInterface:
         flags: int = 0,
         max_grant_frames: int = -1,
         emulation_flags: int = 0,
+        ssidref: int = 0,
     ) -> DomId:
-        """XEN_DOMCTL_createdomain with a domid of the hypervisor's choice."""
+        """XEN_DOMCTL_createdomain with a domid of the hypervisor's choice. `ssidref` says which program its process runs: 0 a
+        guest, 1 the native DomIO, 2 a device model (hypervisor.core.domains.ROLES)."""
         payload = dc.xen_domctl_createdomain(
-            ssidref=0,
+            ssidref=ssidref,
             handle=uuid,
             flags=flags,
             iommu_opts=0,
@@ -215,6 +219,40 @@ class ControlInterface:
                 out.extend(Mfn(mfn + offset) for offset in range(unit))
             position += count * unit
         return out
+
+    def set_hvm_param(self, domid: DomId, index: int, value: int) -> None:
+        """HVMOP_set_param."""
+        request = hvm_op.XEN_HVM_PARAM.pack(hvm_op.xen_hvm_param(domid, 0, index, value))
+        self._host.call(xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_set_param, request, f"HVM parameter {index}")
+
+    def grant_table_mfns(self, domid: DomId, count: int = 1) -> list[Mfn]:
+        """XENMEM_acquire_resource: the first frames of a domain's grant table, for its builder."""
+        layout = mem.XEN_MEM_ACQUIRE_RESOURCE
+        request = layout.pack(
+            layout.zero()._replace(
+                domid=domid, type=mem.XENMEM_resource_grant_table, nr_frames=count, frame_list=1
+            )
+        )
+        reply = self._host.call(
+            xen.HYPERVISOR_memory_op, mem.XENMEM_acquire_resource, request, "acquire_resource"
+        )
+        tail = reply[layout.size :]
+        return [Mfn(int.from_bytes(tail[8 * i : 8 * i + 8], "little")) for i in range(count)]
+
+    def assign_device(self, domid: DomId, bdf: int) -> None:
+        """XEN_DOMCTL_assign_device: the device's DMA goes through the domain's I/O page tables from now on."""
+        address = dc.XEN_DOMCTL_ASSIGN_DEVICE_PCI.pack(dc.xen_domctl_assign_device_pci(bdf))
+        size = dc.XEN_DOMCTL_ASSIGN_DEVICE.field_size("u")
+        payload = dc.xen_domctl_assign_device(0, 0, address.ljust(size, b"\0"))
+        self._domctl(dc.XEN_DOMCTL_assign_device, domid, dc.XEN_DOMCTL_ASSIGN_DEVICE, payload)
+
+    def plug(self, bdf: int, role: str, name: str, *, present: bool = True) -> None:
+        """Plug a device in, or pull it out (bus.messages.device.Plug: below Xen's interface, as hardware is)."""
+        link = self._host.link
+        token = link.next_token()
+        rc, _ = link.exchange(Plug(token=token, bdf=bdf, role=role, name=name, present=present), token)
+        if rc < 0:
+            raise HypercallError(-rc, f"device {bdf:#x}")
 
     def grant_table_frame(self, domid: DomId) -> int:
         """Frame number of the first grant table frame of a domain (GNTTABOP_setup_table)."""

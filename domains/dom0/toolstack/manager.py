@@ -18,6 +18,7 @@ from bus.packets import close_all
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.kernel import Kernel, load_kernel
 from domains.dom0.consoled import Console
+from domains.dom0.toolstack.disks import DiskError, Disks
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
@@ -61,10 +62,13 @@ Ended = Callable[[DomId, str, str, str], None]
 class Manager:
     """All domains but Dom0."""
 
-    def __init__(self, host: NativeDomain, store: XenstoreService, consoles: Path) -> None:
+    def __init__(
+        self, host: NativeDomain, store: XenstoreService, xc: ControlInterface, disks: Disks, consoles: Path
+    ) -> None:
         self._host = host
         self.store = store
-        self.xc = ControlInterface(host)
+        self.xc = xc
+        self.disks = disks
         self._consoles = consoles
         self.guests: dict[DomId, Guest] = {}
         self.on_end: list[Ended] = []
@@ -95,7 +99,7 @@ class Manager:
             raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
         try:
             guest = self._build(domid, config, kernel, ramdisk, files, console)
-        except (BuildError, HypercallError, GrantError, ValueError) as error:
+        except (BuildError, HypercallError, GrantError, DiskError, ValueError) as error:
             self._forget(domid)
             if isinstance(error, HypercallError) and error.errno == 12:
                 raise ToolstackError(
@@ -160,6 +164,8 @@ class Manager:
         try:
             console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
             self._write_store(guest, built.console_mfn, console_port)
+            for disk in config.disks:
+                self.disks.attach(domid, disk, files.get(disk.get("file", -1)))
             self.store.introduce(domid, xenstore_port)
         except BaseException:
             console.close()
@@ -225,6 +231,7 @@ class Manager:
 
     def check(self) -> None:
         """VIRQ_DOM_EXC: look which domains have shut down or died."""
+        self.disks.check()
         for guest in list(self.guests.values()):
             info = self.xc.domain_info(guest.domid)
             if guest.ending:
@@ -291,6 +298,7 @@ class Manager:
 
     def _forget(self, domid: DomId) -> None:
         """Destroy a domain and what the store knows of it."""
+        self.disks.domain_died(domid)
         self.store.domain_died(domid)
         base = f"/local/domain/{domid}"
         vm = self.store.read(f"{base}/vm")
@@ -322,6 +330,8 @@ class Manager:
         """A domain's name."""
         if domid == 0:
             return "Domain-0"
+        if domid == self.disks.domio:
+            return "DomIO"
         guest = self.guests.get(DomId(domid))
         return guest.config.name if guest is not None else "(null)"
 

@@ -17,6 +17,7 @@ from bus.messages.control import MAX_CONSOLE_CHUNK, TO_TOOLSTACK, DomainConfig, 
 from bus.messages.envelope import BadMessage, Message
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Console
+from domains.dom0.toolstack.disks import DiskError
 from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
 from domains.dom0.xenstore_service import XenstoreError
 from domains.native.domain import HypercallError, NativeDomain
@@ -112,6 +113,9 @@ class ToolstackServer:
             "uptime": self._uptime,
             "sched-credit2": self._scheduler,
             "follow": self._follow,
+            "block-attach": self._block_attach,
+            "block-detach": self._block_detach,
+            "block-list": lambda client, args, fds: manager.disks.list(manager.find(args["domain"]).domid),
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
             "down": self._down,
         }
@@ -270,6 +274,25 @@ class ToolstackServer:
                 {"name": self.manager.name_of(domid), "domid": int(domid), "weight": weight, "cap": cap}
             )
         return rows
+
+    def _block_attach(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
+        """The descriptor is duplicated: `_answer` closes what came."""
+        disk = args["disk"]
+        if not isinstance(disk, dict):
+            raise ToolstackError("block-attach: disk must be a map")
+        try:
+            return self.manager.disks.attach(
+                self.manager.find(args["domain"]).domid, disk, os.dup(fds[0]) if fds else None
+            ).number
+        except DiskError as error:
+            raise ToolstackError(str(error)) from None
+
+    def _block_detach(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        try:
+            domid = self.manager.find(args["domain"]).domid
+            self.manager.disks.detach(domid, str(args["vdev"]), force=bool(args.get("force")))
+        except (DiskError, ValueError) as error:
+            raise ToolstackError(str(error)) from None
 
     def _follow(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
         client.follows = True

@@ -1,0 +1,281 @@
+"""Disks: device processes with the files, DomIO that drives them, and the nodes by which frontends find their backends.
+
+One NVMe controller (a device process of its own) serves one disk. DomIO is started with the first disk, and owns all controllers.
+The supervisor's part (`domicile devd`) is here too: a device process that ends is plugged in again, and DomIO is restarted in place.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
+from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
+from bus.abi.xen import DOMID_SELF
+from bus.addresses import DomId
+from bus.messages.domain import Order
+from bus.messages.warden import TO_DOM0, Deposit, Deposited
+from bus.packets import PacketLink
+from domains.dom0.toolstack.images import ForeignMemory
+from domains.dom0.toolstack.vdev import number_of
+from domains.dom0.xc import ControlInterface
+from domains.dom0.xenstore_service import XenstoreService
+from domains.native.domain import NativeDomain
+
+DOMIO_PAGES: Final = 8192
+"""DomIO's own memory: queues, ledgers, rings (32 MiB)."""
+DEPOSIT_TIMEOUT_S: Final = 5.0
+READY_TIMEOUT_S: Final = 20.0
+RESTART_DELAY_S: Final = 0.05
+FAST_RESTARTS: Final = 20
+"""A process that ends more often than this within ten seconds is left alone, and an error is logged."""
+
+
+class DiskError(Exception):
+    """Told to the user in one line."""
+
+
+@dataclass(slots=True)
+class Disk:
+    """One virtual disk of a guest."""
+
+    name: str
+    bdf: int
+    domid: DomId
+    vdev: str
+    number: int
+    config: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Restarts:
+    times: list[float] = field(default_factory=list)
+
+    def allowed(self) -> bool:
+        now = time.monotonic()
+        self.times = [moment for moment in self.times if now - moment < 10.0] + [now]
+        return len(self.times) <= FAST_RESTARTS
+
+
+class Disks:
+    """All disks of the machine, and DomIO."""
+
+    def __init__(
+        self, host: NativeDomain, store: XenstoreService, xc: ControlInterface, warden: PacketLink,
+        log: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._host = host
+        self._store = store
+        self._xc = xc
+        self._warden = PacketLink(warden.detach(), TO_DOM0)
+        self._log = log
+        self.domio: DomId | None = None
+        self.disks: dict[str, Disk] = {}
+        self._restarts: dict[object, _Restarts] = {}
+        self._serial = 0
+        host.on_order["device_ended"] = self._device_ended
+
+    # ------------------------------------------------------------------ DomIO
+
+    def _start_domio(self) -> DomId:
+        """Create and start the driver domain."""
+        xc, host, store = self._xc, self._host, self._store
+        domid = xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=1)
+        xc.max_vcpus(domid, 1)
+        xc.max_mem(domid, DOMIO_PAGES << 2)
+        xc.populate(domid, range(DOMIO_PAGES))
+        xenstore_gfn = DOMIO_PAGES - 1
+        port = host.alloc_unbound(domid, DOMID_SELF)
+        xc.set_hvm_param(domid, HVM_PARAM_STORE_PFN, xenstore_gfn)
+        xc.set_hvm_param(domid, HVM_PARAM_STORE_EVTCHN, port)
+        fd, extent = host.foreign_extents[domid]
+        memory = ForeignMemory(fd, extent["base"], extent["frames"])
+        try:
+            entry = GRANT_ENTRY_V1.pack(grant_entry_v1(GTF_permit_access, DomId(0), xenstore_gfn))
+            offset = GNTTAB_RESERVED_XENSTORE * GRANT_ENTRY_V1.size
+            memory.write_mfn(xc.grant_table_mfns(domid)[0], offset, entry)
+        finally:
+            memory.close()
+        base = f"/local/domain/{domid}"
+        store.mkdir(base)
+        store.permit(base, "n0", f"r{domid}")
+        for path, value in (
+            ("name", "DomIO"),
+            ("domid", str(domid)),
+            ("memory/target", str(DOMIO_PAGES << 2)),
+        ):
+            store.write(f"{base}/{path}", value)
+        store.mkdir(f"{base}/backend")
+        store.permit(f"{base}/backend", f"n{domid}")
+        store.write(f"{base}/device-model/ready", "0")
+        store.permit(f"{base}/device-model/ready", f"n{domid}")
+        store.introduce(domid, port)
+        xc.unpause(domid)
+        self.domio = domid
+        return domid
+
+    def check(self) -> None:
+        """VIRQ_DOM_EXC: has DomIO's process ended? It is restarted in place: same domain, memory, ports and rings."""
+        domid = self.domio
+        if domid is None:
+            return
+        info = self._xc.domain_info(domid)
+        if info is None or not info.flags & 4:  # XEN_DOMINF_shutdown
+            return
+        if not self._restarts.setdefault("domio", _Restarts()).allowed():
+            self._log("DomIO ends again and again: it is not restarted any more")
+            return
+        self._log("DomIO's process ended: a new one takes its place")
+        self._xc.resume(domid)
+
+    # ------------------------------------------------------------------ devices
+
+    def _deposit(self, name: str, fds: list[str], descriptors: list[int], settings: dict[str, Any]) -> None:
+        """Have the warden keep the files for the device process of that name."""
+        self._warden.send(Deposit(name=name, fds=fds, settings=settings), descriptors)
+        poller = select.poll()
+        poller.register(self._warden.fileno(), select.POLLIN)
+        deadline = time.monotonic() + DEPOSIT_TIMEOUT_S
+        while (left := deadline - time.monotonic()) > 0:
+            poller.poll(left * 1000)
+            packet = self._warden.receive()
+            if packet is not None and isinstance(packet[0], Deposited) and packet[0].name == name:
+                return
+        raise DiskError(f"disk {name}: the warden did not take its files")
+
+    def _device_ended(self, order: Order, fds: list[int]) -> bytes:
+        bdf = order.body["bdf"]
+        self._log(f"device {bdf:#x}: its process ended ({order.body['how']})")
+        self._host.reactor.after(RESTART_DELAY_S, lambda: self._plug_again(bdf))
+        return b""
+
+    def _plug_again(self, bdf: int) -> None:
+        for disk in self.disks.values():
+            if disk.bdf == bdf:
+                if self._restarts.setdefault(bdf, _Restarts()).allowed():
+                    self._xc.plug(bdf, "nvme", disk.name)
+                else:
+                    self._log(f"device {bdf:#x} ends again and again: it is not plugged in any more")
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self, domid: DomId, config: dict[str, Any], fd: int | None) -> Disk:
+        """Give a guest a disk: `config` as toolstack.xlcfg.devices makes it, `fd` its file. DiskError, HypercallError."""
+        vdev = str(config.get("vdev", ""))
+        try:
+            number = number_of(vdev)
+        except ValueError as error:
+            raise DiskError(str(error)) from None
+        if any(disk.domid == domid and disk.number == number for disk in self.disks.values()):
+            raise DiskError(f"domain {domid} has a disk {vdev} already")
+        if fd is None:
+            raise DiskError(f"disk {vdev}: no file was given (an empty drive is not served)")
+        backend = self.domio if self.domio is not None else self._start_domio()
+        self._serial += 1
+        bdf = (self._serial & 0x1F) << 3 | (self._serial >> 5) << 8
+        disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config)
+        readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))
+        settings = {
+            "format": config.get("format", "raw"),
+            "readonly": readonly,
+            "serial": f"DOMICILE{self._serial:04d}",
+        }
+        self._deposit(disk.name, ["namespace1"], [fd], settings)
+        self.disks[disk.name] = disk
+        self._xc.plug(bdf, "nvme", disk.name)
+        self._xc.assign_device(backend, bdf)
+        self._write_nodes(disk, backend, readonly)
+        return disk
+
+    def _write_nodes(self, disk: Disk, backend: DomId, readonly: bool) -> None:
+        """Both ends' directories, as libxl writes them (docs/misc/xenstore-paths)."""
+        store, domid = self._store, disk.domid
+        back = f"/local/domain/{backend}/backend/vbd/{domid}/{disk.number}"
+        front = f"/local/domain/{domid}/device/vbd/{disk.number}"
+        store.remove(back)
+        store.remove(front)
+        store.mkdir(back)
+        store.permit(back, f"n{backend}", f"r{domid}")
+        store.mkdir(front)
+        store.permit(front, f"n{domid}", f"r{backend}")
+        for path, value in (
+            ("frontend", front),
+            ("frontend-id", str(domid)),
+            ("online", "1"),
+            ("removable", "1" if disk.config.get("cdrom") else "0"),
+            ("bootable", "1"),
+            ("state", "1"),
+            ("dev", disk.vdev),
+            ("type", "nvme"),
+            ("mode", "r" if readonly else "w"),
+            ("device-type", "cdrom" if disk.config.get("cdrom") else "disk"),
+            ("params", f"nvme:{disk.bdf:x}"),
+            ("discard-enable", "1" if disk.config.get("discard", True) else "0"),
+        ):
+            store.write(f"{back}/{path}", value)
+        for path, value in (
+            ("backend", back),
+            ("backend-id", str(backend)),
+            ("state", "1"),
+            ("virtual-device", str(disk.number)),
+            ("device-type", "cdrom" if disk.config.get("cdrom") else "disk"),
+        ):
+            store.write(f"{front}/{path}", value)
+
+    def list(self, domid: DomId) -> list[dict[str, Any]]:
+        """What `xl block-list` shows."""
+        rows = []
+        for disk in self.disks.values():
+            if disk.domid != domid:
+                continue
+            back = f"/local/domain/{self.domio}/backend/vbd/{domid}/{disk.number}"
+            front = f"/local/domain/{domid}/device/vbd/{disk.number}"
+            rows.append(
+                {
+                    "vdev": disk.number,
+                    "name": disk.vdev,
+                    "backend_id": int(self.domio or 0),
+                    "handle": int(domid),
+                    "state": int(self._store.read(f"{back}/state") or 0),
+                    "event_channel": int(self._store.read(f"{front}/event-channel") or -1),
+                    "ring_ref": int(self._store.read(f"{front}/ring-ref") or -1),
+                    "path": back,
+                }
+            )
+        return rows
+
+    def detach(self, domid: DomId, vdev: str, *, force: bool = False) -> None:
+        """Take a disk away: the backend closes, then the device goes. DiskError if the guest does not let go."""
+        number = number_of(vdev)
+        for disk in list(self.disks.values()):
+            if disk.domid == domid and disk.number == number:
+                self._detach(disk, force=force)
+                return
+        raise DiskError(f"domain {domid} has no disk {vdev}")
+
+    def _detach(self, disk: Disk, *, force: bool) -> None:
+        store = self._store
+        back = f"/local/domain/{self.domio}/backend/vbd/{disk.domid}/{disk.number}"
+        front = f"/local/domain/{disk.domid}/device/vbd/{disk.number}"
+        if not force and store.read(f"{back}/state") is not None:
+            store.write(f"{back}/online", "0")
+            store.write(f"{back}/state", "5")
+            deadline = time.monotonic() + 10.0
+            while store.read(f"{back}/state") not in (None, "6"):
+                if time.monotonic() > deadline:
+                    raise DiskError(f"{disk.vdev}: the guest does not let go of it")
+                self._host.reactor.once(0.1)
+        del self.disks[disk.name]
+        store.remove(back)
+        store.remove(front)
+        self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
+        self._deposit(disk.name, [], [], {})
+
+    def domain_died(self, domid: DomId) -> None:
+        """Its disks go with it."""
+        for disk in [disk for disk in self.disks.values() if disk.domid == domid]:
+            self._detach(disk, force=True)
