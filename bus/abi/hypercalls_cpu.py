@@ -170,7 +170,6 @@ _VCPU: Final = (
         "VCPUOP_set_singleshot_timer",
         _NO_VCPU,
         _OTHER_VCPU,
-        Error(errno.XEN_ETIME, "VCPU_SSHOTTMR_future is set and the time has passed"),
         FAULT,
         argument=vcpu.VCPU_SET_SINGLESHOT_TIMER,
     ),

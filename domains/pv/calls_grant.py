@@ -177,7 +177,13 @@ class GrantCalls:
         memory = self._cpu.mmu
         item = command.argument.unpack(memory.read_virtual(uop, command.argument.size))
         rc, updated = self._remote.call_item(
-            HYPERVISOR_grant_table_op, command, item, uop, cmd=command.number
+            HYPERVISOR_grant_table_op,
+            command,
+            item,
+            uop,
+            cmd=command.number,
+            # A list that was refused as too long is not written: it may be longer than the guest's own.
+            filled=lambda answer: answer.status == gt.GNTST_okay,
         )
         if (
             rc >= 0

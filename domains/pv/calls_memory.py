@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from bus.abi import memory as mem
 from bus.abi.arch_x86_64 import MACH2PHYS_VIRT_START
-from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
+from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM, XEN_ESRCH
 from bus.abi.hypercalls_model import Command, State
 from bus.abi.xen import (
+    DOMID_FIRST_RESERVED,
     DOMID_SELF,
     HYPERVISOR_memory_op,
     HYPERVISOR_mmu_update,
@@ -32,6 +33,32 @@ CHUNK: Final = 1024
 MAX_ORDER: Final = 9
 EXTENT_SHIFT: Final = 6
 """MEMOP_EXTENT_SHIFT: bits of the command above it say where to go on."""
+
+ARCH_COMMANDS: Final = frozenset(
+    (
+        mem.XENMEM_machphys_mfn_list,
+        mem.XENMEM_machphys_compat_mfn_list,
+        mem.XENMEM_machphys_mapping,
+        mem.XENMEM_memory_map,
+        mem.XENMEM_machine_memory_map,
+        mem.XENMEM_set_memory_map,
+        mem.XENMEM_set_pod_target,
+        mem.XENMEM_get_pod_target,
+    )
+)
+"""Commands of x86 that know no continuation."""
+WHOLE_COMMANDS: Final = frozenset(
+    (
+        mem.XENMEM_maximum_ram_page,
+        mem.XENMEM_current_reservation,
+        mem.XENMEM_maximum_reservation,
+        mem.XENMEM_maximum_gpfn,
+        mem.XENMEM_add_to_physmap,
+        mem.XENMEM_remove_from_physmap,
+        mem.XENMEM_claim_pages,
+    )
+)
+"""Commands common to all architectures that know none."""
 
 
 class MemoryCalls:
@@ -67,11 +94,23 @@ class MemoryCalls:
 
     def mmu_update(self, reqs: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
         """See PagingApi."""
-        return self._cpu.mmu.mmu_update(reqs, count & LOW32, pdone, foreigndom & LOW32)
+        rc = self._cpu.mmu.mmu_update(reqs, count & LOW32, pdone, foreigndom & LOW32)
+        return self._refused(rc, foreigndom & LOW32) if rc == -XEN_EPERM else rc
 
     def mmuext_op(self, uops: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
         """See PagingApi."""
-        return self._cpu.mmu.mmuext_op(uops, count & LOW32, pdone, foreigndom & LOW32)
+        rc = self._cpu.mmu.mmuext_op(uops, count & LOW32, pdone, foreigndom & LOW32)
+        return self._refused(rc, foreigndom & 0xFFFF) if rc == -XEN_EPERM else rc
+
+    def _refused(self, rc: Result, foreigndom: int) -> Result:
+        """The paging code knows of no other domain: -ESRCH of one that is not there comes from the hypervisor."""
+        layout = mem.XEN_MEMORY_RESERVATION
+        for domid in ((foreigndom >> 16) - 1, foreigndom & 0xFFFF):
+            if 0 <= domid < DOMID_FIRST_RESERVED and domid != self._domain:
+                request = layout.pack(mem.xen_memory_reservation(0, 0, 0, 0, domid))
+                answer, _ = self._remote.raw(HYPERVISOR_memory_op, mem.XENMEM_decrease_reservation, request)
+                return -XEN_ESRCH if answer == 0 else rc
+        return rc
 
     def update_va_mapping(self, va: int, value: int, flags: int, a4: int, a5: int) -> Result:
         """See PagingApi."""
@@ -79,7 +118,8 @@ class MemoryCalls:
 
     def update_va_mapping_otherdomain(self, va: int, value: int, flags: int, domid: int, a5: int) -> Result:
         """See PagingApi."""
-        return self._cpu.mmu.update_va_mapping_otherdomain(va, value, flags, domid & 0xFFFF)
+        rc = self._cpu.mmu.update_va_mapping_otherdomain(va, value, flags, domid & 0xFFFF)
+        return self._refused(rc, domid & 0xFFFF) if rc == -XEN_EPERM else rc
 
     def update_descriptor(self, maddr: int, descriptor: int, a3: int, a4: int, a5: int) -> Result:
         """See PagingApi."""
@@ -114,6 +154,10 @@ class MemoryCalls:
             mem.XENMEM_decrease_reservation,
         ):
             return self._reservation(number, start, arg)
+        if start and number in ARCH_COMMANDS:
+            return -XEN_ENOSYS  # Xen compares the whole command number there
+        if start and number in WHOLE_COMMANDS:
+            return -XEN_EINVAL
         if number == mem.XENMEM_machphys_mapping:
             end = MACH2PHYS_VIRT_START + ((self._max_mfn >> 9) + 1 << 12)
             self._cpu.mmu.write_virtual(
@@ -164,8 +208,9 @@ class MemoryCalls:
         if item.extent_order > MAX_ORDER:
             return start
         if item.domid not in (DOMID_SELF, self._domain):
+            # EPERM; but of a domain that does not exist just nothing is done.
             rc, _ = self._message(number, item, b"")
-            return rc if rc < 0 else -XEN_EPERM
+            return min(rc, 0)
         done = start
         while done < total:
             count = min(CHUNK, total - done)

@@ -7,7 +7,7 @@ handles left in the structure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from bus.abi.errno import XEN_EINVAL, XEN_EIO
@@ -67,9 +67,19 @@ class Remote:
         item = layout.unpack(memory.read_virtual(arg, layout.size))
         return self.call_item(nr, command, item, arg, cmd=number)
 
-    def call_item(self, nr: int, command: Command, item: Any, arg: int, *, cmd: int) -> tuple[int, Any]:
-        """Call with a structure that was read already; results are written to guest address `arg` and to the arrays that the
-        structure names. Returns (Xen's value, the structure as updated, or None)."""
+    def call_item(
+        self,
+        nr: int,
+        command: Command,
+        item: Any,
+        arg: int,
+        *,
+        cmd: int,
+        filled: Callable[[Any], bool] = lambda updated: True,
+    ) -> tuple[int, Any]:
+        """Call with a structure that was read already; results are written to guest address `arg` and, if `filled` says of the
+        updated structure that they hold anything, to the arrays that it names. Returns (Xen's value, the structure as updated,
+        or None)."""
         layout = command.argument
         assert layout is not None
         try:
@@ -86,7 +96,8 @@ class Remote:
             message = decode(command, reply, reply=True)
         except (LayoutError, WireError):
             return -XEN_EIO, None  # the hypervisor broke the wire form: nothing of it reaches the guest
-        updated = self._write_back(command, item, root, message.items[0], message.arrays, arg)
+        arrays = message.arrays if filled(message.items[0]) else {}
+        updated = self._write_back(command, item, root, message.items[0], arrays, arg)
         return rc, updated
 
     @staticmethod

@@ -27,6 +27,7 @@ CODE64_DPL3: Final = 0xA0FB
 DATA_DPL3: Final = 0xC0F3
 FLAT_LIMIT: Final = 0xFFFFFFFF
 GP: Final = 13
+_UD: Final = 6
 
 M32: Final = 0xFFFFFFFF
 _MAX_TRAPS: Final = 4096
@@ -127,7 +128,12 @@ class UnicornVcpu(Machine):
 
     def _on_invalid(self, uc: int, user: int) -> bool:
         try:
-            self._traps.on_invalid_opcode()
+            if self.regs.d[self._found.exception_is_int // 4]:
+                # Not #UD but INT 6, which Unicorn brings here too.
+                self.regs.rip = self.regs.q[self._found.exception_next_eip // 8]
+                self._traps.on_trap(Trap(_UD, 0, True))
+            else:
+                self._traps.on_invalid_opcode()
         except BaseException as error:
             self._failed(error)
         return True

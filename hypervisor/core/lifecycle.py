@@ -38,6 +38,8 @@ from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import FREE_CHUNKS, PAGES_PER_CHUNK, P2m
 
 MAX_PAUSE = 255
+EXCHANGE_FRAMES = 1024
+"""MFNs of a PV domain beyond its maximum of memory, which XENMEM_exchange draws on (it never owns more than its maximum)."""
 """Pauses of one domain by the control domain that may be outstanding."""
 
 Answer = Callable[[int, int], None]
@@ -143,7 +145,9 @@ class Lifecycle:
         if self._frames.extent_of(domain.domid) is None:
             if pages > self._config.mfn_limit:
                 raise XenError(ENOMEM)
-            extent = self._frames.create_extent(domain.domid, pages)
+            # A PV domain that has all its memory may still exchange frames: new ones come before the old ones go.
+            slack = EXCHANGE_FRAMES if domain.p2m is None else 0
+            extent = self._frames.create_extent(domain.domid, pages + slack)
             try:
                 domain.shared_info = self._frames.allocate_xenheap(domain.domid)
             except XenError:
