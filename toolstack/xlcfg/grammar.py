@@ -151,7 +151,11 @@ def parse(text: str, source: str) -> dict[str, Setting]:
     try:
         statements: Any = _PARSER.parse(text)
     except UnexpectedInput as error:
-        raise ConfigError(_explain(error, text), source, _line(error.line), _line(error.column)) from None
+        token = getattr(error, "token", None)
+        at = (error.line, error.column)
+        if token is not None and token.type == "$END":  # it stands where the last token began
+            at = (token.end_line, token.end_column)
+        raise ConfigError(_explain(error, text), source, _line(at[0]), _line(at[1])) from None
     except (_Bad, VisitError) as error:
         bad = error.orig_exc if isinstance(error, VisitError) else error
         if not isinstance(bad, _Bad):
@@ -168,8 +172,8 @@ def parse(text: str, source: str) -> dict[str, Setting]:
     return settings
 
 
-def _line(number: int) -> int:
-    return number if isinstance(number, int) and number > 0 else 0
+def _line(number: int | None) -> int:
+    return number if isinstance(number, int) and number > 0 else 1
 
 
 def _appended(before: Value, more: Value, key: str, source: str) -> Value:

@@ -1,0 +1,142 @@
+"""`domicile run`: a whole machine for one guest, its console, exit statuses, the record, the terminal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pexpect
+import pytest
+from cli_command import COMMAND, Domicile
+
+from toolstack.errors import MachineError
+
+Programs = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def grub() -> str:
+    """Debian's GRUB for Xen, which nobody here wrote."""
+    from toolstack.guestfetch import FetchError, fetch
+
+    try:
+        return str(fetch("grub").kernel)
+    except (FetchError, MachineError) as error:
+        pytest.skip(f"GRUB cannot be had here: {error}")
+
+
+def test_a_guest_prints_its_line_and_powers_off(domicile: Domicile, guest_programs: Programs) -> None:
+    """Status 0; standard output is the console and nothing else."""
+    done = domicile("run", str(guest_programs("hello")), "--timeout", "30")
+    assert done.stderr == b""
+    assert done.returncode == 0
+    assert b"hello from a Xen guest" in done.stdout
+    assert b"domicile" not in done.stdout
+
+
+def test_the_record_is_the_last_line_of_standard_output(
+    domicile: Domicile, guest_programs: Programs, tmp_path: Path
+) -> None:
+    """Reason, seconds and console bytes are there; a counter that nobody keeps is null and named, not zero."""
+    file = tmp_path / "record.json"
+    done = domicile("run", str(guest_programs("hello")), "--name", "h", "--json", "--json-file", str(file))
+    assert done.returncode == 0, done.stderr
+    in_file = json.loads(file.read_text())
+    assert in_file["reason"] == "poweroff"
+    done = domicile("run", str(guest_programs("hello")), "--name", "h", "--json")
+    *console, last = done.stdout.splitlines(keepends=True)
+    record = json.loads(last)
+    assert record["name"] == "h"
+    assert record["exit_status"] == 0
+    assert record["console_bytes"] == len(b"".join(console))
+    assert 0 < record["seconds_guest"] < record["seconds"]
+    for name in ("hypercalls", "exceptions", "events"):
+        assert (record[name] is None) == (name in record["not_counted"])
+
+
+def test_grub_answers_what_is_typed(domicile: Domicile, grub: str) -> None:
+    """Pairs of --expect and --send drive GRUB's command line; `halt` powers off: status 0."""
+    done = domicile(
+        *("run", grub, "--timeout", "40"),
+        *("--expect", "grub> $", "--send", r"echo a-$cmdpath-b\r"),
+        *("--expect", "grub> $", "--send", r"halt\r"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"GNU GRUB" in done.stdout
+    assert b"a-" in done.stdout
+
+
+def test_until_ends_a_guest_that_would_go_on(domicile: Domicile, grub: str) -> None:
+    """Status 0 as soon as the pattern is there."""
+    done = domicile("run", grub, "--until", "grub>", "--timeout", "40", "-q", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["matched"] == "grub>"
+
+
+def test_timeout_is_124_and_says_what_was_waited_for(domicile: Domicile, grub: str) -> None:
+    """The machine is gone afterwards (the fixture looks)."""
+    done = domicile("run", grub, "--until", "never shown", "--timeout", "4", "-q")
+    assert done.returncode == 124
+    assert done.stderr == b"domicile: grub-x86_64-xen: timeout after 4 s ('never shown' was not seen)\n"
+
+
+def test_a_signal_takes_everything_down(grub: str) -> None:
+    """^C from outside is 130, SIGTERM 143: no process is left."""
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen([*COMMAND, "run", grub], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.read(1)  # it writes: the guest runs
+        process.send_signal(number)
+        assert process.wait(20) == status
+        process.stdout.close()
+
+
+def test_killed_the_command_leaves_nothing(grub: str) -> None:
+    """SIGKILL cannot be caught: the warden sees its owner go, and ends the machine."""
+    process = subprocess.Popen([*COMMAND, "run", grub], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.kill()
+    process.wait(20)
+    process.stdout.close()
+
+
+def test_a_terminal_is_the_guests_and_comes_back(grub: str) -> None:
+    """Keys reach GRUB, its answer the screen; ^] ends with 130; the terminal's settings are restored."""
+    shell = pexpect.spawn(
+        "/bin/sh",
+        ["-c", "stty -a >&2; " + " ".join([*COMMAND, "run", grub]) + "; echo status=$?; stty -a"],
+        timeout=40,
+    )
+    try:
+        shell.expect("grub>")
+        before = shell.before or b""
+        shell.send("echo typed-here\r")
+        shell.expect(
+            "\n\r?typed-here"
+        )  # GRUB's echo of the keys is full of cursor movements; its answer is not
+        shell.send("\x1d")
+        shell.expect("status=130")
+        shell.expect(pexpect.EOF)
+        after = shell.before or b""
+    finally:
+        shell.close(force=True)
+    for setting in (b"icanon", b"echo", b"isig", b"icrnl", b"opost"):
+        assert setting in before.split()
+        assert setting in after.split()
+
+
+def test_the_whole_run_of_a_small_guest_is_quick(domicile: Domicile, guest_programs: Programs) -> None:
+    """The figure (1.5 s on two free cores) is the benchmarks' to hold; this is where others may run beside it: the best of three
+    is under twice that."""
+    kernel = str(guest_programs("hello"))
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert domicile("run", kernel).returncode == 0
+        times.append(time.monotonic() - start)
+    assert min(times) < 3.0, times

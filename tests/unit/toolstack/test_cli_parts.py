@@ -1,0 +1,200 @@
+"""The command's parts without a machine: what run looks for and types, xl's tables, keys that end a session, the doctor."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolstack import doctor
+from toolstack.cli.images import name_of, open_image
+from toolstack.cli.output import domain_json, domain_table, duration, scheduler_table, vcpu_table
+from toolstack.cli.script import WINDOW, ConsoleScript, compile_pattern, decode_escapes
+from toolstack.cli.terminal import EscapeKeys, write_all
+from toolstack.cli.xenstore import printable
+from toolstack.errors import InputError, MachineError
+
+ROW = {
+    "domid": 1,
+    "name": "web",
+    "mem_mb": 128,
+    "max_mb": 128,
+    "vcpus": 2,
+    "state": "-b----",
+    "time_s": 12.34,
+    "uuid": "00112233445566778899aabbccddeeff",
+    "config": {"type": "pv", "memory_mb": 128, "kernel_path": "/k", "vcpus": 2, "cpu_weight": 256, "cap": 0},
+}
+
+
+class TestScript:
+    def test_until_is_found_across_any_cut_of_the_output(self) -> None:
+        text = b"Welcome\r\ngrub> "
+        for cut in range(len(text)):
+            script = ConsoleScript(until=re.compile(b"grub> "))
+            script.feed(text[:cut])
+            script.feed(text[cut:])
+            assert script.matched == "grub> "
+
+    def test_pairs_go_in_order_and_each_sees_only_what_follows_the_last(self) -> None:
+        pairs = [(re.compile(b"> "), b"one\r"), (re.compile(b"> "), b"two\r")]
+        script = ConsoleScript(pairs=pairs, until=re.compile(b"done"))
+        assert script.feed(b"done > ") == b"one\r"
+        assert script.matched is None  # it stood before the pairs
+        assert script.feed(b"hm > ") == b"two\r"
+        assert script.waits_for == "done"
+        script.feed(b"done")
+        assert script.matched == "done"
+
+    def test_two_prompts_in_one_piece_answer_both(self) -> None:
+        script = ConsoleScript(pairs=[(re.compile(b"a"), b"1"), (re.compile(b"b"), b"2")])
+        assert script.feed(b"ab") == b"12"
+
+    def test_input_is_typed_once_after_the_first_output(self) -> None:
+        script = ConsoleScript(first=b"x\r")
+        assert script.feed(b"") == b""
+        assert script.feed(b"a") == b"x\r"
+        assert script.feed(b"b") == b""
+        assert script.written == 2
+
+    @given(st.lists(st.binary(max_size=9000), max_size=20))
+    def test_memory_is_bounded(self, pieces: list[bytes]) -> None:
+        script = ConsoleScript(until=re.compile(b"never\xff\xfe\xfd\xfc\xfb\xfa"))
+        for piece in pieces:
+            script.feed(piece)
+            assert len(script._text) <= WINDOW
+
+    def test_escapes(self) -> None:
+        assert decode_escapes(r"a\r\n\x03\\\0é", "--send") == b"a\r\n\x03\\\0" + "é".encode()
+        with pytest.raises(InputError, match=r"--send .* unknown escape"):
+            decode_escapes(r"\q", "--send")
+        with pytest.raises(InputError):
+            decode_escapes("end\\", "--send")
+
+    @given(st.text(max_size=40))
+    def test_patterns_and_escapes_never_fail_otherwise(self, text: str) -> None:
+        for reader in (compile_pattern, decode_escapes):
+            told = "--x"
+            try:
+                reader(text, "--x")
+            except InputError as error:
+                told = str(error)
+            assert "--x" in told
+
+
+class TestTables:
+    def test_list_has_xls_columns(self) -> None:
+        assert domain_table([ROW]).split("\n") == [
+            "Name                                        ID   Mem VCPUs\tState\tTime(s)",
+            "web                                          1   128     2     -b----      12.3",
+        ]
+
+    def test_vcpu_list(self) -> None:
+        rows = [
+            {"name": "web", "domid": 1, "vcpu": 0, "cpu": 1, "state": "-b-", "time_s": 0.5},
+            {"name": "web", "domid": 1, "vcpu": 1, "cpu": 0, "state": "---", "time_s": 0.0},
+        ]
+        header, first, second = vcpu_table(rows).split("\n")
+        assert (
+            header
+            == "Name                                ID  VCPU   CPU State   Time(s) Affinity (Hard / Soft)"
+        )
+        assert first == "web                                  1     0     1   -b-       0.5  all / all"
+        assert second == "web                                  1     1     -   --p       0.0  all / all"
+
+    def test_scheduler_and_uptime(self) -> None:
+        rows = [{"name": "web", "domid": 1, "weight": 512, "cap": 25}]
+        assert scheduler_table(rows).split("\n")[1] == "web                                  1    512   25"
+        assert duration(3661) == " 1:01:01"
+        assert duration(2 * 86400 + 5) == "2 days,  0:00:05"
+
+    def test_long_list_has_libxls_names(self) -> None:
+        import json
+
+        (entry,) = json.loads(domain_json([ROW]))
+        assert entry["domid"] == 1
+        assert entry["config"]["c_info"] == {
+            "type": "pv",
+            "name": "web",
+            "uuid": "00112233-4455-6677-8899-aabbccddeeff",
+        }
+        assert entry["config"]["b_info"]["target_memkb"] == 131072
+
+    def test_xenstore_values_are_shown_on_one_line(self) -> None:
+        assert printable(b'a"b\n\\\x00\xff') == 'a"b\\n\\\\\\000\\377'
+
+
+class TestTerminal:
+    def test_the_escape_key_ends_and_hides_what_follows(self) -> None:
+        assert EscapeKeys().feed(b"ab\x1dcd", 0.0) == (b"ab", True)
+
+    def test_interrupt_goes_to_the_guest_unless_pressed_three_times_within_a_second(self) -> None:
+        keys = EscapeKeys()
+        assert keys.feed(b"\x03", 0.0) == (b"\x03", False)
+        assert keys.feed(b"\x03", 0.9) == (b"\x03", False)
+        assert keys.feed(b"\x03", 1.5) == (b"\x03", False)  # the first is too long ago
+        assert keys.feed(b"x\x03\x03", 1.6) == (b"x\x03\x03", False)  # another key starts anew
+        assert keys.feed(b"\x03", 1.7) == (b"", True)
+
+    def test_output_is_whole_even_where_the_descriptor_does_not_block(self) -> None:
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        import threading
+
+        got = bytearray()
+
+        def reader() -> None:
+            while data := os.read(read, 65536):
+                got.extend(data)
+
+        thread = threading.Thread(target=reader)
+        thread.start()
+        data = bytes(range(256)) * 4096
+        write_all(data, write)
+        os.close(write)
+        thread.join()
+        os.close(read)
+        assert bytes(got) == data
+
+
+class TestImages:
+    @pytest.mark.parametrize(
+        ("path", "word"), [("/nope", "no such file"), ("/", "not a regular"), ("/dev/null", "not a regular")]
+    )
+    def test_a_file_that_cannot_be_an_image(self, path: str, word: str) -> None:
+        with pytest.raises(InputError, match=f"kernel {path}: {word}"):
+            open_image(path, "kernel")
+
+    @given(st.text(max_size=100))
+    def test_any_file_name_gives_a_domain_name(self, name: str) -> None:
+        assert re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", name_of(f"/x/{name}"))
+
+
+class TestDoctor:
+    def test_a_host_that_runs_these_tests_is_fit_and_nothing_stays_open(self) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        findings = list(doctor.examine())
+        assert [finding.name for finding in findings if finding.fatal and not finding.ok] == []
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_what_is_missing_is_told_with_its_mend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
+        with pytest.raises(MachineError, match=r"only 64 open files allowed: raise the limit: ulimit"):
+            doctor.require_quick(64)
+
+    def test_too_little_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "_available_mb", lambda: 100)
+        with pytest.raises(MachineError, match=r"100 MB of memory available, 378 wanted"):
+            doctor.require_quick(128)
+
+    def test_a_kernel_without_memfd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> int:
+            raise OSError(38, "Function not implemented")
+
+        monkeypatch.setattr(os, "memfd_create", refuse)
+        finding = next(finding for finding in doctor.examine() if finding.name == "memfd")
+        assert (finding.ok, finding.fatal, bool(finding.mend)) == (False, True, True)
