@@ -222,11 +222,12 @@ class QueueLedger:
             )
             if self.hook is not None:
                 self.hook("recover.place")
+        self._control[_RSP] = rsp_prod  # before the slots are freed that it is derived from
         for slot in gone:
-            self._states[slot] = State.FREE
-        if self.hook is not None:
-            self.hook("recover.freed")
-        self._control[_RSP] = rsp_prod
+            if self._states[slot] != State.FREE:
+                if self.hook is not None:
+                    self.hook("recover.freed")
+                self._states[slot] = State.FREE
         self._free = gone
         redo.sort(key=lambda record: distance(record.index, (cons - (1 << 31)) & MASK32))
         return Recovered(cons, rsp_prod, redo, answers)

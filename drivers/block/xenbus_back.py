@@ -186,9 +186,9 @@ class BackDevice:
         """What the frontend published. NodeError if it makes no sense."""
         base = self.frontend
         protocol = yield from optional(f"{base}/protocol")
-        name = protocol.decode("ascii", "replace") if protocol else X86_64.protocol
-        if name not in ABIS:
-            raise NodeError(f"protocol is {name[:32]!r}: unknown")
+        abi = ABIS.get(protocol.decode("ascii", "replace")) if protocol else X86_64
+        if abi is None:
+            raise NodeError(f"protocol is {protocol[:32] if protocol else b''!r}: unknown")
         order = yield from optional(f"{base}/ring-page-order")
         if order is None:
             pages = yield from read_number(f"{base}/num-ring-pages", 1, 1, 1 << self._max_order)
@@ -208,10 +208,12 @@ class BackDevice:
             if single is not None:
                 refs.append((yield from read_number(f"{place}/ring-ref", None, 0, MAX_REF)))
             else:
-                for page in range(pages):
-                    refs.append((yield from read_number(f"{place}/ring-ref{page}", None, 0, MAX_REF)))
+                names = [f"ring-ref{page}" for page in range(pages)]
+                for name in names:
+                    ref = yield from read_number(f"{place}/{name}", None, 0, MAX_REF)
+                    refs.append(ref)
             links.append(QueueLink(tuple(refs), channel))
         every = [ref for link in links for ref in link.ring_refs]
         if len(set(every)) < len(every):
             raise NodeError("two ring pages have the same grant")
-        return FrontLink(tuple(links), ABIS[name], self._persistent and bool(persistent), bool(large))
+        return FrontLink(tuple(links), abi, self._persistent and bool(persistent), bool(large))
