@@ -72,5 +72,7 @@ def begin(limits: privileges.Limits = privileges.Limits(), argv: list[str] | Non
 
 def resident_kib() -> int:
     """This process's resident memory in KiB (from /proc/self/statm)."""
-    with open("/proc/self/statm", encoding="ascii") as file:
+    with open(
+        "/proc/self/statm", "rb"
+    ) as file:  # as bytes: a codec may not be loaded, and out of this uid's reach
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024

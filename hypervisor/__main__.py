@@ -18,6 +18,7 @@ from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaService
 from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.pool import XenPool
+from hypervisor.shell.check import DebugKey
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.processes import Processes, WardenGone
 from hypervisor.shell.server import Server
@@ -62,6 +63,7 @@ def main() -> None:
     core.attach_hooks(devices)
     core.create_dom0(time.monotonic_ns(), max_pages=DOM0_PAGES)
     server = Server(core, memory, processes, devices, doorbells=bool(settings.get("doorbells", True)))
+    core.sysctl.debug_key = DebugKey(core, grants, server)
     try:
         server.run()
     except WardenGone:

@@ -184,6 +184,18 @@ class ControlInterface:
                 return out
             index = answer.index_
 
+    def debug_keys(self, keys: str) -> None:
+        """XEN_SYSCTL_debug_keys: what they print is in the log then."""
+        size = sysctl.XEN_SYSCTL.field_size("u")
+        payload = sysctl.XEN_SYSCTL_DEBUG_KEYS.pack(sysctl.xen_sysctl_debug_keys(0, len(keys)))
+        request = sysctl.XEN_SYSCTL.pack(
+            sysctl.xen_sysctl(
+                sysctl.XEN_SYSCTL_debug_keys, sysctl.XEN_SYSCTL_INTERFACE_VERSION, payload.ljust(size, b"\0")
+            )
+        )
+        request += keys.encode("latin-1")
+        self._host.call(xen.HYPERVISOR_sysctl, sysctl.XEN_SYSCTL_debug_keys, request, "debug_keys")
+
     def physinfo(self) -> sysctl.xen_sysctl_physinfo:
         """XEN_SYSCTL_physinfo."""
         layout = sysctl.XEN_SYSCTL_PHYSINFO

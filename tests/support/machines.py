@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 import uuid
 from collections import defaultdict
@@ -133,6 +134,23 @@ class RunningMachine(Consoles):
         super().__init__(machine.client)
         self.machine = machine
 
+    def check(self) -> dict[str, Any]:
+        """The hypervisor's counters; AssertionError if any invariant does not hold."""
+        result = self.client.request("check")
+        assert result["problems"] == [], "\n".join(result["problems"])
+        counters: dict[str, Any] = result["counters"]
+        return counters
+
+    def settled(self, timeout: float = 10.0) -> dict[str, Any]:
+        """Counters once there is no domain but Dom0 and no grant work any more: everything is back. AssertionError."""
+        deadline = time.monotonic() + timeout
+        while True:
+            counters = self.check()
+            if list(counters["domains"]) == ["0"] and not counters["grant_jobs"]:
+                return counters
+            assert time.monotonic() < deadline, f"not everything is given back: {counters}"
+            self.poll(0.02)
+
     def processes(self, role: str = "", started: bool = True) -> list[int]:
         """Process ids of this machine's processes of a role, oldest first; with `started`, only those that have begun."""
         found = []
@@ -148,6 +166,10 @@ class RunningMachine(Consoles):
             if parent == warden and any(word.startswith(f"domicile-{role}".encode()) for word in words):
                 found.append(int(entry.name))
         return sorted(found)
+
+    def process_of(self, domid: int) -> int:
+        """The process id of a domain's process. KeyError if there is no such domain."""
+        return int(self.check()["domains"][str(domid)]["pid"])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import time
@@ -109,6 +110,7 @@ class ToolstackServer:
             "domid": lambda client, args, fds: int(manager.find(args["domain"]).domid),
             "domname": self._domname,
             "dmesg": lambda client, args, fds: manager.xc.read_console(clear=bool(args.get("clear"))),
+            "check": self._check,
             "info": self._machine_info,
             "uptime": self._uptime,
             "sched-credit2": self._scheduler,
@@ -251,6 +253,16 @@ class ToolstackServer:
             "xen_scheduler": "credit2",
             "xen_caps": "xen-3.0-x86_64",
         }
+
+    def _check(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Debug key I: the hypervisor checks its own records. Their problems in words, and counters."""
+        self.manager.xc.debug_keys("I")
+        mark = "(XEN) invariants: "
+        lines = self.manager.xc.read_console().decode("utf-8", "replace").splitlines()
+        said = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
+        count, _, counters = said[-1].partition(" problems, ")
+        number = min(int(count), len(said) - 1)
+        return {"problems": said[len(said) - 1 - number : -1], "counters": json.loads(counters)}
 
     def _uptime(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
         now = time.monotonic()
