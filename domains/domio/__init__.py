@@ -1,1 +1,1 @@
-"""domains/domio"""
+"""`domicile-domio`: the driver domain: drives NVMe controllers and serves the block backend, with no privilege but its devices."""

@@ -79,6 +79,7 @@ class DeviceBell:
         try:
             sealed.check(page, length)
             self._mapping = mmap.mmap(page, length)
+            self._words = memoryview(self._mapping).cast("I")
         finally:
             os.close(page)
 
@@ -86,14 +87,26 @@ class DeviceBell:
         """The register is a doorbell of this range."""
         return bar == self._bar and self._offset <= offset and offset + size <= self._offset + self._length
 
+    def put(self, offset: int, size: int, value: int) -> None:
+        """Write the register; 32 bits in one store."""
+        start = offset - self._offset
+        if size == 4:
+            self._words[start >> 2] = value
+        else:
+            self._mapping[start : start + size] = value.to_bytes(size, "little")
+
+    def ring(self) -> None:
+        """Tell the device to look."""
+        self._bell.ring()
+
     def store(self, offset: int, size: int, value: int) -> None:
         """Write the register and ring."""
-        start = offset - self._offset
-        self._mapping[start : start + size] = value.to_bytes(size, "little")
-        self._bell.ring()
+        self.put(offset, size, value)
+        self.ring()
 
     def close(self) -> None:
         """Unmap and close."""
+        self._words.release()
         self._mapping.close()
         self._bell.close()
 
@@ -130,6 +143,8 @@ class NativeDomain:
         self._early_raises: set[Port] = set()
         self._granting: Granting | None = None
         self._next_foreign = 1 << 20
+        self._dma_next = 1 << 21
+        self._dma_free: list[int] = []
         self.foreign_extents: dict[DomId, tuple[int, dict[str, Any]]] = {}
         """Memfds of domains that this one builds: domid -> (descriptor, body of the order)."""
         self.on_order: dict[str, Callable[[Order, list[int]], bytes]] = {
@@ -206,6 +221,17 @@ class NativeDomain:
                     bell.store(offset, size, value)
                     return
         self._device_access(bdf, space, offset, size, value)
+
+    def ring_doorbells(self, bdf: int, bar: int, values: Sequence[tuple[int, int]]) -> None:
+        """Store 32-bit registers of a doorbell range, each (offset, value), and ring once. By messages where there is no such range."""
+        for bell in self._device_bells.get(bdf, ()):
+            if all(bell.holds(bar, offset, 4) for offset, _ in values):
+                for offset, value in values:
+                    bell.put(offset, 4, value)
+                bell.ring()
+                return
+        for offset, value in values:
+            self._device_access(bdf, bar, offset, 4, value)
 
     def _device_access(self, bdf: int, space: int, offset: int, size: int, value: int | None) -> int:
         token = self.link.next_token()
@@ -322,6 +348,26 @@ class NativeDomain:
         """The 4096 bytes of a frame of its own. KeyError if there is none at that guest frame number."""
         assert self.memory is not None
         return self.memory.page(Mfn(self._p2m[gfn]))
+
+    def pages(self, gfn: int, count: int) -> memoryview:
+        """Several frames of its own in a row. MemoryError if they are not in a row in machine memory."""
+        assert self.memory is not None
+        first = self._p2m[gfn]
+        if any(self._p2m.get(gfn + index) != first + index for index in range(count)):
+            raise MemoryError(f"guest frames {gfn:#x}+{count} are not in a row")
+        start = (first - self.memory.base) * PAGE_SIZE
+        return self.memory.octets[start : start + count * PAGE_SIZE]
+
+    def take_dma_gfn(self) -> int:
+        """A guest frame number at which a granted frame can be entered in the I/O page tables."""
+        if self._dma_free:
+            return self._dma_free.pop()
+        self._dma_next += 1
+        return self._dma_next - 1
+
+    def give_dma_gfn(self, gfn: int) -> None:
+        """It is free again."""
+        self._dma_free.append(gfn)
 
     @property
     def own_gfns(self) -> list[int]:

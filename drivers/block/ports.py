@@ -44,10 +44,13 @@ class Storage(Protocol):
     says that all are lost), in any order, and not before a FLUSH has put every write completed earlier on
     stable storage."""
 
-    sectors: int
-    """Capacity in units of 512 bytes."""
-    block_size: int
-    """Smallest unit that it can write: 512 or 4096 bytes."""
+    @property
+    def sectors(self) -> int:
+        """Capacity in units of 512 bytes."""
+
+    @property
+    def block_size(self) -> int:
+        """Smallest unit that it can write: 512 or 4096 bytes."""
 
     def submit(self, commands: Sequence[Command]) -> None:
         """Carry them out. Must not complete them before it returns; must queue what the device cannot take yet."""

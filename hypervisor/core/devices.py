@@ -147,6 +147,7 @@ class DeviceService(DomainHooks):
         if isinstance(message, DeviceHello):
             if plugged.hello is None:
                 plugged.hello = message
+                self._restore_vectors(plugged)
                 self._attach(plugged, self.iommu.device(bdf).epoch)
         elif isinstance(message, AccessDone):
             pending = plugged.accesses.pop(message.token, None)
@@ -241,6 +242,14 @@ class DeviceService(DomainHooks):
         """When `tick` has something to do."""
         deadlines = (pending.deadline for p in self._plugged.values() for pending in p.accesses.values())
         return min(deadlines, default=None)
+
+    def _restore_vectors(self, plugged: _Plugged) -> None:
+        """A device process that was started anew may raise what its owner had mapped."""
+        owner = self._owner(plugged.bdf)
+        if owner is not None:
+            for pirq, (bdf, entry) in self._physdev.mapped(owner).items():
+                if bdf == plugged.bdf:
+                    self.iommu.msi_mapped(bdf, entry, owner, pirq)
 
     # -- assignment -----------------------------------------------------------------------------------------------
 

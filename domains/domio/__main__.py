@@ -1,0 +1,109 @@
+"""`domicile-domio`: the native driver domain."""
+
+from __future__ import annotations
+
+import sys
+
+from bus import privileges
+from bus.abi.event_channel import EVTCHNSTAT_pirq
+from bus.addresses import Port
+from bus.link import HypervisorGone
+from bus.messages.domain import Order
+from bus.process import begin
+from domains.domio.hardware import DmaPages
+from domains.domio.vbd import LEDGER_PAGES, VbdServer
+from domains.native.domain import NativeDomain
+from domains.native.reactor import Reactor
+from domains.native.xenstore import XenstoreClient
+
+MAX_DISKS = 31
+LEDGERS = range(MAX_DISKS * LEDGER_PAGES)
+"""Guest frames of the ledgers: each disk's place follows from its PCI address, so that a new process finds it."""
+BOUNCES = range(LEDGERS.stop, LEDGERS.stop + MAX_DISKS + 1)
+
+
+class DomIo:
+    """All disks of this driver domain."""
+
+    def __init__(self, host: NativeDomain) -> None:
+        self.host = host
+        self.store: XenstoreClient
+        self.pages: DmaPages
+        self.servers: dict[str, VbdServer] = {}
+
+    def start(self) -> None:
+        """The domain is built: find what there is to serve."""
+        host = self.host
+        restarted = bool(host.known_channels)
+        for port, status, *_ in host.known_channels:
+            if status == EVTCHNSTAT_pirq:  # the old process's interrupts: the devices were reset
+                host.close_port(Port(port))
+        self.store = XenstoreClient(host)
+        if restarted:
+            self.store.reconnect()
+        gfns = host.own_gfns
+        self.pages = DmaPages(host, range(BOUNCES.stop, gfns[-1]))
+        host.on_device = self._device
+        self.store.watch("backend/vbd", self._scan)
+
+    def _scan(self, _path: str) -> None:
+        """Which disks are there?"""
+        base = f"/local/domain/{self.host.domid}/backend/vbd"
+        found = []
+        for domid in self.store.list(base):
+            for number in self.store.list(f"{base}/{domid}"):
+                path = f"{base}/{domid}/{number}"
+                if (
+                    self.store.read(f"{path}/discard-enable") is not None
+                ):  # the last node that the toolstack writes
+                    found.append(path)
+        for path in [path for path in self.servers if path not in found]:
+            self.servers.pop(path).close()
+        for path in found:
+            if path not in self.servers:
+                self._serve(path)
+
+    def _serve(self, path: str) -> None:
+        params = (self.store.read(f"{path}/params") or b"").decode("ascii", "replace")
+        try:
+            slot = int(params.partition(":")[2], 16) >> 3
+            if not 0 < slot <= MAX_DISKS:
+                raise ValueError(f"params is {params!r}")
+            ledger = self.host.pages((slot - 1) * LEDGER_PAGES, LEDGER_PAGES)
+            server = VbdServer(self.host, self.store, path, self.pages, ledger, BOUNCES[slot], self._forget)
+        except ValueError as error:
+            print(f"{path}: {error}", flush=True)
+            return
+        self.servers[path] = server
+        if server.bdf in self.host.devices:
+            server.device_attached()
+
+    def _forget(self, server: VbdServer) -> None:
+        self.servers.pop(server.path, None)
+
+    def _device(self, bdf: int) -> None:
+        for server in self.servers.values():
+            if server.bdf == bdf:
+                server.device_attached()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    start = begin(privileges.Limits(open_files=4096, processes=16))
+    reactor = Reactor()
+    host = NativeDomain(start, reactor)
+    domio = DomIo(host)
+
+    def started(order: Order, fds: list[int]) -> bytes:
+        reactor.soon(domio.start)
+        return b""
+
+    host.on_order["start"] = started
+    try:
+        reactor.run()
+    except HypervisorGone as gone:
+        sys.exit(f"domio: {gone}")
+
+
+if __name__ == "__main__":
+    main()

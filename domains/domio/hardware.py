@@ -1,0 +1,172 @@
+"""DomIO's side of its hardware: the device's registers, its own memory for queues, and granted frames for DMA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from bus.abi import grant_table as gt
+from bus.abi import xen
+from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId
+from domains.native.domain import MAX_GRANT_BATCH, NativeDomain
+from drivers.hw.nvme.driver_queue import Buffer
+
+CONFIG: Final = -1
+BAR0: Final = 0
+COMMAND: Final = 4
+CAPABILITIES: Final = 0x34
+CAP_MSIX: Final = 0x11
+MSI_ADDRESS: Final = 0xFEE00010
+"""Remappable format of the interrupt address (VT-d, 5.1.2.2): the handle is in bits 19:5. Here a device's handles are the numbers
+of its MSI-X entries: which of them means what is in the hypervisor's remapping table."""
+FIRST_DMA_GFN: Final = 1 << 21
+"""Guest frames from here on are where granted frames are entered in the I/O page tables."""
+
+
+class DmaPages:
+    """Pages of DomIO's own memory, in rows; a guest frame's I/O virtual address is gfn << 12."""
+
+    def __init__(self, host: NativeDomain, gfns: range) -> None:
+        """`gfns`: the frames it may give out."""
+        self._host = host
+        self._free = list(gfns)
+
+    def allocate(self, pages: int) -> Buffer:
+        """Zeroed pages in a row. MemoryError if there are none."""
+        for start in range(len(self._free) - pages + 1):
+            first = self._free[start]
+            if self._free[start + pages - 1] == first + pages - 1:
+                view = self._host.pages(first, pages)
+                del self._free[start : start + pages]
+                view[:] = bytes(pages * PAGE_SIZE)
+                return Buffer(view, first << PAGE_SHIFT)
+        raise MemoryError(f"no {pages} pages in a row are left for the device")
+
+    def free(self, buffer: Buffer) -> None:
+        """The device does not use it any more."""
+        first = buffer.iova >> PAGE_SHIFT
+        self._free = sorted([*self._free, *range(first, first + len(buffer.view) // PAGE_SIZE)])
+
+
+class NvmePort:
+    """One controller's registers. `drivers.hw.nvme.driver.DevicePort`."""
+
+    def __init__(self, host: NativeDomain, bdf: int) -> None:
+        self._host = host
+        self.bdf = bdf
+
+    def config_read(self, offset: int, size: int) -> int:
+        """Configuration space."""
+        return self._host.device_read(self.bdf, CONFIG, offset, size)
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """Configuration space."""
+        self._host.device_write(self.bdf, CONFIG, offset, size, value)
+
+    def read(self, offset: int, size: int) -> int:
+        """BAR 0."""
+        return self._host.device_read(self.bdf, BAR0, offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """BAR 0."""
+        self._host.device_write(self.bdf, BAR0, offset, size, value)
+
+    def doorbells(self, values: Sequence[tuple[int, int]]) -> None:
+        """Store each, then tell the device once."""
+        self._host.ring_doorbells(self.bdf, BAR0, values)
+
+    def unmask(self, vectors: int) -> bool:
+        """Program the MSI-X table: entry n raises handle n. False if the device is not there, or has no MSI-X."""
+        if self.config_read(0, 4) == 0xFFFFFFFF:
+            return False
+        self.config_write(COMMAND, 2, self.config_read(COMMAND, 2) | 2)
+        at = self.config_read(CAPABILITIES, 1) & 0xFC
+        for _ in range(48):
+            if at < 0x40:
+                return False
+            if self.config_read(at, 1) == CAP_MSIX:
+                break
+            at = self.config_read(at + 1, 1) & 0xFC
+        table = self.config_read(at + 4, 4)
+        for entry in range(vectors):
+            base = (table & ~7) + 16 * entry
+            for offset, value in ((0, MSI_ADDRESS | entry << 5), (4, 0), (8, 0), (12, 0)):
+                self._host.device_write(self.bdf, table & 7, base + offset, 4, value)
+        return True
+
+
+class FrontendFrames:
+    """Granted frames of one frontend as the device reaches them. `drivers.block.ports.GrantMapper`."""
+
+    def __init__(self, host: NativeDomain, domid: DomId, bounce_gfn: int) -> None:
+        """`bounce_gfn`: an own page for copies of indirect descriptors."""
+        self._host = host
+        self._domid = domid
+        self._bounce = bounce_gfn
+        self._handles: dict[int, int] = {}
+
+    def map_frames(self, items: Sequence[tuple[int, bool]]) -> list[int]:
+        """See GrantMapper: GNTTABOP_map_grant_ref with GNTMAP_device_map, in batches."""
+        out: list[int] = []
+        layout = gt.GNTTAB_MAP_GRANT_REF
+        for start in range(0, len(items), MAX_GRANT_BATCH):
+            batch = items[start : start + MAX_GRANT_BATCH]
+            gfns = [self._host.take_dma_gfn() for _ in batch]
+            request = b"".join(
+                layout.pack(
+                    gt.gnttab_map_grant_ref(
+                        gfn << PAGE_SHIFT,
+                        gt.GNTMAP_device_map | (0 if writable else gt.GNTMAP_readonly),
+                        ref,
+                        self._domid,
+                        0,
+                        0,
+                        0,
+                    )
+                )
+                for (ref, writable), gfn in zip(batch, gfns, strict=True)
+            )
+            reply = self._host.call(
+                xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, request, "map_grant_ref"
+            )
+            for index, gfn in enumerate(gfns):
+                answer = layout.unpack(reply, index * layout.size)
+                if answer.status != gt.GNTST_okay:
+                    self._host.give_dma_gfn(gfn)
+                    out.append(answer.status)
+                    continue
+                self._handles[answer.dev_bus_addr] = answer.handle
+                out.append(answer.dev_bus_addr)
+        return out
+
+    def unmap_frames(self, iovas: Sequence[int]) -> None:
+        """See GrantMapper."""
+        layout = gt.GNTTAB_UNMAP_GRANT_REF
+        for start in range(0, len(iovas), MAX_GRANT_BATCH):
+            batch = iovas[start : start + MAX_GRANT_BATCH]
+            request = b"".join(
+                layout.pack(gt.gnttab_unmap_grant_ref(0, iova, self._handles.pop(iova), 0)) for iova in batch
+            )
+            self._host.call(
+                xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_unmap_grant_ref, request, "unmap_grant_ref"
+            )
+            for iova in batch:
+                self._host.give_dma_gfn(iova >> PAGE_SHIFT)
+
+    def read_frames(self, items: Sequence[tuple[int, int]]) -> list[bytes | int]:
+        """See GrantMapper: GNTTABOP_copy into a page of our own, one after another."""
+        out: list[bytes | int] = []
+        layout = gt.GNTTAB_COPY
+        for ref, length in items:
+            item = layout.zero()._replace(
+                source=gt.gnttab_copy_ptr(ref, self._domid, 0),
+                dest=gt.gnttab_copy_ptr(self._bounce, xen.DOMID_SELF, 0),
+                len=length,
+                flags=gt.GNTCOPY_source_gref,
+            )
+            reply = self._host.call(
+                xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_copy, layout.pack(item), "grant copy"
+            )
+            status = layout.unpack(reply).status
+            out.append(bytes(self._host.page(self._bounce)[:length]) if status == gt.GNTST_okay else status)
+        return out
