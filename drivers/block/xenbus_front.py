@@ -15,7 +15,7 @@ from drivers.block.paged_ring import MAX_ORDER
 from drivers.block.wire import X86_64, Abi
 from drivers.xenbus import client
 from drivers.xenbus.client import Procedure, transaction
-from drivers.xenbus.states import XenbusState, frontend_reaction, parse_state, state_text
+from drivers.xenbus.states import Reaction, XenbusState, frontend_reaction, parse_state, state_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,18 @@ class FrontDevice:
         self.wish: Final = wish if wish is not None else Wish()
         self.state = XenbusState.Initialising
         self.error = ""
+        self._fresh = False
 
     def changed(self) -> Procedure[None]:
         """See what changed at the back end, and answer to it."""
         peer = parse_state((yield from optional(f"{self.backend}/state")))
+        if peer == XenbusState.Closing and self._fresh:
+            return  # that is about the connection before: its answer to Initialising comes
+        self._fresh = False
         reaction = frontend_reaction(self.state, peer)
+        if self.state == XenbusState.Closing and peer == XenbusState.Closing:
+            # It was us who began: the back end has let go of the rings and waits for Closed.
+            reaction = Reaction(enter=XenbusState.Closed, disconnect=True)
         if reaction.disconnect:
             self.port.disconnect()
         try:
@@ -82,6 +89,7 @@ class FrontDevice:
     def restart(self) -> Procedure[None]:
         """Begin anew, as after a resume of the whole domain: the old rings are worth nothing."""
         self.port.disconnect()
+        self._fresh = True
         yield from self._write(XenbusState.Initialising)
         yield from self.changed()
 
