@@ -59,7 +59,7 @@ class GrantCore:
         self.memory = memory
         self.outbox = outbox
         self.dma = dma
-        self.jobs = Jobs(outbox)
+        self.jobs = Jobs(outbox, domains.has_process)
         self.tables: dict[DomId, Table] = {}
         self.windows: dict[int, Window] = {}
         self.homes: dict[Mfn, tuple[int, int]] = {}
@@ -358,7 +358,8 @@ class GrantCore:
                     hosts[mapping.mfn] = hosts.get(mapping.mfn, 0) + 1
                 if self.frames.references(mapping.mfn) < 1:
                     found.append(f"d{mapping.mapper} handle {mapping.handle}: {mapping.mfn:#x} is not held")
-                if self.entry(mapping.granter, mapping.ref) is None:
+                ended = not mapping.host and not mapping.device  # its frame is on its way home
+                if not ended and self.entry(mapping.granter, mapping.ref) is None:
                     found.append(f"d{mapping.mapper} handle {mapping.handle}: no active entry")
         for table in self.tables.values():
             for ref, entry in table.active.items():

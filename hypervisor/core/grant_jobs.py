@@ -76,9 +76,10 @@ def decode_results(count: int, rc: int, data: bytes) -> list[int] | None:
 class Jobs:
     """Runs jobs. `now` is the time of the call that is being served."""
 
-    def __init__(self, outbox: GrantOutbox) -> None:
+    def __init__(self, outbox: GrantOutbox, has_process: Callable[[DomId], bool]) -> None:
         self.now = 0
         self._outbox = outbox
+        self._has_process = has_process
         self._locked: dict[Hashable, Job] = {}
         self._queue: deque[Job] = deque()
         self._ready: deque[Job] = deque()
@@ -200,6 +201,9 @@ class Jobs:
             results = decode_results(order.count, rc, data)
             settle(now, Outcome(results, "" if results is not None else "malformed"))
 
+        if not self._has_process(order.domain):
+            settle(self.now, Outcome(None, "dead"))  # nobody is there to answer
+            return
         self._outbox.ask(
             self.now,
             order.domain,

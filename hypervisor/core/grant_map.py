@@ -59,6 +59,8 @@ class _Part:
     """(frame, window, index)"""
     new: dict[bool, list[Mfn]] = field(default_factory=dict)
     """Frames that need a window, by whether it is to be writable."""
+    writable: Window | None = None
+    """The window of those that are to be written."""
     failed: set[Hashable] = field(default_factory=set)
     """Entries and frames that did not get there."""
 
@@ -129,12 +131,13 @@ class MapCall:
             for granter, outcome in zip(asked, outcomes, strict=True):
                 if not self._granter_answered(granter, self._parts[granter], outcome):
                     late.append(granter)
+        self._refuse_unwritable()
         dropped = self._drop_failed()
         early = [mapping for mapping in dropped if mapping.granter not in late]
         # Before the mapper gets a window: a frame that came into it without a grant must have left it again.
         yield from core.settle(mapping.mfn for mapping in early)
         dropped += self._drop_failed()  # the caller may have died meanwhile
-        attach = self._attach_orders()
+        attach = self._attach_orders(job)
         if attach:
             outcomes = yield [order for order, _ in attach]
             self._attached(attach, outcomes)
@@ -245,7 +248,8 @@ class MapCall:
             for writable, group in sorted(part.new.items(), reverse=True):
                 if group:
                     window = self._core.new_window(granter, len(group))
-                    window.rights[self._caller] = writable
+                    if writable:
+                        part.writable = window
                     part.moves += [(mfn, window, index) for index, mfn in enumerate(group)]
 
     # -- the granter's side ---------------------------------------------------------------------------------------
@@ -303,6 +307,17 @@ class MapCall:
                 core.drop_if_empty(window)
         return known
 
+    def _refuse_unwritable(self) -> None:
+        """A frame in the batch's writable window whose granter did not allow writing after all does not stay there:
+        the window's descriptor would show it for writing. What else was to be mapped of it fails as well."""
+        core = self._core
+        for part in self._parts.values():
+            for mfn in part.writable.live if part.writable is not None else ():
+                entries = (core.entry(granter, ref) for granter, ref in core.entries_of.get(mfn, ()))
+                mine = (entry for entry in entries if entry is not None and entry.grantee == self._caller)
+                if not any(entry.bits & GTF_writing for entry in mine):
+                    part.failed.add(core.frame_key(mfn))
+
     def _drop_failed(self) -> list[Mapping]:
         """Count out what did not come about; their frames are still held."""
         core, dropped = self._core, list[Mapping]()
@@ -328,7 +343,7 @@ class MapCall:
 
     # -- the mapper's side ----------------------------------------------------------------------------------------
 
-    def _attach_orders(self) -> list[tuple[OrderSpec, list[_Op]]]:
+    def _attach_orders(self, job: Job) -> list[tuple[OrderSpec, list[_Op]]]:
         """Enter what is ready into the mapper's tables; the orders that give its process the windows, each with
         the operations in it (a message carries so many descriptors and no more)."""
         orders = list[tuple[OrderSpec, list[_Op]]]()
@@ -350,7 +365,23 @@ class MapCall:
             inside.append(op)
         if items:
             orders.append((self._attach_order(items, windows), inside))
+        for order, _ in orders:
+            for number, _ in order.windows:
+                self._keep_in_use(self._core.windows[number], job)
         return orders
+
+    def _keep_in_use(self, window: Window, job: Job) -> None:
+        """All that the mapper can reach by the descriptor counts as in use, also by an entry whose own operation
+        failed meanwhile: until the frame leaves the window. (Other jobs' frames in it: the mapper has reached them
+        before, and their entries say so, or they are on their way out of it.)"""
+        core = self._core
+        for mfn in window.live:
+            if core.frame_key(mfn) not in job.held:
+                continue
+            for granter, ref in core.entries_of.get(mfn, ()):
+                entry = core.entry(granter, ref)
+                if entry is not None and entry.grantee == self._caller:
+                    entry.window_bits |= core.in_use_by(window, entry, self._caller)
 
     def _attach_order(self, items: list[tuple[object, ...]], windows: dict[int, bool]) -> OrderSpec:
         given = tuple(sorted(windows.items()))
@@ -378,9 +409,6 @@ class MapCall:
     def _give_window(self, mapping: Mapping, window: Window) -> bool:
         """The mapper gets the window's descriptor; with write access?"""
         window.rights[self._caller] = window.rights.get(self._caller, False) or not mapping.readonly
-        entry = self._core.entry(mapping.granter, mapping.ref)
-        assert entry is not None
-        entry.window_bits |= self._core.in_use_by(window, entry, self._caller)
         return window.rights[self._caller]
 
     def _attached(self, orders: list[tuple[OrderSpec, list[_Op]]], outcomes: list[Outcome]) -> None:

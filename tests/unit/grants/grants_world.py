@@ -230,7 +230,7 @@ class World:
         return domain not in self.doms or self.doms[domain].dying
 
     def has_process(self, domain: DomId) -> bool:
-        return self.doms[domain].process is not None
+        return domain in self.doms and self.doms[domain].process is not None
 
     def is_translated(self, domain: DomId) -> bool:
         return self.doms[domain].translated

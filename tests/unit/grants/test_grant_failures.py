@@ -251,3 +251,15 @@ def test_domains_that_mapped_each_other_die_together() -> None:
         w.grants.remove(domain)
     w.clean()
     assert w.frames.free_pages == w.frames.total_pages
+
+
+def test_no_order_goes_to_a_process_that_is_gone() -> None:
+    """An unmap that waited behind another when its caller's process ended goes on without asking it to let go."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    (first,), (second,) = w.map(1, (2, 8, HOST, 0x1000)), w.map(1, (2, 8, HOST, 0x2000))
+    w.start_unmap(1, (first.handle, 0x1000, 0))
+    w.start_unmap(1, (second.handle, 0x2000, 0))
+    w.end_process(ONE)
+    w.pump()
+    w.clean()

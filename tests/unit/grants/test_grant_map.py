@@ -329,3 +329,28 @@ def test_a_frame_whose_grant_was_withdrawn_is_never_seen() -> None:
     assert granter.page(secret)[:6] == b"secret"
     w.unmap(1, (answers[1].handle, 0x2000, 0))
     w.clean()
+
+
+def test_write_access_is_given_only_where_writing_was_granted() -> None:
+    """Of one frame a read-only mapping comes about and a writable one does not: either the descriptor is read-only, or
+    the frame is in nobody's writable window."""
+    w = World("native", "pv")
+    w.grant(2, 8, 1, 3)
+    w.grant(2, 9, 1, 3)
+    answers = w.map(1, (2, 9, RO, 0x70000), (2, 8, HOST, 0x70000))  # one place for both
+    assert [a.status for a in answers] == [0, -1]
+    assert w.doms[DomId(1)].process.descriptors == {1: False}
+    w.unmap(1, (answers[0].handle, 0x70000, 0))
+    w.clean()
+    pending = w.start_map(1, (2, 9, RO, 0x71000), (2, 8, HOST, 0x72000), (2, 10, HOST, 0x73000))
+    w.pump()
+    assert [a.status for a in pending] == [0, 0, -1]
+    w.unmap(1, (pending[0].handle, 0x71000, 0), (pending[1].handle, 0x72000, 0))
+    w.grant(2, 10, 1, 4)
+    pending = w.start_map(1, (2, 9, RO, 0x71000), (2, 8, HOST, 0x72000), (2, 10, HOST, 0x73000))
+    w.grant(2, 8, 1, 5)  # withdrawn before the granter's process has looked
+    w.pump()
+    assert [a.status for a in pending] == [-1, -1, 0]
+    assert w.flags(2, 9) == 0
+    w.unmap(1, (pending[2].handle, 0x73000, 0))
+    w.clean()
