@@ -88,6 +88,9 @@ class DeviceService(DomainHooks):
         physdev.device_owner = self._owner
         physdev.device_exists = lambda bdf: bdf in {device.bdf for device in iommu.devices()}
         physdev.msi_listener = self
+        dispatcher.has_device = lambda domain: any(
+            device.domain == domain.domid for device in iommu.devices()
+        )
         for cmd, handler in (
             (abi.XEN_DOMCTL_assign_device, self._assign),
             (abi.XEN_DOMCTL_deassign_device, self._deassign),

@@ -191,12 +191,9 @@ class ToolstackServer:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ToolstackError(f"configuration: {where}: {first['msg']}") from None
-        if config.disks or config.vifs:
+        if config.vifs:
             close_all(fds)
-            what = "disk" if config.disks else "vif"
-            raise ToolstackError(
-                f"{what}: this machine has no backend for it yet: leave it out, use a ramdisk"
-            )
+            raise ToolstackError("vif: this machine has no network backend: leave it out")
         domid = self.manager.create(config, fds)
         if args.get("attach"):
             client.follows = True
