@@ -1,21 +1,16 @@
-"""MSI-X table and pending bit array of a device (PCI Local Bus 3.0, section 6.8.2)."""
+"""MSI-X table and pending bit array of a device (PCI Local Bus 3.0, section 6.8.2).
+
+A device raises a vector by its number, and the interrupt remapping table says what that means: addresses and data of the table are
+kept for those who read them back. Entries start unmasked (the specification has them masked): on Xen it is the hypervisor that unmasks
+an entry when it maps it to a PIRQ, and here one that is not mapped is refused by the remapping table. A mask that is set is obeyed.
+"""
 
 from __future__ import annotations
 
-import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 ENTRY_SIZE: Final = 16
 MASKED: Final = 1
-
-
-class Interrupt(NamedTuple):
-    """What raising a vector means: `handle` of the interrupt remapping table (remappable format, VT-d 5.1.2.2), or, for an
-    address that is none, a memory write of `data` at `address` (which the IOMMU judges)."""
-
-    handle: int | None
-    address: int
-    data: int
 
 
 class MsixTable:
@@ -28,8 +23,8 @@ class MsixTable:
         self.reset()
 
     def reset(self) -> None:
-        """All masked, addresses 0."""
-        self._table = bytearray(struct.pack("<QII", 0, 0, MASKED) * self.vectors)
+        """Addresses 0, no mask."""
+        self._table = bytearray(ENTRY_SIZE * self.vectors)
         self._pending.clear()
 
     def read(self, offset: int, size: int) -> int:
@@ -54,15 +49,12 @@ class MsixTable:
         """That vector is masked."""
         return bool(self._table[vector * ENTRY_SIZE + 12] & MASKED)
 
-    def raise_vector(self, vector: int, function_masked: bool) -> Interrupt | None:
-        """The interrupt to send now, or None: it is pending."""
+    def raise_vector(self, vector: int, function_masked: bool) -> bool:
+        """True: raise it now. False: it is masked, and pending."""
         if function_masked or self.masked(vector):
             self._pending.add(vector)
-            return None
-        address, data = struct.unpack_from("<QI", self._table, vector * ENTRY_SIZE)
-        if address >> 20 == 0xFEE and address & 0x10:
-            return Interrupt((address >> 5 & 0x7FFF) | (address >> 2 & 1) << 15, address, data)
-        return Interrupt(None, address, data)
+            return False
+        return True
 
     def unmasked(self, function_masked: bool) -> list[int]:
         """Pending vectors that may go now; they are not pending any more."""

@@ -84,8 +84,7 @@ class Controller:
     def _fresh(self) -> None:
         """No command, no buffer."""
         self._staging = Staging(self._memory, self.max_transfer)
-        self._entry_pages = [self._staging.allocate(PAGE) for _ in range(MAX_BATCHES + 1)]
-        self._message_page = self._entry_pages.pop()
+        self._entry_pages = [self._staging.allocate(PAGE) for _ in range(MAX_BATCHES)]
         self.tasks = 0
         self._completing: deque[Task] = deque()
         self._waiting: deque[Task] = deque()
@@ -107,7 +106,6 @@ class Controller:
         if space != spec.BAR or offset < 0 or offset + size > spec.BAR_SIZE:
             return ones
         if offset >= spec.MSIX_TABLE_OFFSET:
-            # Whoever owns the interrupt remapping table may program vectors before the driver enables the BAR.
             return self._msix_access(offset, size, value)
         if not self.config.memory_enabled:
             return ones
@@ -554,7 +552,7 @@ class Controller:
                 bad = partial(self._fatal, f"completion queue {qid} cannot be written")
                 units.append(Unit(items, partial(self._posted, cq, tasks), bad))
                 if cq.enabled and not self.features.coalescing(cq.vector)[1]:
-                    self._interrupt(cq.vector, units, vectors)
+                    vectors += self._interrupt(cq.vector)
             last = units[-1]
             units[-1] = Unit(last.items, partial(self._page_free, last.ok, page), last.bad)
             self._dma.add(units, vectors)
@@ -609,39 +607,23 @@ class Controller:
 
     # -- interrupts -----------------------------------------------------------------------------------------------
 
-    def _interrupt(self, vector: int, units: list[Unit], vectors: list[int]) -> None:
-        """Add what raises a vector; nothing if it is masked (then it is pending) or MSI-X is off."""
-        if not self.config.msix_enabled:
-            return
-        interrupt = self.msix.raise_vector(vector, self.config.msix_masked)
-        if interrupt is None:
-            return
-        if interrupt.handle is not None:
-            if interrupt.handle not in vectors:
-                vectors.append(interrupt.handle)
-            return
-        # A driver may put any address there; a message signalled interrupt is a memory write, and the IOMMU judges it.
-        place = self._message_page + 4 * (vector % (PAGE // 4))
-        struct.pack_into("<I", self._memory, place, interrupt.data)
-        units.append(Unit([(interrupt.address & ~3, 4, True, place)], _nothing, _nothing))
-
-    def _raise_now(self, vector: int) -> None:
-        units: list[Unit] = []
-        vectors: list[int] = []
-        self._interrupt(vector, units, vectors)
-        self._dma.add(units, vectors)
+    def _interrupt(self, vector: int) -> list[int]:
+        """What to raise for a vector; nothing if it is masked (then it is pending) or MSI-X is off."""
+        if self.config.msix_enabled and self.msix.raise_vector(vector, self.config.msix_masked):
+            return [vector]
+        return []
 
     def _unmasked(self) -> None:
         if self.config.msix_enabled:
             for vector in self.msix.unmasked(self.config.msix_masked):
-                self._raise_now(vector)
+                self._dma.add([], self._interrupt(vector))
 
     def tick(self, now: int) -> None:
         """Time has passed: interrupts that were gathered long enough."""
         self.now = now
         for vector in [v for v, (_, deadline) in self._gathered.items() if deadline <= now]:
             del self._gathered[vector]
-            self._raise_now(vector)
+            self._dma.add([], self._interrupt(vector))
 
     def next_deadline(self) -> int | None:
         """When `tick` has something to do."""

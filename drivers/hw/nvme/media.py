@@ -73,7 +73,7 @@ def read_exactly(fd: int, offset: int, target: memoryview) -> None:
         raise MediaError(f"read of {len(target)} bytes at {offset}: {error}") from None
 
 
-def write_exactly(fd: int, offset: int, data: memoryview | bytes, flags: int = 0) -> None:
+def write_exactly(fd: int, offset: int, data: memoryview | bytes | bytearray, flags: int = 0) -> None:
     """pwrite. MediaError."""
     view = memoryview(data)
     done = 0

@@ -1,0 +1,121 @@
+"""The NVMe controller and its media, as a `DeviceModel`. Media I/O is done in line: it is a copy from or to the page cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from bus.messages.device import Bar
+from domains.devices.runtime import Batch, Kind
+from drivers.hw.nvme import spec
+from drivers.hw.nvme.controller import Controller
+from drivers.hw.nvme.dma import DmaBatch
+from drivers.hw.nvme.io import MediaOp, MediaRequest, MediaResult
+from drivers.hw.nvme.media import Media, MediaError
+from drivers.hw.nvme.pages import Counters, Identity, Namespace
+
+MAX_REPORTS = 20
+"""Media errors that go to the log, a device's life long."""
+
+
+class Disks:
+    """Carries out media requests on the namespaces' media."""
+
+    def __init__(self, media: dict[int, Media]) -> None:
+        self.media = media
+        self._reports = 0
+
+    def perform(self, request: MediaRequest, staging: memoryview) -> MediaResult:
+        """Do it."""
+        media = self.media[request.nsid]
+        view = staging[request.position : request.position + request.length]
+        try:
+            if request.op is MediaOp.READ:
+                media.read(request.offset, view)
+            elif request.op is MediaOp.WRITE:
+                media.write(request.offset, view, request.durable)
+            elif request.op is MediaOp.FLUSH:
+                media.flush()
+            elif request.op is MediaOp.ZERO:
+                media.zero(request.offset, request.length, request.deallocate, request.durable)
+            elif request.op is MediaOp.DISCARD:
+                media.discard(request.offset, request.length)
+            else:
+                data = memoryview(bytearray(request.length))
+                media.read(request.offset, data)
+                if data != view:
+                    return MediaResult.MISCOMPARE
+        except MediaError as error:
+            if self._reports < MAX_REPORTS:
+                self._reports += 1
+                print(f"namespace {request.nsid}: {error}", file=sys.stderr, flush=True)
+            return MediaResult.FULL if error.full else MediaResult.FAILED
+        return MediaResult.OK
+
+    def used_blocks(self, nsid: int, shift: int) -> int:
+        """For IDENTIFY."""
+        try:
+            return self.media[nsid].used() >> shift
+        except (MediaError, OSError):
+            return 0
+
+
+class NvmeModel:
+    """One epoch of the device. Implements DeviceModel."""
+
+    def __init__(self, identity: Identity, disks: Disks, counters: Counters, staging: memoryview) -> None:
+        self.controller = Controller(identity, staging, counters)
+        self._disks = disks
+        self._staging = staging
+        for space in identity.namespaces.values():
+            self.controller.used_blocks[space.nsid] = disks.used_blocks(space.nsid, space.shift)
+        self.access = self.controller.access
+        self.dma_done = self.controller.dma_done
+        self.tick = self.controller.tick
+        self.next_deadline = self.controller.next_deadline
+
+    def doorbells(self, now: int, bar: int, words: memoryview) -> None:
+        """See DeviceModel."""
+        self.controller.doorbells(now, words)
+
+    def step(self, now: int) -> tuple[list[tuple[int, int, int]], Sequence[Batch]]:
+        """See DeviceModel."""
+        controller = self.controller
+        while requests := controller.take_media():
+            for request in requests:
+                controller.media_done(now, request.token, self._disks.perform(request, self._staging))
+        clears = [(spec.BAR, offset, length) for offset, length in controller.take_clears()]
+        batches: list[DmaBatch] = controller.take_batches()
+        return clears, batches
+
+    def detach(self) -> None:
+        """See DeviceModel."""
+        self.controller.release()
+
+
+def kind(identity: Identity, media: dict[int, Media]) -> Kind:
+    """How the runtime makes this device. Counters live as long as the process."""
+    disks = Disks(media)
+    counters = Counters()
+    bar = Bar(
+        index=spec.BAR,
+        size=spec.BAR_SIZE,
+        doorbell_offset=spec.DOORBELL_OFFSET,
+        doorbell_length=spec.DOORBELL_LENGTH,
+    )
+    return Kind(
+        bars=[bar],
+        vectors=identity.vectors,
+        make=lambda staging: NvmeModel(identity, disks, counters, staging),
+    )
+
+
+def namespaces(media: dict[int, Media], shifts: dict[int, int]) -> dict[int, Namespace]:
+    """Namespaces as large as their media. ValueError: a size that is no multiple of the block size."""
+    spaces: dict[int, Namespace] = {}
+    for nsid, one in media.items():
+        shift = shifts.get(nsid, 9)
+        if one.size & (1 << shift) - 1:
+            raise ValueError(f"namespace {nsid}: {one.size} bytes are not whole blocks of {1 << shift}")
+        spaces[nsid] = Namespace(nsid, one.size >> shift, shift, one.read_only)
+    return spaces
