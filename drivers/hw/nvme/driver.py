@@ -335,11 +335,14 @@ class NvmeDriver:
     def _setting_up(self) -> Steps:
         port = self.port
         deadline = self.now + 10 * SECOND
-        while (capabilities := port.read(spec.REG_CAP, 8)) & ALL_ONES == ALL_ONES:
+        while port.config_read(0, 4) == ALL_ONES:  # its process is being started again
             if self.now > deadline:
                 raise StartError("the device does not answer")
             yield None
         self.enable_pci()
+        capabilities = port.read(spec.REG_CAP, 8)
+        if capabilities & ALL_ONES == ALL_ONES:
+            raise StartError("its registers do not answer")
         if not capabilities & spec.CAP_CSS_NVM or capabilities >> spec.CAP_MPSMIN_SHIFT & 0xF:
             raise StartError("the controller wants another command set or page size")
         limit = max(1, capabilities >> spec.CAP_TO_SHIFT & 0xFF) * SECOND // 2
