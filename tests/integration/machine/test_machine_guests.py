@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.support.machines import RunningMachine, running_machine
 from toolstack.client import MachineError
 from toolstack.guestfetch import fetch
 
-WAYS: dict[str, dict[str, object]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "doorbells": {},
     "zeromq-alone": {"doorbells": False},
     "tcp": {"transport": "tcp"},
