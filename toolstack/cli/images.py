@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 
 
-def open_image(path: str, what: str) -> int:
-    """A descriptor of a readable, regular, non-empty file. InputError."""
+def open_image(path: str, what: str, *, writable: bool = False) -> int:
+    """A descriptor of a regular, non-empty file. InputError."""
+    access = os.O_RDWR if writable else os.O_RDONLY
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
     except OSError as error:
@@ -63,14 +64,21 @@ class Images:
             os.close(fd)
         self.descriptors.clear()
 
-    def add(self, path: str, what: str) -> int:
+    def add(self, path: str, what: str, *, writable: bool = False) -> int:
         """Opens it; its index. InputError."""
-        self.descriptors.append(open_image(path, what))
+        self.descriptors.append(open_image(path, what, writable=writable))
         return len(self.descriptors) - 1
 
 
+def _with_file(disk: dict[str, Any], images: Images) -> dict[str, Any]:
+    """`file` is the index of its descriptor: -1 for a drive without a medium."""
+    if not disk["target"]:
+        return {**disk, "file": -1}
+    return {**disk, "file": images.add(disk["target"], "disk", writable=not disk["readonly"])}
+
+
 def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
-    """The validated configuration; `kernel` and `ramdisk` are paths here. InputError names the field."""
+    """The validated configuration; `kernel`, `ramdisk` and the disks' `target` are paths here. InputError names the field."""
     from pydantic import ValidationError
 
     from bus.messages.control import DomainConfig
@@ -83,6 +91,7 @@ def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
         "kernel_path": kernel,
         "ramdisk": images.add(ramdisk, "ramdisk") if ramdisk else -1,
         "ramdisk_path": ramdisk,
+        "disks": [_with_file(disk, images) for disk in fields.get("disks", [])],
     }
     try:
         return DomainConfig.model_validate(values)

@@ -100,6 +100,9 @@ class Run:
                 for key in ("kernel", "ramdisk"):
                     if request.domain.get(key):
                         os.close(open_image(request.domain[key], key))
+                for disk in request.domain.get("disks", ()):
+                    if disk["target"]:
+                        os.close(open_image(disk["target"], "disk", writable=not disk["readonly"]))
                 memory = max(MACHINE_MEMORY_MB, request.domain["memory_mb"] + MACHINE_SPARE_MB)
                 machine = Machine(memory_mb=memory, cpus=request.cpus)
                 try:

@@ -70,6 +70,22 @@ def test_grub_answers_what_is_typed(domicile: Domicile, grub: str) -> None:
     assert b"a-" in done.stdout
 
 
+def test_a_disk_reaches_the_guest(domicile: Domicile, grub: str, tmp_path: Path) -> None:
+    """GRUB reads a file of an ext4 image through the driver domain; an image that is not there is named."""
+    directory, image = tmp_path / "tree", tmp_path / "disk.img"
+    directory.mkdir()
+    (directory / "note.txt").write_text("words from a disk\n")
+    mke2fs = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", str(directory), str(image), "8M"]
+    subprocess.run(mke2fs, check=True, capture_output=True)
+    done = domicile(
+        *("run", grub, "--timeout", "50", "--disk", f"{image},raw,xvda,r", "--until", "words from a disk"),
+        *("--expect", "grub> $", "--send", r"cat (xen/xvda)/note.txt\r"),
+    )
+    assert done.returncode == 0, done.stderr
+    done = domicile("run", grub, "--disk", "/nope,raw,xvda,r")
+    assert (done.returncode, done.stderr) == (2, b"domicile: disk /nope: no such file\n")
+
+
 def test_until_ends_a_guest_that_would_go_on(domicile: Domicile, grub: str) -> None:
     """Status 0 as soon as the pattern is there."""
     done = domicile("run", grub, "--until", "grub>", "--timeout", "40", "-q", "--json")
