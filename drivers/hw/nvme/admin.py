@@ -128,26 +128,26 @@ class AdminCommands:
         cns = task.command.cdw10 & 0xFF
         space = identity.namespaces.get(nsid)
         if cns == Cns.CONTROLLER:
-            self._c.send(task, pages.controller(identity))
+            self._c.transfers.send(task, pages.controller(identity))
         elif cns == Cns.ACTIVE_NAMESPACES:
             if nsid >= 0xFFFF_FFFE:
                 self._c.complete(task, Status.INVALID_NAMESPACE)
             else:
-                self._c.send(task, pages.active_list(identity, nsid))
+                self._c.transfers.send(task, pages.active_list(identity, nsid))
         elif cns == Cns.NAMESPACE:
             highest = max(identity.namespaces, default=1)
             if space is not None:
                 used = self._c.used_blocks.get(nsid, space.blocks)
-                self._c.send(task, pages.namespace(identity, space, used))
+                self._c.transfers.send(task, pages.namespace(identity, space, used))
             elif nsid == spec.NSID_ALL or not 1 <= nsid <= highest:
                 self._c.complete(task, Status.INVALID_NAMESPACE)
             else:  # an inactive namespace: zeroes
-                self._c.send(task, bytes(spec.IDENTIFY_SIZE))
+                self._c.transfers.send(task, bytes(spec.IDENTIFY_SIZE))
         elif cns == Cns.NAMESPACE_DESCRIPTORS:
             if space is None:
                 self._c.complete(task, Status.INVALID_NAMESPACE)
             else:
-                self._c.send(task, pages.descriptors(identity, nsid))
+                self._c.transfers.send(task, pages.descriptors(identity, nsid))
         else:
             self._c.complete(task, Status.INVALID_FIELD)
 
@@ -166,7 +166,7 @@ class AdminCommands:
         else:
             if not cmd.cdw10 & 1 << 15:  # not: retain asynchronous event
                 self._read_event(cmd.cdw10 & 0xFF)
-            self._c.send(task, log[offset : offset + length].ljust(length, b"\0"))
+            self._c.transfers.send(task, log[offset : offset + length].ljust(length, b"\0"))
 
     def _log(self, lid: int) -> bytes | None:
         if lid == LogPage.ERROR:
@@ -231,7 +231,7 @@ class AdminCommands:
                 self._events.remove(victim)
                 self._c.complete(victim, Status.ABORT_REQUESTED)
                 task.dw0 = 0
-        elif victim is not None and self._c.stop_waiting(victim):
+        elif victim is not None and self._c.transfers.stop_waiting(victim):
             self._c.complete(victim, Status.ABORT_REQUESTED)
             task.dw0 = 0
         self._c.complete(task, Status.SUCCESS)

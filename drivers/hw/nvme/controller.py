@@ -15,15 +15,17 @@ from functools import partial
 from typing import Final
 
 from drivers.hw.msix import MsixTable
-from drivers.hw.nvme import pages, prp, spec
+from drivers.hw.nvme import pages, spec
 from drivers.hw.nvme.admin import AdminCommands
 from drivers.hw.nvme.dma import MAX_BATCHES, MAX_ITEMS, DmaBatch, DmaEngine, Item, Unit, merge
 from drivers.hw.nvme.features import Features
+from drivers.hw.nvme.interrupts import Interrupts
 from drivers.hw.nvme.io import IoCommands, MediaOp, MediaRequest, MediaResult
 from drivers.hw.nvme.pages import Counters, Identity
 from drivers.hw.nvme.queues import CompletionQueue, SubmissionQueue, Task
 from drivers.hw.nvme.spec import Status
 from drivers.hw.nvme.staging import PAGE, Staging, StagingFull
+from drivers.hw.nvme.transfers import Transfers
 from drivers.hw.pci import BarSpec, ConfigSpace, MsixSpec
 
 MAX_TASKS: Final = 2048
@@ -69,8 +71,10 @@ class Controller:
         self._aqa = self._asq = self._acq = self._intms = 0
         self.sqs: dict[int, SubmissionQueue] = {}
         self.cqs: dict[int, CompletionQueue] = {}
-        self._dma = DmaEngine()
-        self._memory = staging
+        self._interrupts = Interrupts(self.config, self.msix, self.features)
+        self.dma = DmaEngine()
+        self.transfers = Transfers(self)
+        self.memory = staging
         self._resetting = False
         self._shutting = False
         self._media: dict[int, Callable[[MediaResult], None] | None] = {}
@@ -83,12 +87,10 @@ class Controller:
 
     def _fresh(self) -> None:
         """No command, no buffer."""
-        self._staging = Staging(self._memory, self.max_transfer)
-        self._entry_pages = [self._staging.allocate(PAGE) for _ in range(MAX_BATCHES)]
+        self.staging = Staging(self.memory, self.max_transfer)
+        self._entry_pages = [self.staging.allocate(PAGE) for _ in range(MAX_BATCHES)]
         self.tasks = 0
         self._completing: deque[Task] = deque()
-        self._waiting: deque[Task] = deque()
-        self._gathered: dict[int, tuple[int, int]] = {}
         self._turn = 0
 
     # -- registers ------------------------------------------------------------------------------------------------
@@ -205,12 +207,12 @@ class Controller:
         self.sqs.clear()
         self.cqs.clear()
         self._completing.clear()
-        self._waiting.clear()
-        self._gathered.clear()
+        self.transfers.reset()
+        self._interrupts.reset()
         untaken = {request.token for request in self._requests}
         self._media = dict.fromkeys(token for token in self._media if token not in untaken)
         self._requests.clear()
-        self._dma.reset()
+        self.dma.reset()
         self._admin.reset()
         self.features.reset()
         self._shutting = False
@@ -218,7 +220,7 @@ class Controller:
         self._quiet()
 
     def _quiet(self) -> None:
-        if self._resetting and not self._dma.flying and not self._media:
+        if self._resetting and not self.dma.flying and not self._media:
             self._resetting = False
             self.csts = 0
             self.fatal_reason = ""
@@ -236,7 +238,7 @@ class Controller:
         """Controller fatal status: nothing goes on until a reset."""
         self.csts |= spec.CSTS_CFS
         self.fatal_reason = why
-        self._dma.reset()
+        self.dma.reset()
 
     @property
     def _works(self) -> bool:
@@ -318,7 +320,7 @@ class Controller:
             if count <= 0 or sq.fetching or sq.deleter is not None:
                 continue
             try:
-                position = self._staging.allocate(PAGE)
+                position = self.staging.allocate(PAGE)
             except StagingFull:
                 return
             straight = min(count, sq.size - sq.head)
@@ -331,13 +333,13 @@ class Controller:
             sq.count += count
             self.tasks += count
             bad = partial(self._fatal, f"submission queue {sq.qid} cannot be read")
-            self._dma.add([Unit(items, partial(self._fetched, sq, position, count), bad)])
+            self.dma.add([Unit(items, partial(self._fetched, sq, position, count), bad)])
 
     def _fetched(self, sq: SubmissionQueue, position: int, count: int) -> None:
         size = spec.SQE_SIZE
         unpack = spec.COMMAND.unpack
-        commands = [unpack(self._memory, position + size * i) for i in range(count)]
-        self._staging.release(position)
+        commands = [unpack(self.memory, position + size * i) for i in range(count)]
+        self.staging.release(position)
         sq.fetching = False
         sq.head = (sq.head + count) % sq.size
         start = self._io.start if sq.qid else self._admin.start
@@ -353,79 +355,6 @@ class Controller:
                 self.complete(task, Status.INVALID_FIELD)
             else:
                 start(task)
-
-    def with_prps(self, task: Task, then: Callable[[Task], None]) -> None:
-        """Get a buffer for `task.length` bytes and the task's `segments` from its PRPs; then go on."""
-        try:
-            task.segments, step = prp.begin(task.command.prp1, task.command.prp2, task.length)
-        except prp.PrpError as error:
-            self.complete(task, error.status)
-            return
-        task.prp_done = then
-        task.start = partial(self._read_list, step=step)
-        self._waiting.append(task)
-        if len(self._waiting) == 1:
-            self._start_waiting()
-
-    def _start_waiting(self) -> None:
-        """First come, first served: a large command is not overtaken for ever by small ones."""
-        while self._waiting:
-            task = self._waiting[0]
-            try:
-                task.position = self._staging.allocate(task.length)
-            except StagingFull:
-                return
-            self._waiting.popleft()
-            assert task.start is not None
-            task.start(task)
-
-    def stop_waiting(self, task: Task) -> bool:
-        """Abort a command that has no buffer yet."""
-        try:
-            self._waiting.remove(task)
-        except ValueError:
-            return False
-        return True
-
-    def _read_list(self, task: Task, step: prp.ListStep | None) -> None:
-        """PRP lists are read into the command's own buffer: the data comes later."""
-        if step is None:
-            assert task.prp_done is not None
-            task.prp_done(task)
-            return
-        item = (step.address, step.entries * prp.ENTRY, False, task.position)
-        self._dma.add([Unit([item], partial(self._list_read, task, step), partial(self._no_data, task))])
-
-    def _list_read(self, task: Task, step: prp.ListStep) -> None:
-        try:
-            runs, further = prp.go_on(step, self._memory[task.position : task.position + PAGE])
-        except prp.PrpError as error:
-            self.complete(task, error.status)
-            return
-        task.segments += runs
-        self._read_list(task, further)
-
-    def _no_data(self, task: Task) -> None:
-        self.complete(task, Status.DATA_TRANSFER_ERROR)
-
-    def fetch_data(self, task: Task, then: Callable[[Task], None]) -> None:
-        """Have the data from the driver's memory in the buffer; then go on."""
-        items = merge(task.segments, False, task.position)
-        self._dma.add([Unit(items, partial(then, task), partial(self._no_data, task))])
-
-    def buffer(self, task: Task) -> memoryview:
-        """The task's data."""
-        return self._memory[task.position : task.position + task.length]
-
-    def send(self, task: Task, data: bytes) -> None:
-        """Answer an admin command with data."""
-
-        def put(task: Task) -> None:
-            self._memory[task.position : task.position + len(data)] = data
-            self.complete(task, Status.SUCCESS)
-
-        task.length, task.to_memory = len(data), True
-        self.with_prps(task, put)
 
     # -- media ----------------------------------------------------------------------------------------------------
 
@@ -526,7 +455,7 @@ class Controller:
 
     def _build(self) -> None:
         """Completions: data, then entries, then vectors, in as few batches as there can be."""
-        while self._completing and self._entry_pages and self._dma.room:
+        while self._completing and self._entry_pages and self.dma.room:
             page = self._entry_pages.pop()
             room = MAX_ITEMS - 2 * len(self.cqs)
             units: list[Unit] = []
@@ -551,11 +480,11 @@ class Controller:
                 position += spec.CQE_SIZE * len(tasks)
                 bad = partial(self._fatal, f"completion queue {qid} cannot be written")
                 units.append(Unit(items, partial(self._posted, cq, tasks), bad))
-                if cq.enabled and not self.features.coalescing(cq.vector)[1]:
-                    vectors += self._interrupt(cq.vector)
+                if cq.enabled and self._interrupts.at_once(cq.vector):
+                    vectors += self._interrupts.raise_vector(cq.vector)
             last = units[-1]
             units[-1] = Unit(last.items, partial(self._page_free, last.ok, page), last.bad)
-            self._dma.add(units, vectors)
+            self.dma.add(units, vectors)
 
     def _entries(self, cq: CompletionQueue, tasks: list[Task], position: int) -> list[Item]:
         """Write completion entries to the staging memory; the items that carry them to the queue."""
@@ -567,7 +496,7 @@ class Controller:
             task.slot = position
             sq = task.sq
             field = self._status_field(task, phase)
-            _PACK_CQE(self._memory, position, task.dw0, 0, sq.head, sq.qid, task.command.cid, field)
+            _PACK_CQE(self.memory, position, task.dw0, 0, sq.head, sq.qid, task.command.cid, field)
             runs.append((address, spec.CQE_SIZE))
             position += spec.CQE_SIZE
         return merge(runs, True, start)
@@ -576,8 +505,8 @@ class Controller:
         """The data of a read could not be written: its completion entry, which is still here, says so."""
         task.status = Status.DATA_TRANSFER_ERROR
         place = task.slot + spec.COMPLETION.offset("status")
-        field = self._status_field(task, self._memory[place] & spec.STATUS_PHASE)
-        struct.pack_into("<H", self._memory, place, field)
+        field = self._status_field(task, self.memory[place] & spec.STATUS_PHASE)
+        struct.pack_into("<H", self.memory, place, field)
 
     def _page_free(self, ok: Callable[[], None], page: int) -> None:
         self._entry_pages.append(page)
@@ -588,7 +517,7 @@ class Controller:
         for task in tasks:
             sq = task.sq
             if task.position >= 0:
-                self._staging.release(task.position)
+                self.staging.release(task.position)
             if task.registered:
                 del sq.active[task.command.cid]
             sq.count -= 1
@@ -596,38 +525,23 @@ class Controller:
             if sq.deleter is not None:
                 self.queue_quiet(sq)
         if cq.enabled:
-            threshold, delay = self.features.coalescing(cq.vector)
-            if delay:
-                gathered, deadline = self._gathered.get(cq.vector, (0, self.now + delay))
-                self._gathered[cq.vector] = gathered + len(tasks), deadline
-                if gathered + len(tasks) >= threshold:
-                    self._gathered[cq.vector] = threshold, self.now
-                    self.tick(self.now)
-        self._start_waiting()
+            self.dma.add([], self._interrupts.posted(self.now, cq.vector, len(tasks)))
+        self.transfers.go_on()
 
-    # -- interrupts -----------------------------------------------------------------------------------------------
-
-    def _interrupt(self, vector: int) -> list[int]:
-        """What to raise for a vector; nothing if it is masked (then it is pending) or MSI-X is off."""
-        if self.config.msix_enabled and self.msix.raise_vector(vector, self.config.msix_masked):
-            return [vector]
-        return []
+    # -- time and interrupts --------------------------------------------------------------------------------------
 
     def _unmasked(self) -> None:
-        if self.config.msix_enabled:
-            for vector in self.msix.unmasked(self.config.msix_masked):
-                self._dma.add([], self._interrupt(vector))
+        for vector in self._interrupts.unmasked():
+            self.dma.add([], [vector])
 
     def tick(self, now: int) -> None:
         """Time has passed: interrupts that were gathered long enough."""
         self.now = now
-        for vector in [v for v, (_, deadline) in self._gathered.items() if deadline <= now]:
-            del self._gathered[vector]
-            self._dma.add([], self._interrupt(vector))
+        self.dma.add([], self._interrupts.due(now))
 
     def next_deadline(self) -> int | None:
         """When `tick` has something to do."""
-        return min((deadline for _, deadline in self._gathered.values()), default=None)
+        return self._interrupts.deadline()
 
     # -- DMA ------------------------------------------------------------------------------------------------------
 
@@ -635,26 +549,26 @@ class Controller:
         """Effect: DMA to carry out. Call it when the media have nothing to do."""
         if self._works:
             self._build()
-            if self._dma.room and not self._shutting and not self.csts & spec.CSTS_SHST_MASK:
+            if self.dma.room and not self._shutting and not self.csts & spec.CSTS_SHST_MASK:
                 self._fetch()
         if not self.config.bus_master or self.csts & spec.CSTS_CFS or self._resetting:
             return []
-        return self._dma.take()
+        return self.dma.take()
 
     def release(self) -> None:
         """The end: no view of the staging memory is held any more, and no call may follow."""
         self._reset()
-        self._memory = self._staging.view = memoryview(b"")
+        self.memory = self.staging.view = memoryview(b"")
 
     @property
     def busy(self) -> bool:
         """There is DMA or media I/O under way."""
-        return bool(self._dma.flying or self._media)
+        return bool(self.dma.flying or self._media)
 
     def dma_done(self, now: int, token: int, fault: int) -> None:
         """The hypervisor's answer to a batch: `fault` -1, the index of the item that faulted, or FFFFh (a vector)."""
         self.now = now
-        self._dma.done(token, fault)
+        self.dma.done(token, fault)
         self._quiet()
 
 

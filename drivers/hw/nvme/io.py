@@ -102,7 +102,7 @@ class IoCommands:
         space = self._transfer(task)
         if space is not None:
             task.to_memory = True
-            self._c.with_prps(task, self._read_media)
+            self._c.transfers.with_prps(task, self._read_media)
 
     def _read_media(self, task: Task) -> None:
         shift = self._c.identity.namespaces[task.command.nsid].shift
@@ -135,7 +135,9 @@ class IoCommands:
     def _write(self, task: Task) -> None:
         space = self._transfer(task)
         if space is not None and self._writable(task, space):
-            self._c.with_prps(task, lambda task: self._c.fetch_data(task, self._write_media))
+            self._c.transfers.with_prps(
+                task, lambda task: self._c.transfers.fetch_data(task, self._write_media)
+            )
 
     def _write_media(self, task: Task) -> None:
         shift = self._c.identity.namespaces[task.command.nsid].shift
@@ -164,7 +166,9 @@ class IoCommands:
 
     def _compare(self, task: Task) -> None:
         if self._transfer(task) is not None:
-            self._c.with_prps(task, lambda task: self._c.fetch_data(task, self._compare_media))
+            self._c.transfers.with_prps(
+                task, lambda task: self._c.transfers.fetch_data(task, self._compare_media)
+            )
 
     def _compare_media(self, task: Task) -> None:
         shift = self._c.identity.namespaces[task.command.nsid].shift
@@ -223,13 +227,13 @@ class IoCommands:
         task.length = ((task.command.cdw10 & 0xFF) + 1) * spec.DSM_RANGE.size
         if task.command.cdw11 & spec.DSM_DEALLOCATE and not self._writable(task, space):
             return
-        self._c.with_prps(task, lambda task: self._c.fetch_data(task, self._ranges))
+        self._c.transfers.with_prps(task, lambda task: self._c.transfers.fetch_data(task, self._ranges))
 
     def _ranges(self, task: Task) -> None:
         """All ranges are checked before the first is deallocated."""
         space = self._c.identity.namespaces[task.command.nsid]
         count = task.length // spec.DSM_RANGE.size
-        ranges = spec.DSM_RANGE.unpack_array(self._c.buffer(task), count)
+        ranges = spec.DSM_RANGE.unpack_array(self._c.transfers.buffer(task), count)
         if any(item.lba + item.blocks > space.blocks for item in ranges):
             self._c.complete(task, Status.LBA_OUT_OF_RANGE)
             return

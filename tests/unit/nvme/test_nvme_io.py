@@ -57,7 +57,7 @@ def test_write_then_read_moves_exactly_the_bytes(
     prps = host.prps(target, length, 0x90000 + list_offset)
     assert host.status(1, IoOpcode.READ, **where, **prps) == Status.SUCCESS
     assert host.memory[target - 16 : target + length + 16] == b"\xee" * 16 + data + b"\xee" * 16
-    assert host.model.controller._staging.in_use == 16  # the pages for completion entries only
+    assert host.model.controller.staging.in_use == 16  # the pages for completion entries only
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""A command's data: its buffer in the staging memory, its PRPs, and the way between both."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from drivers.hw.nvme import prp
+from drivers.hw.nvme.dma import Unit, merge
+from drivers.hw.nvme.queues import Task
+from drivers.hw.nvme.spec import Status
+from drivers.hw.nvme.staging import PAGE, StagingFull
+
+if TYPE_CHECKING:
+    from drivers.hw.nvme.controller import Controller
+
+
+class Transfers:
+    """Of one controller. Commands without a buffer wait in order."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._c = controller
+        self._waiting: deque[Task] = deque()
+
+    def reset(self) -> None:
+        """Nobody waits."""
+        self._waiting.clear()
+
+    def with_prps(self, task: Task, then: Callable[[Task], None]) -> None:
+        """Get a buffer for `task.length` bytes and the task's `segments` from its PRPs; then go on."""
+        try:
+            task.segments, step = prp.begin(task.command.prp1, task.command.prp2, task.length)
+        except prp.PrpError as error:
+            self._c.complete(task, error.status)
+            return
+        task.prp_done = then
+        task.start = partial(self._read_list, step=step)
+        self._waiting.append(task)
+        if len(self._waiting) == 1:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Buffers may be free again. First come, first served: a large command is not overtaken for ever by small ones."""
+        while self._waiting:
+            task = self._waiting[0]
+            try:
+                task.position = self._c.staging.allocate(task.length)
+            except StagingFull:
+                return
+            self._waiting.popleft()
+            assert task.start is not None
+            task.start(task)
+
+    def stop_waiting(self, task: Task) -> bool:
+        """Abort a command that has no buffer yet."""
+        try:
+            self._waiting.remove(task)
+        except ValueError:
+            return False
+        return True
+
+    def _read_list(self, task: Task, step: prp.ListStep | None) -> None:
+        """PRP lists are read into the command's own buffer: the data comes later."""
+        if step is None:
+            assert task.prp_done is not None
+            task.prp_done(task)
+            return
+        item = (step.address, step.entries * prp.ENTRY, False, task.position)
+        self._c.dma.add([Unit([item], partial(self._list_read, task, step), partial(self._no_data, task))])
+
+    def _list_read(self, task: Task, step: prp.ListStep) -> None:
+        try:
+            runs, further = prp.go_on(step, self._c.memory[task.position : task.position + PAGE])
+        except prp.PrpError as error:
+            self._c.complete(task, error.status)
+            return
+        task.segments += runs
+        self._read_list(task, further)
+
+    def _no_data(self, task: Task) -> None:
+        self._c.complete(task, Status.DATA_TRANSFER_ERROR)
+
+    def fetch_data(self, task: Task, then: Callable[[Task], None]) -> None:
+        """Have the data from the driver's memory in the buffer; then go on."""
+        items = merge(task.segments, False, task.position)
+        self._c.dma.add([Unit(items, partial(then, task), partial(self._no_data, task))])
+
+    def buffer(self, task: Task) -> memoryview:
+        """The task's data."""
+        return self._c.memory[task.position : task.position + task.length]
+
+    def send(self, task: Task, data: bytes) -> None:
+        """Answer an admin command with data."""
+
+        def put(task: Task) -> None:
+            self._c.memory[task.position : task.position + len(data)] = data
+            self._c.complete(task, Status.SUCCESS)
+
+        task.length, task.to_memory = len(data), True
+        self.with_prps(task, put)
