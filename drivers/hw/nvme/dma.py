@@ -72,7 +72,7 @@ class DmaEngine:
 
     def __init__(self) -> None:
         self._tokens = itertools.count(1)
-        self._groups: deque[tuple[list[Unit], list[int]]] = deque()
+        self._groups: deque[tuple[list[Unit], list[int], bool]] = deque()
         self._flying: dict[int, _Batch] = {}
         self.faults = 0
         self.lost_vectors = 0
@@ -87,10 +87,10 @@ class DmaEngine:
         """Another batch could go out now."""
         return len(self._flying) < MAX_BATCHES
 
-    def add(self, units: list[Unit], vectors: list[int] | None = None) -> None:
-        """Units that must go in one batch, in order; then the vectors."""
+    def add(self, units: list[Unit], vectors: list[int] | None = None, alone: bool = False) -> None:
+        """Units that must go in one batch, in order; then the vectors. `alone`: with nothing else in that batch."""
         if units or vectors:
-            self._groups.append((units, vectors or []))
+            self._groups.append((units, vectors or [], alone))
 
     def take(self) -> list[DmaBatch]:
         """The batches that may go out now; groups share a batch while they fit."""
@@ -100,10 +100,10 @@ class DmaEngine:
             items: list[Item] = []
             vectors: list[int] = []
             while self._groups:
-                more, more_vectors = self._groups[0]
+                more, more_vectors, alone = self._groups[0]
                 count = sum(len(unit.items) for unit in more)
                 if (items or vectors) and (
-                    len(items) + count > MAX_ITEMS or len(vectors) + len(more_vectors) > 64
+                    alone or len(items) + count > MAX_ITEMS or len(vectors) + len(more_vectors) > 64
                 ):
                     break
                 self._groups.popleft()
@@ -111,6 +111,8 @@ class DmaEngine:
                 for unit in more:
                     items += unit.items
                 vectors += [vector for vector in more_vectors if vector not in vectors]
+                if alone:
+                    break
             token = next(self._tokens)
             self._flying[token] = _Batch(units, vectors)
             out.append(DmaBatch(token, items, vectors))
@@ -124,7 +126,7 @@ class DmaEngine:
         if fault == BAD_VECTOR and len(batch.vectors) > 1:
             # One of them was refused, and those after it were not tried: each goes alone.
             for vector in batch.vectors:
-                self.add([], [vector])
+                self.add([], [vector], alone=True)
         elif fault == BAD_VECTOR:
             self.lost_vectors += 1
         if fault in (NO_FAULT, BAD_VECTOR):
@@ -137,7 +139,7 @@ class DmaEngine:
             seen += len(unit.items)
             if fault < seen:
                 if index + 1 < len(batch.units) or batch.vectors:
-                    self._groups.appendleft((batch.units[index + 1 :], batch.vectors))
+                    self._groups.appendleft((batch.units[index + 1 :], batch.vectors, False))
                 for before in batch.units[:index]:
                     before.ok()
                 unit.bad()

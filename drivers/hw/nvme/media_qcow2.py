@@ -168,7 +168,9 @@ class Qcow2Media:
         raw = self._bytes(start, end - start, "compressed cluster")
         try:
             if self._zstd:
-                data = zstandard.ZstdDecompressor().decompressobj(read_across_frames=False).decompress(raw)
+                # Read, not decompressed as a whole: a few bytes can stand for gigabytes.
+                with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(raw) as reader:
+                    data = reader.read(self._cluster)
             else:
                 data = zlib.decompressobj(-12).decompress(raw, self._cluster)
         except (zlib.error, zstandard.ZstdError) as error:
