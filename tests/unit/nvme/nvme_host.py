@@ -32,7 +32,7 @@ class Host:
     """Memory, time, and a driver that follows the specification."""
 
     def __init__(self, media: dict[int, Media] | None = None, **identity: int) -> None:
-        self.media = media if media is not None else {1: raw_file(1 << 20)}
+        self.media: dict[int, Media] = {1: raw_file(1 << 20)} if media is None else media
         self.identity = Identity(serial="T0", namespaces=namespaces(self.media, {}), **identity)  # type: ignore[arg-type]  # numbers only, in the tests
         self.staging = memoryview(bytearray(STAGING))
         self.kind = kind(self.identity, self.media)
