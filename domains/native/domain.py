@@ -169,24 +169,19 @@ class NativeDomain:
             "doorbell_off": self._doorbell_off,
             "device_attached": self._device_attached,
         }
-        reactor.reader(self.link.fileno(), self.poll)
+        reactor.reader(self.link.fileno(), lambda: None)
+        reactor.before_wait.append(self.poll)
         self.link.send(Hello(pid=os.getpid(), role=start.role))
-        reactor.soon(self.poll)
 
-    def poll(self) -> None:
-        """Take what came on the link. Once before each wait after something was sent: libzmq signals a socket's descriptor
-        only for what comes after a receive found nothing."""
-        while self.link.dispatch():
-            pass
+    def poll(self) -> bool:
+        """Take what came on the link; True if there was something."""
+        return bool(self.link.dispatch())
 
     # ------------------------------------------------------------------ hypercalls
 
     def hypercall(self, nr: int, cmd: int, data: bytes = b"") -> tuple[int, bytes]:
         """The raw call: (return value, updated structures)."""
-        result = self.link.call(nr, cmd, data)
-        # Messages may have come with the reply: the socket's descriptor does not become readable again for them.
-        self.reactor.soon(self.poll)
-        return result
+        return self.link.call(nr, cmd, data)
 
     def call(self, nr: int, cmd: int, data: bytes = b"", what: str = "") -> bytes:
         """The same, but HypercallError for a negative return value."""
@@ -245,7 +240,6 @@ class NativeDomain:
             value=value or 0,
         )
         rc, data = self.link.exchange(message, token)
-        self.reactor.soon(self.poll)
         if rc < 0:
             raise HypercallError(-rc, f"register of device {bdf:#x}")
         return int.from_bytes(data, "little")

@@ -21,6 +21,9 @@ class Reactor:
         self._timers: list[tuple[float, int, Callback]] = []
         self._serial = itertools.count()
         self._soon: list[Callback] = []
+        self.before_wait: list[Callable[[], bool]] = []
+        """Called before each wait; one that returns True did something, and the round does not wait. For sources whose descriptor
+        is not enough: a ZeroMQ socket signals only what comes after a receive found nothing."""
         self.stopping = False
 
     def reader(self, fd: int, callback: Callback) -> None:
@@ -76,6 +79,9 @@ class Reactor:
         soon, self._soon = self._soon, []
         for callback in soon:
             callback()
+        for look in self.before_wait:
+            if look():
+                timeout = 0.0
         if self._soon or self.stopping:
             timeout = 0.0
         if self._timers:

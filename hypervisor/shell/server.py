@@ -251,6 +251,7 @@ class Server:
 
     def _one(self, effect: fx.Effect) -> None:
         if isinstance(effect, fx.StartProcess):
+            self.log("info", f"process {effect.role} is started", effect.domain)
             peer = self.processes.start(effect.domain, effect.role, self._settings)
             self._add_peer(peer)
         elif isinstance(effect, fx.KillProcess):
