@@ -180,9 +180,8 @@ class Disks:
         disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config)
         readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))
         settings = {
-            "format": config.get("format", "raw"),
-            "readonly": readonly,
             "serial": f"DOMICILE{self._serial:04d}",
+            "namespace1": {"format": config.get("format", "raw"), "read_only": readonly},
         }
         self._deposit(disk.name, ["namespace1"], [fd], settings)
         self.disks[disk.name] = disk
