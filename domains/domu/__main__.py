@@ -7,14 +7,14 @@ import sys
 from bus import privileges
 from bus.link import HypervisorGone
 from bus.process import begin
-from domains.domu.pv_process import PvProcess
+from domains.domu.hvm_process import GuestProcess
 
 
 def main() -> None:
     """Entry point of the process."""
     sys.setswitchinterval(1e-4)  # the ear must get its turn at once (UNICORN.md)
     start = begin(privileges.Limits(open_files=4096, processes=32))
-    process = PvProcess(start)
+    process = GuestProcess(start)
     try:
         process.run()
     except HypervisorGone as gone:

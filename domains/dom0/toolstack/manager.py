@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from bus.abi import domctl as dc
 from bus.abi import sched
+from bus.abi.arch_x86 import XEN_X86_EMU_LAPIC
 from bus.abi.grant_table import GNTTAB_RESERVED_CONSOLE
 from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from bus.addresses import DomId, GrantRef, Mfn, Port, VcpuId
@@ -20,6 +21,7 @@ from domains.dom0.builder.kernel import Kernel, load_kernel
 from domains.dom0.consoled import Console
 from domains.dom0.toolstack.disks import DiskError, Disks
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
+from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import GrantError, HypercallError, NativeDomain
@@ -89,12 +91,21 @@ class Manager:
     def _create(self, config: DomainConfig, files: dict[int, int], console: Console | None) -> DomId:
         if any(guest.config.name == config.name and not guest.ending for guest in self.guests.values()):
             raise ToolstackError(f"domain {config.name!r} exists already: choose another name, or destroy it")
-        if config.type != "pv":
-            raise ToolstackError(f"type={config.type!r}: this version builds PV guests only")
+        if config.type == "hvm":
+            raise ToolstackError(
+                f"{config.name}: type='hvm' is not built yet (no firmware, no device model): a kernel with a PVH entry"
+                " starts with type='pvh', a PV kernel with type='pv'"
+            )
         kernel = self._kernel(config, files)
         ramdisk = read_file(files[config.ramdisk], config.ramdisk_path) if config.ramdisk >= 0 else b""
         try:
-            domid = self.xc.create_domain(uuid=config.uuid, max_vcpus=config.maxvcpus or config.vcpus)
+            pvh = config.type == "pvh"
+            domid = self.xc.create_domain(
+                uuid=config.uuid,
+                max_vcpus=config.maxvcpus or config.vcpus,
+                flags=dc.XEN_DOMCTL_CDF_hvm | dc.XEN_DOMCTL_CDF_hap if pvh else 0,
+                emulation_flags=XEN_X86_EMU_LAPIC if pvh else 0,
+            )
         except HypercallError as error:
             raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
         try:
@@ -129,15 +140,61 @@ class Manager:
         console: Console | None,
     ) -> Guest:
         xc, host = self.xc, self._host
-        pages = config.memory_mb << 8
-        xc.max_vcpus(domid, config.maxvcpus or config.vcpus)
-        xc.max_mem(domid, max(config.memory_mb, config.maxmem_mb) << 10)
+        vcpus = config.maxvcpus or config.vcpus
+        pvh = config.type == "pvh"
+        xc.max_vcpus(domid, vcpus)
+        extra = extra_pages(vcpus) << 2 if pvh else 0
+        xc.max_mem(domid, (max(config.memory_mb, config.maxmem_mb) << 10) + extra)
+        xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
+        console_port = host.alloc_unbound(domid, DOMID_SELF)
+        ring: int
+        if pvh:
+            ring = build_pvh_domain(
+                host,
+                xc,
+                domid,
+                kernel,
+                ramdisk,
+                config.cmdline,
+                config.memory_mb << 8,
+                (vcpus, config.vcpus),
+                xenstore_port,
+                console_port,
+            ).console_gfn
+        else:
+            ring = self._build_pv(domid, config, kernel, ramdisk, xenstore_port, console_port)
+        if config.cpu_weight != 256 or config.cap:
+            xc.scheduler(domid, config.cpu_weight, config.cap)
+        if console is None:
+            console = Console(host, domid, config.name, self._consoles)
+        console.domid = domid
+        guest = Guest(domid, config, files, console, config.uuid, xenstore_port=xenstore_port)
+        try:
+            console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
+            self._write_store(guest, ring, console_port)
+            for disk in config.disks:
+                self.disks.attach(domid, disk, files.get(disk.get("file", -1)))
+            self.store.introduce(domid, xenstore_port)
+        except BaseException:
+            console.close()
+            raise
+        return guest
+
+    def _build_pv(
+        self,
+        domid: DomId,
+        config: DomainConfig,
+        kernel: Kernel,
+        ramdisk: bytes,
+        xenstore_port: Port,
+        console_port: Port,
+    ) -> int:
+        """Memory and first vCPU state of a PV domain. The console ring's frame."""
+        xc, pages = self.xc, config.memory_mb << 8
         mfns = xc.populate(domid, range(pages))
         if mfns[-1] - mfns[0] != pages - 1:
             raise ValueError("its memory is not contiguous")
-        xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
-        console_port = host.alloc_unbound(domid, DOMID_SELF)
-        fd, extent = host.foreign_extents[domid]
+        fd, extent = self._host.foreign_extents[domid]
         memory = ForeignMemory(fd, extent["base"], extent["frames"])
         try:
             built = build_pv_domain(
@@ -155,22 +212,7 @@ class Manager:
         finally:
             memory.close()
         xc.set_vcpu_context(domid, VcpuId(0), built.context)
-        if config.cpu_weight != 256 or config.cap:
-            xc.scheduler(domid, config.cpu_weight, config.cap)
-        if console is None:
-            console = Console(host, domid, config.name, self._consoles)
-        console.domid = domid
-        guest = Guest(domid, config, files, console, config.uuid, xenstore_port=xenstore_port)
-        try:
-            console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
-            self._write_store(guest, built.console_mfn, console_port)
-            for disk in config.disks:
-                self.disks.attach(domid, disk, files.get(disk.get("file", -1)))
-            self.store.introduce(domid, xenstore_port)
-        except BaseException:
-            console.close()
-            raise
-        return guest
+        return built.console_mfn
 
     def _write_store(self, guest: Guest, console_mfn: int, console_port: Port) -> None:
         """What a guest and the tools expect to find (docs/misc/xenstore-paths)."""

@@ -31,7 +31,7 @@ INCLUDES = (
     *("vcpu.h", "callback.h", "physdev.h", "platform.h", "domctl.h", "sysctl.h", "nmi.h", "elfnote.h"),
     *("arch-x86/cpuid.h", "arch-x86/hvm/start_info.h"),
     *("hvm/params.h", "hvm/hvm_op.h", "hvm/ioreq.h", "hvm/dm_op.h", "hvm/hvm_vcpu.h", "hvm/e820.h"),
-    *("hvm/hvm_info_table.h", "hvm/hvm_xs_strings.h"),
+    *("hvm/hvm_info_table.h", "hvm/hvm_xs_strings.h", "hvm/save.h"),
     *(
         "io/ring.h",
         "io/blkif.h",

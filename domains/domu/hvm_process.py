@@ -1,0 +1,167 @@
+"""A guest's process: what it is, PV or HVM, comes with the `configure` order. The HVM side is here; the loop, events and
+doorbells are `PvProcess`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, cast
+
+from bus.abi.errno import XEN_EINVAL, XEN_EOPNOTSUPP
+from bus.abi.hypercalls import HYPERCALLS
+from bus.addresses import PAGE_SIZE, Mfn, VcpuId
+from bus.messages.domain import Order
+from bus.process import Start
+from domains.domu.pv_process import PvProcess
+from domains.granting import Granting
+from domains.hostmem import HostMemory, Window
+from domains.hvm.context import BadContext
+from domains.hvm.domain import HvmConfig, HvmDomain
+from domains.hvm.physmap import P2M_RAM, PhysicalMap
+from domains.pv.calls_version import Identity
+from domains.pv.domain import PvDomain
+
+
+class GuestProcess(PvProcess):
+    """A PV guest's process until the `configure` order says otherwise."""
+
+    def __init__(self, start: Start) -> None:
+        """Connects and says hello."""
+        super().__init__(start)
+        self.hvm: HvmDomain | None = None
+        self.physmap: PhysicalMap | None = None
+        self._handle = bytes(16)
+        self._params: dict[int, int] = {}
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        result = super()._configure(order, fds)
+        if order.body["kind"] == "hvm":
+            self._handle = bytes(order.body["handle"])
+            self._handlers.update(
+                {
+                    "extent": self._hvm_extent,
+                    "memory": self._hvm_memory,
+                    "set_vcpu_context": lambda order, fds: (-XEN_EOPNOTSUPP, b""),
+                    "set_hvm_context": self._set_hvm_context,
+                    "get_hvm_context": lambda order, fds: (-XEN_EOPNOTSUPP, b""),
+                    "hvm_param": self._hvm_param,
+                    "trigger": self._trigger,
+                    "drop_code": self._hvm_drop_code,
+                    "grant_attach": self._hvm_attach,
+                    "grant_detach": self._hvm_detach,
+                }
+            )
+        return result
+
+    # ------------------------------------------------------------------ memory
+
+    def _hvm_extent(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        body = order.body
+        self.memory = HostMemory(fds[0], Mfn(body["base"]), body["frames"])
+        self._shared_info = Mfn(body["shared_info"])
+        physmap = self.physmap = PhysicalMap(Mfn(body["base"]), body["frames"], self.memory.address)
+        self._granting = Granting(self.memory, changed=physmap.drop_code)
+        return 0, b""
+
+    def _hvm_memory(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        assert self.physmap is not None
+        for gfn, mfn, count, kind in order.body.get("p2m", ()):
+            self.physmap.changed(gfn, mfn, count, kind)
+        return 0, b""
+
+    def _hvm_drop_code(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        assert self.physmap is not None
+        for mfn in order.body["frames"]:
+            self.physmap.drop_code(mfn)
+        return 0, b""
+
+    # ------------------------------------------------------------------ start
+
+    def _hvm_param(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self.hvm is None:
+            self._params[order.body["index"]] = order.body["value"]
+        else:
+            self.hvm.set_param(order.body["index"], order.body["value"])
+        return 0, b""
+
+    def _set_hvm_context(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """The builder is done: the domain is made, its first vCPU in the state that the context names."""
+        memory, physmap = self.memory, self.physmap
+        if self.hvm is not None or memory is None or physmap is None:
+            return -XEN_EINVAL, b""
+        domain = HvmDomain(
+            HvmConfig(self.domid, self._shared_info, self._max_vcpus, Identity(handle=self._handle)),
+            physmap,
+            memory.octets,
+            memory.words,
+            self.upstream,
+            HYPERCALLS,
+            wall=time.time_ns,
+            monotonic=time.monotonic_ns,
+        )
+        try:
+            domain.start(bytes(order.body["context"]))
+        except BadContext as error:
+            self.upstream.console_line(f"HVM context refused: {error}")
+            return -XEN_EINVAL, b""
+        for index, value in self._params.items():
+            domain.set_param(index, value)
+        self.hvm = domain
+        # It has what the inherited loop and orders use of a PvDomain.
+        self.domain = cast(PvDomain, domain)
+        return 0, b""
+
+    def _trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """XEN_DOMCTL_SENDTRIGGER_NMI (0). Buttons need ACPI devices, which this guest does not have."""
+        vcpu = VcpuId(order.body["vcpu"])
+        if self.hvm is not None and order.body["trigger"] == 0 and vcpu < len(self.hvm.states):
+            state = self.hvm.states[vcpu]
+            state.nmi = True
+            state.wake()
+            self.hvm.ring()
+        return 0, b""
+
+    # ------------------------------------------------------------------ grants of others
+
+    def _hvm_attach(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """Put granted pages at their guest frames."""
+        assert self.physmap is not None
+        items: list[Any] = order.body["items"]
+        rights: dict[int, bool] = {}
+        for item in items:
+            rights[item[2]] = rights.get(item[2], False) or bool(item[4])
+        for number, fd in zip(order.body.get("windows", ()), fds, strict=True):
+            known = self._windows.get(number)
+            if known is not None and (known[0].writable or not rights[number]):
+                os.close(fd)
+                continue
+            window = Window(fd, os.fstat(fd).st_size // PAGE_SIZE, rights[number])
+            self._windows[number] = (window, known[1] if known is not None else 0)
+        for handle, mfn, number, index, writable, host_address, _flags, _granter in items:
+            gfn = host_address >> 12
+            self._places[handle] = (number, gfn)
+            if number not in self._windows:
+                self.physmap.changed(gfn, mfn, 1, P2M_RAM)  # a frame of its own
+                continue
+            window, users = self._windows[number]
+            self._windows[number] = (window, users + 1)
+            self.physmap.map_granted(gfn, window.address + index * PAGE_SIZE, writable=bool(writable))
+        return 0, bytes(2 * len(items))
+
+    def _hvm_detach(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        assert self.physmap is not None
+        items: list[Any] = order.body["items"]
+        for handle, *_ in items:
+            number, gfn = self._places.pop(handle, (-1, 0))
+            if number not in self._windows:
+                continue
+            self.physmap.unmap_granted(gfn)
+            window, users = self._windows[number]
+            if users <= 1:
+                window.close()
+                del self._windows[number]
+            else:
+                self._windows[number] = (window, users - 1)
+        return 0, bytes(2 * len(items))

@@ -1,0 +1,406 @@
+"""An HVM or PVH domain in its process: one Unicorn vCPU object on which its vCPUs take turns, local APICs, hypercalls, events, time.
+
+Without I/O apart from the vCPU; it has what the process's loop uses of `domains.pv.domain.PvDomain`. There is no device model:
+a PVH guest of Xen has none either, apart from the local APIC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from bus.abi.hvm import params
+from bus.abi.hypercalls_model import Command, Hypercall
+from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
+from bus.abi.vcpu import RUNSTATE_running
+from bus.abi.xen import VCPU_INFO, HYPERVISOR_grant_table_op, HYPERVISOR_hvm_op, HYPERVISOR_memory_op
+from bus.addresses import PAGE_SHIFT, DomId, Mfn, Port, VcpuId
+from domains.hvm.calls import (
+    HvmEventCalls,
+    HvmMemoryCalls,
+    HvmOps,
+    HvmOtherCalls,
+    HvmSchedCalls,
+    HvmVcpuCalls,
+    HvmVersionCalls,
+)
+from domains.hvm.compat import hypercall_page
+from domains.hvm.context import BadContext, first_cpu, load_cpu
+from domains.hvm.cpu import HvmCpu
+from domains.hvm.cpuid import HvmCpuid
+from domains.hvm.dump import register_dump
+from domains.hvm.events import COMPAT_WALL_CLOCK, HvmEvents
+from domains.hvm.exits import Exits
+from domains.hvm.interrupts import Interrupts
+from domains.hvm.lapic import LocalApic
+from domains.hvm.msr import Msrs
+from domains.hvm.physmap import PhysicalMap
+from domains.hvm.state import HvmState
+from domains.pv.calls import Handler
+from domains.pv.calls_version import Identity
+from domains.pv.domain import SLICE_BLOCKS, Slice
+from domains.pv.hypercalls import Hypercalls
+from domains.pv.life import Life
+from domains.pv.time import WALL_CLOCK_OFFSET, Timekeeper, count_nanoseconds, idle_runstate, timer_due
+from domains.pv.upstream import Upstream
+from domains.pv.wire import Remote
+from domains.vcpu.api import StopReason, VcpuError
+from domains.vcpu.hvm_thunks import HF_CS64
+from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
+from domains.vcpu.walk import NotMapped
+
+SHARED_INFO_VCPUS: Final = 32
+START_NS: Final = 1_000_000
+IF: Final = 1 << 9
+
+
+@dataclass(frozen=True, slots=True)
+class HvmConfig:
+    """What a domain is made of, besides its memory."""
+
+    domain: DomId
+    shared_info: Mfn
+    vcpus: int = 1
+    identity: Identity = field(default_factory=Identity)
+    slice_blocks: int = SLICE_BLOCKS
+
+
+class HvmDomain:
+    """See the module. `octets` and `words` are the domain's own frames, from `physmap.base` on."""
+
+    def __init__(
+        self,
+        config: HvmConfig,
+        physmap: PhysicalMap,
+        octets: memoryview,
+        words: memoryview,
+        upstream: Upstream,
+        table: Mapping[int, Hypercall],
+        *,
+        wall: Callable[[], int],
+        monotonic: Callable[[], int],
+    ) -> None:
+        self.config: Final = config
+        self.physmap: Final = physmap
+        self.octets: Final = octets
+        self._upstream: Final = upstream
+        self.time: Final = Timekeeper(wall)
+        self.interrupts: Final = Interrupts(octets)
+
+        def now() -> int:
+            return self.time.now()
+
+        self.states: Final = [
+            HvmState(number, LocalApic(number, now, self.interrupts.send)) for number in range(config.vcpus)
+        ]
+        self.cpu: Final = HvmCpu(physmap.base, octets, words, self.states[0], physmap)
+        self._shared = config.shared_info - physmap.base << PAGE_SHIFT
+        for state in self.states[:SHARED_INFO_VCPUS]:
+            state.info = self._shared + state.id * VCPU_INFO.size
+        self.events: Final = HvmEvents(octets, words, self._shared, self.states, self.interrupts.upcall)
+        self.life: Final = Life(self.cpu, upstream)
+        self.triple_fault_reason = SHUTDOWN_reboot
+        self.exits: Final = self._exits(table)
+        self.vcpu: Final = UnicornHvmVcpu(self.exits)
+        self.cpu.attach(self.vcpu)
+        physmap.attach(self.vcpu)
+        count_nanoseconds(self.vcpu, monotonic, START_NS)
+        self.time.now = self.vcpu.guest_tsc
+        self.exits.cpuid = HvmCpuid(config.domain, config.vcpus, self.vcpu.native_cpuid)
+        self.exits.msrs = Msrs(self.vcpu.guest_tsc, self._make_page)
+        wired = self.interrupts
+        wired.states, wired.vcpu = self.states, self.vcpu
+        wired.started, wired.stopped = self._started, self._stopped
+        self.paused = True
+        self.crash_text: str | None = None
+        self._turn = 0
+
+    def _exits(self, table: Mapping[int, Hypercall]) -> Exits:
+        commands = {
+            (number, command.number): command for number, entry in table.items() for command in entry.commands
+        }
+
+        def find(number: int, cmd: int) -> Command | None:
+            return commands.get((number, cmd))
+
+        cpu, config, wired = self.cpu, self.config, self.interrupts
+        remote = Remote(cpu, self._upstream)
+        other = HvmOtherCalls(cpu, remote, table, control=False)
+        handlers: dict[int, Handler] = {number: other.generic(number) for number in table}
+        sched = HvmSchedCalls(cpu, self.time, self.events, self.life, remote, find)
+        sched.has_work = wired.has_work
+        vcpus = HvmVcpuCalls(cpu, self.states, self.time, self.life)
+        vcpus.asserted = wired.upcall
+        memory = HvmMemoryCalls(
+            cpu, remote, find, other.generic(HYPERVISOR_memory_op), other.generic(HYPERVISOR_grant_table_op)
+        )
+        hvm_ops = HvmOps(
+            cpu,
+            self.states,
+            other.generic(HYPERVISOR_hvm_op),
+            config.domain,
+            lambda: self.time.now(),
+            self.set_callback,
+            wired.upcall,
+        )
+        parts = (
+            HvmVersionCalls(cpu, config.identity),
+            sched,
+            vcpus,
+            HvmEventCalls(cpu, self.events, remote, self._upstream, find),
+            memory,
+            hvm_ops,
+            other,
+        )
+        for part in parts:
+            handlers.update(part.handlers())
+        calls = Hypercalls(cpu, handlers)
+        exits = Exits(cpu, calls, wired, lambda: self.time.now(), self._upstream.console_line)
+
+        def guest32(on: bool) -> None:
+            memory.guest32 = on
+
+        exits.guest32 = guest32
+        return exits
+
+    # --- start
+
+    def start(self, context: bytes) -> None:
+        """vCPU 0 from an HVM context. BadContext."""
+        cpu = first_cpu(context)
+        self.vcpu.reset()
+        try:
+            load_cpu(self.vcpu, cpu)
+        except VcpuError as error:
+            raise BadContext(str(error)) from None
+        state = self.states[0]
+        state.initialised = state.online = True
+        self.time.set_runstate(state, idle_runstate(state))
+        self.update_clocks()
+
+    def set_param(self, index: int, value: int) -> None:
+        """The toolstack set an HVM parameter."""
+        if index == params.HVM_PARAM_CALLBACK_IRQ:
+            self.set_callback(value)
+        elif index == params.HVM_PARAM_TRIPLE_FAULT_REASON:
+            self.triple_fault_reason = value & 0xFF
+
+    def set_callback(self, value: int) -> None:
+        """HVM_PARAM_CALLBACK_IRQ: by vector. By a line (GSI, INTx) there is none in a guest without interrupt controllers
+        besides the local APIC. The layout of the shared info follows the mode of the code that sets it."""
+        self._latch_layout()
+        vector = value & 0xFF if value >> 56 == params.HVM_PARAM_CALLBACK_TYPE_VECTOR else 0
+        self.interrupts.callback_vector = vector if vector >= 16 else 0
+
+    def _make_page(self, gfn: int) -> bool:
+        self._latch_layout()
+        return self.cpu.write_physical(gfn << PAGE_SHIFT, hypercall_page())
+
+    def _latch_layout(self) -> None:
+        """As Xen does, when the guest makes its hypercall page or sets its callback: 32-bit code has the 32-bit shared info."""
+        if self.paused:
+            return  # set by the toolstack
+        compat = not self.vcpu.regs.hflags & HF_CS64
+        if compat != self.cpu.compat:
+            self.cpu.compat = self.events.compat = compat
+            self.update_clocks()
+
+    def update_clocks(self) -> None:
+        """Write wall clock and pvclock anew: at the start, and after the domain was stopped for long or the time was set."""
+        shift = COMPAT_WALL_CLOCK - WALL_CLOCK_OFFSET if self.cpu.compat else 0
+        self.time.update_wall_clock(self.octets, self._shared + shift)
+        for state in self.states:
+            if state.info >= 0:
+                self.time.update_time_info(self.cpu, state)
+
+    # --- vCPUs that come and go
+
+    def _started(self, state: HvmState) -> None:
+        state.initialised = state.online = True
+        state.blocked = False
+        state.context = None
+        self.time.set_runstate(state, idle_runstate(state))
+        if state.info >= 0:
+            self.time.update_time_info(self.cpu, state)
+        self.life.vcpu_changed(state.id, True)
+        self.vcpu.request_stop()
+
+    def _stopped(self, state: HvmState) -> None:
+        if not state.online:
+            return
+        state.online = False
+        self.time.set_runstate(state, idle_runstate(state))
+        self.life.vcpu_changed(state.id, False)
+        if state is self.cpu.current:
+            self.vcpu.request_stop()
+
+    # --- what the shell calls between runs
+
+    def deliver(self, port: Port, vcpu: VcpuId) -> None:
+        """The hypervisor says that a port became pending. A vCPU that does not exist is ignored."""
+        if self.events.valid(port) and vcpu < len(self.states):
+            self.events.set_pending(port, vcpu)
+
+    def pause(self) -> None:
+        """Run no vCPU from now on."""
+        self.paused = True
+        self.preempted()
+
+    def unpause(self) -> None:
+        """Run again."""
+        self.paused = False
+
+    def ring(self) -> None:
+        """From any thread: make `run_slice` return soon."""
+        self.vcpu.ring()
+
+    @property
+    def finished(self) -> bool:
+        """The domain has shut down or crashed."""
+        return self.life.shutdown_code is not None or self.cpu.crash_reason is not None
+
+    def preempted(self) -> None:
+        """The domain will not run for a while although it could."""
+        current = self.cpu.current
+        if current.runstate == RUNSTATE_running:
+            self.time.set_runstate(current, idle_runstate(current))
+
+    # --- running
+
+    def run_slice(self) -> Slice:
+        """Run one vCPU for a slice, and say what comes next."""
+        if self.paused or self.finished:
+            return Slice(False, None, False)
+        self._expire_all()
+        state = self._choose()
+        if state is None:
+            return Slice(False, self.next_deadline(), False)
+        bell = self._run(state)
+        if self.finished:
+            self._ended()
+            return Slice(False, None, bell)
+        self._expire_all()
+        runnable = any(other.runnable for other in self.states)
+        return Slice(runnable, None if runnable else self.next_deadline(), bell)
+
+    def next_deadline(self) -> int | None:
+        """System time (ns) of the next timer of any vCPU that is up."""
+        found = [d for state in self.states if state.online and (d := state.deadline()) is not None]
+        return min(found, default=None)
+
+    def _choose(self) -> HvmState | None:
+        count = len(self.states)
+        for step in range(count):
+            state = self.states[(self._turn + step) % count]
+            if state.runnable:
+                self._turn = (state.id + 1) % count
+                return state
+        return None
+
+    def _switch(self, state: HvmState) -> None:
+        previous = self.cpu.current
+        assert isinstance(previous, HvmState)
+        if state is not previous:
+            self.time.set_runstate(previous, idle_runstate(previous))
+            self.interrupts.disarm(previous)
+            previous.context = self.vcpu.save_context()
+            self.cpu.current = state
+            if state.context is not None:
+                self.vcpu.load_context(state.context)
+                state.context = None
+        if state.sipi is not None:
+            self.vcpu.reset()
+            self.vcpu.enter_startup(state.sipi)
+            state.sipi = state.armed = None
+
+    def _run(self, state: HvmState) -> bool:
+        self._switch(state)
+        if state.runstate != RUNSTATE_running:
+            self.time.set_runstate(state, RUNSTATE_running)
+            if state.runstate_area:
+                self.time.write_runstate_area(self.cpu, state)
+        self.interrupts.settle(state)
+        self.interrupts.arm(state)
+        try:
+            reason = self.vcpu.run(self.config.slice_blocks)
+        except VcpuError as error:
+            self.cpu.crash(f"the vCPU cannot go on: {error}")
+            return False
+        self.interrupts.settle(state)
+        self.exits.counts[reason.name] += 1
+        bell = reason is StopReason.BELL
+        if bell:
+            self.vcpu.clear_bell()
+        elif reason is StopReason.HALT:
+            self._halted(state)
+        elif reason is StopReason.TRIPLE_FAULT:
+            self._triple_fault(state)
+        elif reason is StopReason.BAD_ACCESS:
+            self._bad_access()
+        if not state.runnable:
+            self.time.set_runstate(state, idle_runstate(state))
+        return bell
+
+    def _bad_access(self) -> None:
+        """Nothing is at that address: it reads as ones from now on. Code cannot run there."""
+        access = self.vcpu.bad_access
+        assert access is not None
+        gfn = access.address >> PAGE_SHIFT
+        if gfn == self._code_gfn():
+            self.cpu.crash(f"code at guest-physical {access.address:#x}, where nothing is")
+        elif not self.physmap.touch(gfn):
+            self.cpu.crash(f"access to guest-physical {access.address:#x}, which cannot be served")
+
+    def _code_gfn(self) -> int:
+        regs = self.vcpu.regs
+        base = 0 if regs.hflags & HF_CS64 else regs.segment("cs").base
+        try:
+            return self.vcpu.memory.physical(base + regs.rip) >> PAGE_SHIFT
+        except NotMapped:
+            return -1
+
+    def _halted(self, state: HvmState) -> None:
+        """HLT: until an interrupt. With interrupts off nothing but an NMI or a start-up interrupt ends it: the vCPU is down, and
+        with the last one the domain powers off."""
+        if self.interrupts.has_work(state) and (self.vcpu.regs.rflags & IF or state.nmi):
+            return
+        if self.vcpu.regs.rflags & IF:
+            state.blocked = True
+            return
+        self._stopped(state)
+        if not any(other.online for other in self.states):
+            self._upstream.console_line("all vCPUs are down with interrupts off: powering off")
+            self.life.shutdown(SHUTDOWN_poweroff)
+
+    def _triple_fault(self, state: HvmState) -> None:
+        self._upstream.console_line(f"vcpu#{state.id}: triple fault at RIP {self.vcpu.regs.rip:#x}")
+        self._tell(register_dump(self.vcpu))
+        self.life.shutdown(self.triple_fault_reason)
+
+    def _expire_all(self) -> None:
+        now = self.time.now()
+        for state in self.states:
+            if not state.online:
+                continue
+            if state.poll_deadline is not None and now >= state.poll_deadline:
+                state.wake()
+            self.interrupts.timer(state, now)
+            if timer_due(state, now) and state.timer_port:
+                self.events.set_pending(state.timer_port, state.id)
+
+    # --- the end
+
+    def _tell(self, text: str) -> None:
+        for line in text.splitlines():
+            self._upstream.console_line(line)
+
+    def _ended(self) -> None:
+        """After a crash, here or declared by the guest itself: keep the registers for the reader, tell the hypervisor."""
+        reason = self.cpu.crash_reason
+        if reason is None and self.life.shutdown_code == SHUTDOWN_crash:
+            reason = "the guest declared SHUTDOWN_crash"
+        if self.crash_text is None and reason is not None:
+            self.crash_text = f"Domain {self.config.domain} (vcpu#{self.cpu.current.id}) crashed: {reason}\n{register_dump(self.vcpu)}"
+            self._tell(self.crash_text)
+            self.life.shutdown(SHUTDOWN_crash)

@@ -1,0 +1,175 @@
+"""What leaves the guest: ports, memory that is no RAM, CPUID, MSRs, hypercalls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from bus.abi.errno import XEN_EPERM
+from domains.hvm.compat import CompatCalls
+from domains.hvm.cpu import HvmCpu
+from domains.hvm.cpuid import HvmCpuid
+from domains.hvm.interrupts import Interrupts
+from domains.hvm.lapic import APIC_BASE, PAGE
+from domains.hvm.msr import MsrFault, Msrs
+from domains.hvm.state import HvmState
+from domains.pv.api import Continuation
+from domains.pv.calls import MASK64, NoResult
+from domains.pv.hypercalls import Hypercalls
+from domains.vcpu.hvm_thunks import HF_CS64
+
+GP: Final = 13
+DEBUG_PORT: Final = 0xE9
+MAX_LINE: Final = 200
+M32: Final = 0xFFFFFFFF
+ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: MASK64}
+
+
+class Exits:
+    """Implements `domains.vcpu.hvm_api.HvmExits`. `counts` says how often each kind happened."""
+
+    def __init__(
+        self,
+        cpu: HvmCpu,
+        calls: Hypercalls,
+        interrupts: Interrupts,
+        now: Callable[[], int],
+        log: Callable[[str], None],
+    ) -> None:
+        self._cpu: Final = cpu
+        self._calls: Final = calls
+        self._compat: Final = CompatCalls(cpu, calls)
+        self._interrupts: Final = interrupts
+        self._now: Final = now
+        self._log: Final = log
+        self._line = bytearray()
+        self.cpuid: HvmCpuid | None = None
+        self.msrs: Msrs | None = None
+        self.guest32: Callable[[bool], None] = lambda on: None
+        """Told whether the hypercall that begins is from 32-bit code."""
+        self.counts: Final[Counter[str]] = Counter()
+
+    def _current(self) -> HvmState:
+        state = self._cpu.current
+        assert isinstance(state, HvmState)
+        return state
+
+    # --- ports and memory
+
+    def on_port_in(self, port: int, size: int) -> int:
+        """Nothing is there; Xen's debug port names itself."""
+        self.counts["in"] += 1
+        return DEBUG_PORT if port == DEBUG_PORT else ONES[size]
+
+    def on_port_out(self, port: int, size: int, value: int) -> None:
+        """Xen's debug port makes lines of the log."""
+        self.counts["out"] += 1
+        if port != DEBUG_PORT:
+            return
+        byte = value & 0xFF
+        if byte != 10:
+            self._line.append(byte if 32 <= byte < 127 or byte == 9 else 63)
+        if byte == 10 or len(self._line) >= MAX_LINE:
+            self._log(self._line.decode("ascii"))
+            self._line.clear()
+
+    def _apic_offset(self, address: int) -> int | None:
+        apic = self._current().apic
+        if APIC_BASE <= address < APIC_BASE + PAGE and apic.hardware_enabled and not apic.x2apic:
+            return address - APIC_BASE
+        return None
+
+    def on_mmio_read(self, address: int, size: int) -> int:
+        """The local APIC's page; ones elsewhere."""
+        self.counts["mmio read"] += 1
+        offset = self._apic_offset(address)
+        if offset is None:
+            return ONES.get(size, MASK64)
+        state = self._current()
+        self._interrupts.settle(state)
+        value = state.apic.read(offset & ~0xF)
+        return value >> 8 * (offset & 3) if offset & 0xC == 0 else 0
+
+    def on_mmio_write(self, address: int, size: int, value: int) -> None:
+        """The local APIC's page; dropped elsewhere."""
+        self.counts["mmio write"] += 1
+        offset = self._apic_offset(address)
+        if offset is None or offset & 0xF or size != 4:
+            return
+        state = self._current()
+        self._interrupts.settle(state)
+        state.apic.write(offset, value)
+        self._interrupts.arm(state)
+
+    # --- instructions
+
+    def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """The policy."""
+        self.counts["cpuid"] += 1
+        assert self.cpuid is not None
+        return self.cpuid.query(leaf, subleaf, self._cpu.current.id)
+
+    def on_rdmsr(self, index: int) -> int:
+        """#GP for unknown ones."""
+        self.counts["rdmsr"] += 1
+        assert self.msrs is not None
+        state = self._current()
+        self._interrupts.settle(state)
+        try:
+            return self.msrs.read(state, index)
+        except MsrFault:
+            self._cpu.hvm.raise_fault(GP)
+
+    def on_wrmsr(self, index: int, value: int) -> None:
+        """#GP for unknown ones and bad values."""
+        self.counts["wrmsr"] += 1
+        assert self.msrs is not None
+        state = self._current()
+        self._interrupts.settle(state)
+        try:
+            self.msrs.write(state, index, value)
+        except MsrFault:
+            self._cpu.hvm.raise_fault(GP)
+        self._interrupts.arm(state)
+
+    def on_rdtsc(self) -> int:
+        """Only while the TSC is trapped."""
+        return self._now()
+
+    def on_cr_write(self, register: int, value: int) -> int:
+        """Not asked for."""
+        return value
+
+    def on_invlpg(self, address: int) -> None:
+        """Not asked for."""
+
+    # --- hypercalls
+
+    def on_hypercall(self) -> None:
+        """From CPL 0 only: -EPERM elsewhere. 64-bit code has its arguments in RDI, RSI, RDX, R10, R8, 32-bit code in EBX, ECX,
+        EDX, ESI, EDI; the number is in RAX, and so is the result."""
+        self.counts["hypercall"] += 1
+        cpu = self._cpu
+        r = cpu.hvm.regs
+        if r.cpl:
+            r.rax = -XEN_EPERM & MASK64
+            return
+        state = self._current()
+        self._interrupts.settle(state)
+        if r.hflags & HF_CS64:
+            arguments = (r.rdi, r.rsi, r.rdx, r.r10, r.r8)
+            rc = self._calls.call(r.rax & M32, *arguments)
+            while isinstance(rc, Continuation):
+                arguments = (rc.args + arguments[len(rc.args) :])[:5]  # type: ignore[assignment]  # five again
+                rc = self._calls.call(r.rax & M32, *arguments)
+            if not isinstance(rc, NoResult):
+                r.rax = rc & MASK64
+        else:
+            self.guest32(True)
+            a1, a2, a3, a4, a5 = (value & M32 for value in (r.rbx, r.rcx, r.rdx, r.rsi, r.rdi))
+            rc = self._compat.call(r.rax & M32, a1, a2, a3, a4, a5)
+            self.guest32(False)
+            if isinstance(rc, int):
+                r.rax = rc & M32
+        self._interrupts.arm(state)

@@ -1,0 +1,109 @@
+"""Which interrupt the running vCPU is to take, and when it took it; interprocessor interrupts between the vCPUs of a domain.
+
+The upcall by HVM_PARAM_CALLBACK_IRQ's vector has no acknowledgement: it is asked for as long as the vCPU's upcall flag is up,
+as Xen does at each entry. Everything else goes through the local APIC. A request stands until the guest opens its interrupts;
+it is withdrawn when its cause has gone (seen at the next exit: an upcall for which the guest found the events before it
+opened its interrupts can still come, with nothing pending).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from domains.hvm.lapic import FIXED, INIT, LOWEST, NMI, STARTUP, Ipi, LocalApic
+from domains.hvm.state import HvmState
+from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
+
+
+class Interrupts:
+    """See the module. `started`: a start-up interrupt woke a vCPU; `stopped`: an INIT put it to wait."""
+
+    def __init__(self, octets: memoryview) -> None:
+        self._octets: Final = octets
+        self.states: Sequence[HvmState] = ()
+        self.vcpu: UnicornHvmVcpu | None = None
+        self.started: Callable[[HvmState], None] = lambda state: None
+        self.stopped: Callable[[HvmState], None] = lambda state: None
+        self.callback_vector = 0
+        """HVM_PARAM_CALLBACK_IRQ by vector; 0: none."""
+
+    # --- the processor's side
+
+    def _wanted(self, state: HvmState) -> tuple[bool, int] | None:
+        if self.callback_vector and state.info >= 0 and self._octets[state.info]:
+            return False, self.callback_vector
+        vector = state.apic.pending()
+        return None if vector is None else (True, vector)
+
+    def has_work(self, state: HvmState) -> bool:
+        """Something would interrupt the vCPU (or does as soon as it lets it)."""
+        return state.nmi or self._wanted(state) is not None
+
+    def settle(self, state: HvmState) -> None:
+        """If what was asked for was taken, the local APIC moves it into service."""
+        armed = state.armed
+        if armed is None:
+            return
+        assert self.vcpu is not None
+        if not self.vcpu.interrupt_pending():
+            state.armed = None
+            if armed[0]:
+                state.apic.taken(armed[1])
+
+    def arm(self, state: HvmState) -> None:
+        """Ask for what is due now; `state` is the running vCPU, settled."""
+        vcpu = self.vcpu
+        assert vcpu is not None
+        if state.nmi:
+            state.nmi = False
+            vcpu.inject_nmi()
+        wanted = self._wanted(state)
+        if wanted == state.armed:
+            return
+        if wanted is not None:
+            vcpu.inject_interrupt(wanted[1])
+        else:
+            vcpu.cancel_interrupt()
+        state.armed = wanted
+
+    def disarm(self, state: HvmState) -> None:
+        """Before another vCPU takes the processor."""
+        self.settle(state)
+        if state.armed is not None:
+            assert self.vcpu is not None
+            self.vcpu.cancel_interrupt()
+            state.armed = None
+
+    # --- interrupts that arrive
+
+    def upcall(self, state: HvmState) -> None:
+        """The vCPU's upcall flag went up."""
+        if state.upcall_vector:
+            state.apic.accept(state.upcall_vector, always=True)
+        state.wake()
+
+    def timer(self, state: HvmState, now: int) -> None:
+        """The local APIC's timer, if it is due."""
+        if state.apic.expire(now):
+            state.wake()
+
+    def send(self, sender: LocalApic, ipi: Ipi) -> None:
+        """Deliver an interprocessor interrupt."""
+        targets = [s for s in self.states if s.apic.hardware_enabled and s.apic.is_target(ipi, sender)]
+        if ipi.mode == LOWEST and targets:
+            targets = [min(targets, key=lambda s: s.apic.ppr)]
+        for state in targets:
+            if ipi.mode in (FIXED, LOWEST):
+                state.apic.accept(ipi.vector)
+                state.wake()
+            elif ipi.mode == NMI:
+                state.nmi = True
+                state.wake()
+            elif ipi.mode == INIT and ipi.assert_level:
+                state.apic.reset()
+                state.sipi = None
+                self.stopped(state)
+            elif ipi.mode == STARTUP and not state.online:
+                state.sipi = ipi.vector
+                self.started(state)
