@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from bus.abi.grant_table import GNTST_bad_page, GNTST_general_error, GNTST_okay, GTF_reading, GTF_writing
+from bus.abi.grant_table import GNTST_general_error, GNTST_okay, GTF_reading, GTF_writing
 from bus.addresses import Mfn
 from bus.packets import close_all
 from domains.hostmem import HostMemory
@@ -36,6 +36,8 @@ class Granting:
         self._hold = hold
         self._release = release
         self._changed = changed
+        self._places: dict[int, tuple[int, int]] = {}
+        """Where frames are that were moved by this process: frame -> (window, index)."""
 
     def grant_map(self, body: dict[str, Any], windows: Sequence[int]) -> bytes:
         """Set flags, then move frames. One status (int16) for each check and each move."""
@@ -60,10 +62,17 @@ class Granting:
         then[0] &= ~IN_USE & 0xFF
         if now != then:
             return GNTST_general_error
-        if self._hold(Mfn(frame), bool(bits & GTF_writing)):
-            return GNTST_bad_page
         word = self._memory.page(Mfn(word_mfn))[word_offset : word_offset + 2]
-        word[:] = struct.pack("<H", struct.unpack("<H", word)[0] | bits)
+        old = struct.unpack("<H", word)[0]
+        held: list[bool] = []
+        for bit in (GTF_reading, GTF_writing):
+            if bits & ~old & bit:
+                if self._hold(Mfn(frame), bit == GTF_writing):
+                    for writable in held:
+                        self._release(Mfn(frame), writable)
+                    return GNTST_general_error
+                held.append(bit == GTF_writing)
+        word[:] = struct.pack("<H", old | bits)
         return GNTST_okay
 
     def _move(self, mfn: Mfn, window: int, index: int) -> int:
@@ -76,13 +85,19 @@ class Granting:
     def grant_unmap(self, body: dict[str, Any]) -> bytes:
         """Bring frames home, then clear flags. One status for each."""
         results: list[int] = []
-        for mfn, _window, _index in body["moves"]:
-            self._memory.move_back(Mfn(mfn))
-            self._changed(Mfn(mfn))
+        for mfn, window, index in body["moves"]:
+            # Not there: the map that put it there never happened, or the frame was moved on since.
+            if self._places.get(mfn, (window, index)) == (window, index):
+                self._places.pop(mfn, None)
+                self._memory.move_back(Mfn(mfn))
+                self._changed(Mfn(mfn))
             results.append(GNTST_okay)
         for word_mfn, word_offset, bits, frame in body["clears"]:
             word = self._memory.page(Mfn(word_mfn))[word_offset : word_offset + 2]
-            word[:] = struct.pack("<H", struct.unpack("<H", word)[0] & ~bits)
-            self._release(Mfn(frame), bool(bits & GTF_writing))
+            old = struct.unpack("<H", word)[0]
+            word[:] = struct.pack("<H", old & ~bits)
+            for bit in (GTF_reading, GTF_writing):
+                if old & bits & bit:
+                    self._release(Mfn(frame), bit == GTF_writing)
             results.append(GNTST_okay)
         return struct.pack(f"<{len(results)}h", *results)

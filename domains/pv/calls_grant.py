@@ -118,12 +118,12 @@ class GrantCalls:
         if status == gt.GNTST_okay:
             self._mappings[reply.handle] = _Mapping(item.host_addr, mfn, item.flags)
             return reply
-        self._give_back(reply.handle)
+        self._give_back(reply.handle, item.host_addr)
         return reply._replace(status=status)
 
-    def _give_back(self, handle: int) -> None:
+    def _give_back(self, handle: int, host_addr: int) -> None:
         """A mapping that could not be entered: the hypervisor ends it again."""
-        data = _UNMAP.pack(gt.gnttab_unmap_grant_ref(0, 0, handle, 0))
+        data = _UNMAP.pack(gt.gnttab_unmap_grant_ref(host_addr, 0, handle, 0))
         self._remote.raw(HYPERVISOR_grant_table_op, gt.GNTTABOP_unmap_grant_ref, data)
 
     # --- unmap

@@ -54,7 +54,7 @@ def main() -> None:
     except InterruptedError:
         pass
     finally:
-        if os.environ.get("DOMICILE_KEEP_LOGS"):
+        if os.environ.get("DOMICILE_KEEP_LOGS", "0") not in ("", "0"):
             runtime.remove_sockets()
         else:
             runtime.remove()

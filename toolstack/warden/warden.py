@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from bus.messages.envelope import BadMessage
@@ -49,6 +50,8 @@ PRESTARTED: Final = {"dom0": 1, "domu": 1}
 
 KILL_WAIT_S: Final = 5.0
 MAX_DEPOSITS: Final = 256
+UID_LOCKS: Final = Path("/run/domicile/.uids")
+"""Blocks of user ids are locked here, in one place for all machines of the host, wherever their directories are."""
 
 
 @dataclass(slots=True)
@@ -73,7 +76,7 @@ class Warden:
     ) -> None:
         """`own_uids`: give each process a uid of its own (needs root). `listeners` go to Dom0."""
         self.runtime = runtime
-        self._uids = UidBlock(runtime.root.parent / ".uids") if own_uids else None
+        self._uids = UidBlock(UID_LOCKS) if own_uids else None
         self._listeners = listeners
         self._selector = selectors.DefaultSelector()
         self._ready: dict[str, list[Child]] = {}
