@@ -111,6 +111,8 @@ class HvmDomain:
         self.exits.msrs = Msrs(self.vcpu.guest_tsc, self._make_page)
         wired = self.interrupts
         wired.states, wired.vcpu = self.states, self.vcpu
+        for state in self.states:
+            state.apic.software_enabled = wired.apic_enabled
         wired.started, wired.stopped = self._started, self._stopped
         self.paused = True
         self.crash_text: str | None = None

@@ -83,6 +83,12 @@ class Interrupts:
             state.apic.accept(state.upcall_vector, always=True)
         state.wake()
 
+    def apic_enabled(self, apic: LocalApic) -> None:
+        """The guest enabled a local APIC: an upcall that is due was perhaps lost with the state before (INIT)."""
+        state = self.states[apic.number]
+        if state.info >= 0 and self._octets[state.info]:
+            self.upcall(state)
+
     def timer(self, state: HvmState, now: int) -> None:
         """The local APIC's timer, if it is due."""
         if state.apic.expire(now):

@@ -68,6 +68,8 @@ class LocalApic:
         self.tmr = 0
         self.deadline: int | None = None
         """When the timer expires, ns."""
+        self.software_enabled: Callable[[LocalApic], None] = lambda apic: None
+        """Called when the spurious-interrupt vector register enables it."""
         self.reset()
 
     def reset(self) -> None:
@@ -245,10 +247,12 @@ class LocalApic:
         elif offset == ICR2:
             self._icr = self._icr & M32 | (value & 0xFF000000) << 32
         elif offset == SVR:
-            self.svr = value & 0x1FF
+            before, self.svr = self.svr, value & 0x1FF
             if not value & ENABLED:
                 for register in self.lvt:
                     self.lvt[register] |= MASKED
+            elif not before & ENABLED:
+                self.software_enabled(self)
         elif offset in self.lvt:
             self.lvt[offset] = value & LVT_WRITABLE[offset] | (0 if self.svr & ENABLED else MASKED)
         elif offset == TIMER_INITIAL:
