@@ -26,8 +26,9 @@ from bus.messages.domain import (
 from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
 from bus.packets import LinkClosed, PacketLink, close_all
 
-CALL_TIMEOUT_S: Final = 10.0
-"""Longest wait for the hypervisor's answer to a hypercall. (Grant maps wait on a third party for at most one second.)"""
+CALL_TIMEOUT_S: Final = 30.0
+"""Longest wait for the hypervisor's answer to a hypercall: longer than any that it waits for a third party itself (a domain that is
+still being built, hypervisor.core.config.MachineConfig.start_timeout_ns)."""
 
 
 class HypervisorGone(ConnectionError):

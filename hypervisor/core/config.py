@@ -37,7 +37,7 @@ class MachineConfig:
     trace_records: int = 1 << 14
     max_domain_events: int = 4096
     order_timeout_ns: int = 1_000_000_000
-    start_timeout_ns: int = 20_000_000_000
+    start_timeout_ns: int = 8_000_000_000
     """For orders that a process may get while it still starts up."""
     kill_timeout_ns: int = 5_000_000_000
     """How long the shell has to confirm that a killed process is gone before the killer is answered

@@ -147,8 +147,8 @@ class Peer:
 
     def _close(self, connection: _Connection, fd: int) -> None:
         if connection is self._connection:
-            self._connection = None
-            self.connected = False
+            self._connection = None  # libzmq connects again; that the process said hello still holds
+            self._partial = b""
             connection.socket.close()
         else:
             self._forget(fd)

@@ -1,0 +1,155 @@
+"""A machine some of whose guests' processes are in an attacker's hands, with an honest neighbour."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toolstack.machine
+from tests.support.machines import Expected, RunningMachine, running_machine
+from toolstack.client import MachineError
+from toolstack.guestfetch import fetch
+
+WARDEN = Path(__file__).with_name("hostile_warden.py")
+MEMORY_BOUND_KIB = 64 << 10
+"""What the hypervisor may grow by, whatever its domains do."""
+SAID_S = 15.0
+"""How long an attack may take; the longest goes on for some three seconds."""
+ANSWER_S = 5.0
+"""How soon everybody else must be answered while an attack goes on."""
+
+
+class HostileMachine(RunningMachine):
+    """Guest `neighbour` (domain 1) is GRUB; further ones are what `attack` makes of them."""
+
+    plan: Path
+    base: dict[str, Any]
+    _asked: int
+    _domids: dict[str, int]
+
+    def write_plan(self, **plan: Any) -> None:
+        """Padded to one size: a reader sees the one or the other."""
+        with self.plan.open("r+b") as file:
+            file.write(json.dumps({"attack": None, "stage": 0, **plan}).encode().ljust(4096))
+
+    def attack(self, name: str, guest: str = "", **more: Any) -> str:
+        """Create a guest whose process does that; its name. MachineError if the creation fails."""
+        self.write_plan(attack=name, **more)
+        guest = guest or name
+        try:
+            self.create(guest, fetch("grub").kernel, memory_mb=64)
+        finally:
+            self.write_plan(**more)
+        return guest
+
+    def said(self, guest: str, what: str, count: int = 1, timeout: float = SAID_S) -> list[dict[str, Any]]:
+        """What a hostile process told, as soon as it told it so many times. Expected."""
+        domid = self._domids[guest]
+        deadline = time.monotonic() + timeout
+        while True:
+            found = [one for one in self.everything_said() if one["domid"] == domid and one["what"] == what]
+            if len(found) >= count:
+                return found
+            if time.monotonic() > deadline:
+                raise Expected(
+                    f"{guest}: no word {what!r}; it said {self.everything_said()[-5:]}\n{self.logs()}"
+                )
+            self.poll(0.02)
+
+    def create(self, name: str, kernel: Path | str, **more: Any) -> int:
+        """As always; remembers the number."""
+        domid = super().create(name, kernel, **more)
+        self._domids[name] = domid
+        return domid
+
+    def everything_said(self) -> list[dict[str, Any]]:
+        """By all hostile processes so far."""
+        return [
+            json.loads(line.removeprefix("HOSTILE "))
+            for path in sorted(self.machine.runtime.logs.glob("domu-*.log"))
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("HOSTILE ") and line.endswith("}")
+        ]
+
+    def logs(self) -> str:
+        """The ends of the processes' logs."""
+        texts = [
+            path.read_text(encoding="utf-8", errors="replace") for path in self.machine.runtime.logs.iterdir()
+        ]
+        return "\n---\n".join(text[-1500:] for text in texts)
+
+    def neighbour_answers(self, timeout: float = ANSWER_S) -> None:
+        """The honest guest does what is typed, in time."""
+        self._asked += 1
+        self.type("neighbour", f"echo answer-{self._asked}-$grub_cpu\n")
+        self.expect("neighbour", f"answer-{self._asked}-x86_64", timeout)
+
+    def all_answer(self) -> None:
+        """The neighbour, the toolstack and the hypervisor, each in time; and the invariants hold."""
+        self.neighbour_answers()
+        begun = time.monotonic()
+        counters = self.check()
+        self.domains()
+        assert time.monotonic() - begun < ANSWER_S
+        grown = counters["resident_kib"] - self.base["resident_kib"]
+        assert grown < MEMORY_BOUND_KIB, f"the hypervisor grew by {grown} KiB"
+
+    def aftermath(self, *guests: str) -> None:
+        """Destroy what is left of the hostile guests; nothing of them remains, and the rest is as it was."""
+        for guest in guests:
+            if guest in self.domains():
+                begun = time.monotonic()
+                with contextlib.suppress(MachineError):  # it ended meanwhile
+                    self.client.request("destroy", {"domain": guest})
+                assert time.monotonic() - begun < ANSWER_S
+            self.wait_end(guest)
+        deadline = time.monotonic() + 10.0
+        while True:
+            counters = self.check()
+            if set(counters["domains"]) == {"0", "1"} and not counters["grant_jobs"]:
+                break
+            assert time.monotonic() < deadline, f"not everything is given back: {counters}\n{self.logs()}"
+            self.poll(0.02)
+        for what in ("free_pages", "windows", "grant_references", "descriptors"):
+            assert counters[what] == self.base[what], (
+                f"{what}: {self.base[what]} before, {counters[what]} after"
+            )
+        for domain in ("0", "1"):
+            for what in ("frames", "ports", "mappings", "pid"):
+                assert counters["domains"][domain][what] == self.base["domains"][domain][what], (domain, what)
+        self.all_answer()
+
+
+@contextmanager
+def hostile_machine(plan: Path) -> Iterator[HostileMachine]:
+    """With its neighbour at its prompt. `plan`: a file of this test's."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def popen(command: list[str], **more: Any) -> Any:
+            at = command.index("-m")
+            return subprocess.Popen([*command[:at], str(WARDEN), *command[at + 2 :]], **more)
+
+        names = {"Popen": popen, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
+        patch.setattr(toolstack.machine, "subprocess", types.SimpleNamespace(**names))
+        patch.setenv("DOMICILE_HOSTILE_PLAN", str(plan))
+        plan.write_bytes(json.dumps({"attack": None, "stage": 0}).encode().ljust(4096))
+        os.chmod(plan, 0o644)
+        with running_machine() as running:
+            machine = HostileMachine(running.machine)
+            machine.plan = plan
+            machine._asked = 0
+            machine._domids = {}
+            machine.create("neighbour", fetch("grub").kernel, memory_mb=64)
+            machine.expect("neighbour", "grub> ")
+            machine.base = machine.check()
+            yield machine
