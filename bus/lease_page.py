@@ -1,0 +1,68 @@
+"""The lease page: one sealed memfd page a domain, shared by the hypervisor and the domain's process.
+
+Words are u64, little-endian, written by one side each. The hypervisor believes nothing that the domain writes: it measures CPU
+time itself. Beside the page go two eventfds: one by which the hypervisor says "look at the page", one by which the domain does.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Final
+
+from bus import sealed
+
+SIZE: Final = 4096
+MAX_VCPUS: Final = 128
+
+NONE: Final = 0
+GRANTED: Final = 1
+STANDING: Final = 2
+
+# written by the hypervisor
+STATE: Final = 0
+"""NONE: run no vCPU; GRANTED: until END; STANDING: until it is taken back."""
+EPOCH: Final = 1
+"""Counts the grants and revocations."""
+END: Final = 2
+"""CLOCK_MONOTONIC ns at which a GRANTED lease ends."""
+
+# written by the domain
+WANTS: Final = 8
+"""1: it has something to run; 0: all its vCPUs are blocked."""
+RUNNING: Final = 9
+"""1: a vCPU runs or is about to."""
+SEEN: Final = 10
+"""The last EPOCH that it has obeyed."""
+CURRENT: Final = 11
+"""The vCPU that ran last."""
+VCPU_TIME: Final = 16
+"""From here on, for each vCPU: ns on a CPU."""
+
+
+class LeasePage:
+    """A mapping of the page: `words[STATE]` and so on."""
+
+    def __init__(self, fd: int) -> None:
+        """Maps the page; the descriptor stays the caller's. ValueError if it is no sealed page."""
+        sealed.check(fd, SIZE)
+        self._map: Final = mmap.mmap(fd, SIZE)
+        self.words: Final = memoryview(self._map).cast("Q")
+
+    def close(self) -> None:
+        """Unmap."""
+        self.words.release()
+        self._map.close()
+
+
+def create() -> int:
+    """The descriptor of a new page. OSError if memory is short."""
+    return sealed.create("domicile-lease", SIZE)
+
+
+def map_page(fd: int) -> LeasePage:
+    """Map the page and close the descriptor."""
+    try:
+        return LeasePage(fd)
+    finally:
+        os.close(fd)
