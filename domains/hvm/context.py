@@ -76,5 +76,6 @@ def load_cpu(vcpu: UnicornHvmVcpu, cpu: hvm_hw_cpu) -> None:
         setattr(regs, name, getattr(cpu, name))
     regs.rflags = cpu.rflags | 2
     regs.gdtr_base, regs.gdtr_limit = cpu.gdtr_base, cpu.gdtr_limit
+    regs.idtr_base, regs.idtr_limit = cpu.idtr_base, cpu.idtr_limit
     if cpu.flags & FPU_INITIALISED:
         vcpu.load_extended(cpu.fpu_regs)
