@@ -47,6 +47,7 @@ class XenstoreService:
         self._rings: dict[ConnId, _Ring] = {}
         self._by_domain: dict[DomId, ConnId] = {}
         self._server: SocketServer | None = None
+        self._listener: socket.socket | None = None
         self._local = self.new_id()
         self.core.tick(time.monotonic_ns())
         self.core.connect(self._local, 0)
@@ -63,11 +64,35 @@ class XenstoreService:
 
     def attach_socket(self, listener: socket.socket) -> None:
         """Serve a Unix socket too. Who may connect is decided by the socket file's permissions; clients act for domain 0."""
+        self._listener = listener
         self._server = server = SocketServer(self.core, listener, admit=lambda uid: 0, handle=self._one)
         self._host.reactor.reader(server.fileno(), self._socket_ready)
 
+    def restart(self) -> None:
+        """Start the daemon anew from its own dump, as `xenstored --live-update` does: nodes, watches, open transactions, half requests
+        and clients go on. DumpError, with the old daemon still serving, if the dump cannot be read back."""
+        core = Core.load(self.core.dump(), exists=self._exists)
+        self.core = core
+        core.tick(time.monotonic_ns())
+        if self._server is not None and self._listener is not None:
+            listener = self._listener.dup()
+            self._host.reactor.forget(self._server.fileno())
+            clients = self._server.release()
+            self.attach_socket(listener)
+            for conn, sock in clients.items():
+                self._server.adopt(sock, conn)
+        for conn, ring in self._rings.items():
+            ring.ring.detach()
+            ring.ring = RingPort(core, conn, ring.mapping.pages[0])
+            ring.ring.connect()
+            self._event(conn)
+            self._host.notify(ring.port)
+        self._socket_ready()
+        self._collect()
+
     def _socket_ready(self) -> None:
-        assert self._server is not None
+        if self._server is None:
+            return
         self.core.tick(time.monotonic_ns())
         self._server.on_readable()
         self._schedule(self._server.turn(time.monotonic_ns()))

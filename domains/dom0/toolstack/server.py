@@ -115,6 +115,7 @@ class ToolstackServer:
             "uptime": self._uptime,
             "sched-credit2": self._scheduler,
             "follow": self._follow,
+            "xenstored-restart": lambda client, args, fds: manager.store.restart(),
             "block-attach": self._block_attach,
             "block-detach": self._block_detach,
             "block-list": lambda client, args, fds: manager.disks.list(manager.find(args["domain"]).domid),

@@ -106,3 +106,26 @@ def line(process: subprocess.Popen[str]) -> str:
         assert character, "it ended"
         text += character
     return text.rstrip("\n")
+
+
+def test_state_survives_a_restart_of_xenstored(machine: RunningMachine) -> None:
+    """Nodes, a client's watch and the guest's own connection go on in a daemon that was started anew."""
+    with subprocess.Popen(
+        ["stdbuf", "-oL", "xenstore-watch", "/tool/restart"],
+        env=environment(machine),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watcher:
+        assert watcher.stdout is not None
+        try:
+            assert line(watcher) == "/tool/restart"
+            tool(machine, "write", "/tool/restart/before", "1")
+            assert line(watcher) == "/tool/restart/before"
+            machine.client.request("xenstored-restart")
+            assert tool(machine, "read", "/tool/restart/before") == "1\n"
+            tool(machine, "write", "/tool/restart/after", "2")
+            assert line(watcher) == "/tool/restart/after"
+        finally:
+            watcher.kill()
+    domid = machine.domains()["grub"]["domid"]
+    assert 'name = "grub"' in tool(machine, "ls", f"/local/domain/{domid}")
