@@ -18,6 +18,8 @@ from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaService
 from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.pool import XenPool
+from hypervisor.core.scheduler import CreditScheduler
+from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.check import DebugKey
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.processes import Processes, WardenGone
@@ -61,8 +63,12 @@ def main() -> None:
     dma = DmaService(iommu, grants, written, interrupt)
     devices = DeviceService(iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher)
     core.attach_hooks(devices)
+    scheduler = SchedulerCalls(CreditScheduler(config.pcpus), core.domains, config, core.dispatcher)
+    core.attach_hooks(scheduler)
     core.create_dom0(time.monotonic_ns(), max_pages=DOM0_PAGES)
-    server = Server(core, memory, processes, devices, doorbells=bool(settings.get("doorbells", True)))
+    doorbells = bool(settings.get("doorbells", True))
+    server = Server(core, memory, processes, devices, scheduler, doorbells=doorbells)
+    core.sysctl.idle_ns = server.leases.idle_ns
     core.sysctl.debug_key = DebugKey(core, grants, server)
     try:
         server.run()

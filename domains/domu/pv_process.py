@@ -20,6 +20,7 @@ from bus.messages.envelope import Message
 from bus.packets import close_all
 from bus.process import Start
 from domains.domu.ear import Ear
+from domains.domu.lease import Lease
 from domains.domu.upstream import BusUpstream
 from domains.granting import Granting
 from domains.hostmem import HostMemory, Window
@@ -63,7 +64,10 @@ class PvProcess:
         self._foreign_users: dict[Mfn, int] = {}
         self._ear = Ear(self._ring)
         self._ear.add(self.link.fileno())
+        self._lease = Lease(lambda: self.link.send(Report(what="lease")))
         self._handlers: dict[str, Handler] = {
+            "lease_page": self._lease_page,
+            "lease": lambda order, fds: (0, b""),  # look at the page: the loop does
             "configure": self._configure,
             "extent": self._extent,
             "memory": self._memory,
@@ -97,13 +101,31 @@ class PvProcess:
                 pass
             self._take_doorbells(self._ear.ready(0))
             domain = self.domain
+            lease = self._lease
             if domain is None or domain.paused or domain.finished:
+                lease.sleeping()
                 self._wait(IDLE_S)
                 continue
-            self._ear.set_deadline(self._monotonic(domain.next_deadline()))
+            deadline = self._monotonic(domain.next_deadline())
+            if not lease.may_run():
+                domain.preempted()
+                self._ear.set_deadline(deadline)
+                if deadline == 1 or any(state.runnable for state in domain.states):
+                    lease.ask()
+                    self._ear.set_deadline(0)  # what is due is looked at when it runs again
+                else:
+                    lease.sleeping()
+                if not self.link.dispatch() and not lease.may_run():
+                    self._wait(IDLE_S)
+                continue
+            self._ear.set_deadline(min((t for t in (deadline, lease.end) if t), default=0))
             self._ear.arm()
+            lease.running()
+            began = time.thread_time_ns()
             outcome = domain.run_slice()
+            lease.ran(domain.cpu.current.id, time.thread_time_ns() - began)
             if not outcome.runnable and not domain.finished:
+                lease.sleeping()
                 self._ear.set_deadline(self._monotonic(outcome.deadline))
                 if not self.link.dispatch():
                     self._wait(IDLE_S)
@@ -121,6 +143,8 @@ class PvProcess:
     def _take_doorbells(self, fds: list[int]) -> None:
         domain = self.domain
         for fd in fds:
+            if self._lease.take(fd):
+                continue
             entry = self._listen.get(fd)
             if entry is not None and entry[1].take() and domain is not None:
                 domain.deliver(entry[0], VcpuId(domain.events.vcpu_of(entry[0])))
@@ -141,6 +165,12 @@ class PvProcess:
                 return
             rc, data = handler(message, fds)
             self.link.answer(message, rc, data)
+
+    def _lease_page(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        bell = self._lease.attach(fds)
+        if bell is not None:
+            self._ear.add(bell)
+        return 0, b""
 
     def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         self._max_vcpus = order.body["max_vcpus"]

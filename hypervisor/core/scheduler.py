@@ -33,6 +33,10 @@ PERIOD: Final = 10_000_000
 """Of caps' budgets (CSCHED2_BDGT_REPL_PERIOD)."""
 BUDGET_MIN: Final = 200_000
 """A parked domain runs again when it has so much budget: less is not worth a switch."""
+RENEW: Final = 600_000
+"""A lease of one that is still the best is renewed so long before its end: its domain does not notice."""
+LATE: Final = 300_000
+"""A holder stops by itself at its lease's end; its lease is taken back if it has not said so by then."""
 RATELIMIT_DEFAULT: Final = 1_000_000
 """Shortest run before a preemption (sysctl: ratelimit_us)."""
 
@@ -84,6 +88,8 @@ class Unit:
     since: int = 0
     """Start of the present state."""
     end: int | None = None
+    check: int = 0
+    """When to look at this holder again, if its lease ends."""
     used: int = 0
     """CPU time so far."""
     serial: int = 0
@@ -103,6 +109,8 @@ class CreditScheduler:
             raise ValueError(f"{cpus} physical CPUs")
         self.cpus: Final = cpus
         self.ratelimit = RATELIMIT_DEFAULT
+        self.busy = [0] * cpus
+        """CPU time (ns) that domains used on each CPU."""
         self._units: dict[DomId, Unit] = {}
         self._holder: list[Unit | None] = [None] * cpus
         self._serial = 0
@@ -192,7 +200,11 @@ class CreditScheduler:
         if unit is None or ran <= 0:
             return
         unit.used += ran
-        unit.credit = max(CREDIT_FLOOR, unit.credit - ran * DEFAULT_WEIGHT // unit.weight)
+        self.busy[unit.cpu if unit.cpu >= 0 else unit.last_cpu] += ran
+        left = unit.credit - ran * DEFAULT_WEIGHT // unit.weight
+        if unit.state is State.HOLDING and unit.end is None:
+            left = max(left, min(unit.credit, 0))  # nobody waited: that makes no debt
+        unit.credit = max(CREDIT_FLOOR, left)
         if unit.cap:
             unit.budget -= ran
 
@@ -229,6 +241,9 @@ class CreditScheduler:
         """Decide; what changes. Charge what was used first."""
         for unit in self._units.values():
             self._replenish(now, unit)
+        active = [u for u in self._units.values() if u.wants and not self._parked(u)]
+        if active and all(u.credit <= 0 for u in active):
+            self._reset(max(u.credit for u in active))
         for holder in self._holder:
             if holder is not None and holder.state is State.HOLDING and self._over(now, holder):
                 self._revoke(now, holder)
@@ -248,15 +263,9 @@ class CreditScheduler:
     def next_deadline(self) -> int | None:
         """When `schedule` has to be called next, if nothing else happens."""
         found = [
-            u.end for u in self._holder if u is not None and u.state is State.HOLDING and u.end is not None
+            u.check for u in self._holder if u is not None and u.state is State.HOLDING and u.end is not None
         ]
         found += [u.replenish for u in self._units.values() if u.state is State.WAITING and self._parked(u)]
-        waiting = [u for u in self._units.values() if u.state is State.WAITING and not self._parked(u)]
-        for holder in self._holder:
-            if holder is None or holder.state is not State.HOLDING:
-                continue
-            if any(u.may_use(holder.cpu) and u.credit > holder.credit for u in waiting):
-                found.append(holder.since + self.ratelimit)
         return min(found, default=None)
 
     # ------------------------------------------------------------------ inside
@@ -312,18 +321,16 @@ class CreditScheduler:
         """The holder's time is up: its slice with somebody waiting, or its budget."""
         if unit.cap and unit.budget <= 0:
             return True
-        return unit.end is not None and now >= unit.end and bool(self._waiting_for(unit.cpu))
+        return unit.end is not None and now >= unit.end + LATE and bool(self._waiting_for(unit.cpu))
 
     def _next(self) -> tuple[Unit, int] | None:
         """The best of those that wait and could get a CPU at once, and that CPU."""
         waiting = [u for u in self._units.values() if u.state is State.WAITING and not self._parked(u)]
-        if not waiting:
-            return None
-        if all(u.credit <= 0 for u in waiting):
-            self._reset(max(u.credit for u in waiting))
         for unit in sorted(waiting, key=lambda u: (-u.credit, u.serial)):
             cpu = self._candidate(unit)
             if cpu is not None:
+                if unit.credit <= 0:
+                    self._reset(unit.credit)
                 return unit, cpu
         return None
 
@@ -353,37 +360,34 @@ class CreditScheduler:
         self._changes.append(Change(unit.domain, True, None, cpu))
 
     def _set_end(self, now: int, unit: Unit) -> None:
-        """The end of a holder's lease, as things are now; those that wait may preempt it."""
+        """The end of a holder's lease, as things are now; a better one that waits may preempt it."""
         waiting = self._waiting_for(unit.cpu)
         end: int | None = None
         if waiting and unit.wants:
-            best = max(u.credit for u in waiting)
-            lead = (unit.credit - best) * unit.weight // DEFAULT_WEIGHT
-            if unit.end is not None and now < unit.end and lead >= 0:
-                end = unit.end
-            elif lead < 0:
-                end = (
-                    max(now, unit.since + self.ratelimit) if unit.end is None or unit.end > now else unit.end
-                )
-                if unit.since == now:
-                    end = now + SLICE_MIN
-            else:
+            lead = (unit.credit - max(u.credit for u in waiting)) * unit.weight // DEFAULT_WEIGHT
+            if unit.end is None or (lead > 0 and now >= unit.end - RENEW):
                 end = now + min(SLICE_MAX, max(SLICE_MIN, lead))
+            else:
+                end = unit.end
+            if lead < 0:
+                end = min(end, max(now, unit.since + max(self.ratelimit, BUDGET_MIN)))
         if unit.cap:
             limit = now + max(unit.budget, BUDGET_MIN)
             end = limit if end is None else min(end, limit)
-        if end is not None and end <= now:
-            self._revoke(now, unit)
-        elif end != unit.end or self._last_is(unit):
+        if end is not None:
+            unit.check = end - RENEW if end - now > 2 * RENEW else max(now, end) + LATE
+        if end is not None and end <= now and end != unit.end:
+            self._revoke(now, unit)  # preempted
+        elif end != unit.end or self._is_new(unit):
             unit.end = end
             self._changes = [c for c in self._changes if not (c.granted and c.domain == unit.domain)]
             self._changes.append(Change(unit.domain, True, end, unit.cpu))
 
-    def _last_is(self, unit: Unit) -> bool:
+    def _is_new(self, unit: Unit) -> bool:
         return any(c.granted and c.domain == unit.domain for c in self._changes)
 
     def _reset(self, best: int) -> None:
-        """Everybody gets CREDIT_INIT, as often as the best of those that wait needs to have some again."""
+        """Everybody gets CREDIT_INIT, as often as the one whose turn it is needs to have some again."""
         times = 1 + -best // CREDIT_INIT
         for unit in self._units.values():
             unit.credit = min(CREDIT_INIT, unit.credit + times * CREDIT_INIT)

@@ -11,6 +11,7 @@ import traceback
 from collections import defaultdict
 from typing import Any, Final
 
+from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
 from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, Plug
@@ -21,7 +22,10 @@ from bus.sealed import read_only
 from hypervisor.core import effects as fx
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.devices import DeviceService
+from hypervisor.core.domains import Kind
+from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
+from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.peers import Peer, PeerLost
 from hypervisor.shell.processes import Processes
@@ -38,6 +42,7 @@ class Server:
         memory: MemfdMemory,
         processes: Processes,
         devices: DeviceService,
+        scheduler: SchedulerCalls,
         *,
         doorbells: bool,
     ) -> None:
@@ -55,6 +60,15 @@ class Server:
         self._lost: list[tuple[DomId, str]] = []
         self._stopped: str | None = None
         self._settings: dict[str, Any] = {"doorbells": doorbells}
+        self.leases = Leases(
+            scheduler,
+            doorbells=doorbells,
+            signal=processes.signal,
+            pid_of=self._pid_of,
+            ring=self._ring_lease,
+            crash=lambda domain, why: core.crash_domain(time.monotonic_ns(), domain, why),
+            log=self.log,
+        )
 
     # ------------------------------------------------------------------ the loop
 
@@ -62,7 +76,8 @@ class Server:
         """Serve until the machine stops; why it did."""
         self._apply()
         while self._stopped is None:
-            deadlines = (self.core.next_deadline(), self.devices.next_deadline())
+            lease_deadline = self.leases.next_deadline()
+            deadlines = (self.core.next_deadline(), self.devices.next_deadline(), lease_deadline)
             deadline = min((d for d in deadlines if d is not None), default=None)
             timeout = (
                 IDLE_S if deadline is None else min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
@@ -70,7 +85,7 @@ class Server:
             for fd, events in self._epoll.poll(timeout):
                 if fd == self.processes.fileno():
                     self._process_news()
-                else:
+                elif not self.leases.rang(fd):
                     peer = self._by_fd.get(fd)
                     if peer is not None:
                         self._serve(peer, fd, events)
@@ -79,7 +94,45 @@ class Server:
                 self.core.tick(now)
                 self.devices.tick(now)
                 self._apply()
+            lease_deadline = self.leases.next_deadline()
+            if lease_deadline is not None and now >= lease_deadline:
+                self.leases.turn(now)
+                self._apply()
         return self._stopped
+
+    def _pid_of(self, domain: DomId) -> int:
+        running = self.processes.of(domain)
+        return running.pid if running is not None else 0
+
+    def _ring_lease(self, domain: DomId) -> None:
+        peer = self.peers.get(domain)
+        if peer is not None:
+            try:
+                peer.order(0, "lease", {})
+                self._watch(peer)
+            except PeerLost as lost:
+                self._lost.append((domain, str(lost)))
+
+    def _open_lease(self, peer: Peer) -> None:
+        """The lease page goes to a guest's process as its first order."""
+        domain = self.core.domains.get(peer.domain)
+        if domain is None or domain.kind is Kind.NATIVE:
+            return
+        body, fds, bell = self.leases.open(peer.domain)
+        if bell is not None:
+            self._epoll.register(bell, select.EPOLLIN)
+        try:
+            peer.order(0, "lease_page", body, fds)
+        except PeerLost as lost:
+            self._lost.append((peer.domain, str(lost)))
+
+    def _measure(self, asker: DomId) -> None:
+        """The toolstack is about to look at domains' CPU times."""
+        self.leases.measure()
+        self.leases.tell()
+        for domain in self.core.domains:
+            if domain.kind is Kind.NATIVE:
+                self.leases.measure_native(domain.domid, running=domain.domid == asker)
 
     def _serve(self, peer: Peer, fd: int, events: int) -> None:
         try:
@@ -122,6 +175,8 @@ class Server:
         if is_device(peer.domain):
             self.devices.receive(now, address_of(peer.domain), message)
         elif isinstance(message, Hypercall):
+            if message.nr in (HYPERVISOR_domctl, HYPERVISOR_sysctl):
+                self._measure(peer.domain)
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
@@ -135,6 +190,9 @@ class Server:
             self._report(peer, message)
 
     def _report(self, peer: Peer, report: Report) -> None:
+        if report.what == "lease":
+            self.leases.told(peer.domain)
+            return
         if report.what == "log":
             domain = self.core.domains.get(peer.domain)
             if domain is not None:
@@ -210,6 +268,7 @@ class Server:
 
     def _drop_peer(self, domain: DomId) -> None:
         peer = self.peers.pop(domain, None)
+        self.leases.close(domain)
         if peer is not None:
             self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not peer}
             peer.close()
@@ -254,6 +313,7 @@ class Server:
             self.log("info", f"process {effect.role} is started", effect.domain)
             peer = self.processes.start(effect.domain, effect.role, self._settings)
             self._add_peer(peer)
+            self._open_lease(peer)
         elif isinstance(effect, fx.KillProcess):
             self.log("info", f"killed: {effect.reason}", effect.domain)
             if self.processes.of(effect.domain) is None:

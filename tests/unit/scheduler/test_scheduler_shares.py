@@ -20,7 +20,7 @@ def test_weights_256_512_1024_on_one_cpu_within_5_percent() -> None:
     world.run(10)
     total = sum(g.ran for g in guests)
     for guest, share in zip(guests, (1 / 7, 2 / 7, 4 / 7), strict=True):
-        assert guest.ran / total == pytest.approx(share, rel=0.05)
+        assert guest.ran / total == pytest.approx(share, rel=0.02)
 
 
 def test_a_cap_of_25_gives_at_most_27_percent_and_not_much_less() -> None:
@@ -83,7 +83,7 @@ def test_pinned_domains_stay_on_their_cpu() -> None:
     other = world.add(3, mask=2)
     world.run(2)
     assert other.ran == world.now
-    assert pinned[0].ran == pytest.approx(pinned[1].ran, rel=0.05)
+    assert pinned[0].ran == pytest.approx(pinned[1].ran, rel=0.02)
     assert all(unit.cpu != 1 for unit in world.scheduler if unit.domain != 3)
 
 

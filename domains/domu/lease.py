@@ -1,0 +1,95 @@
+"""A domain process's lease: may it run a vCPU now, until when; asking for one and giving it up. See `bus.lease_page`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from bus import lease_page as lp
+from bus.doorbell import Doorbell
+
+
+class Lease:
+    """Used by the vCPU thread only. Before the page has come, every lease stands (a process under test has no hypervisor)."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        """`tell`: have the hypervisor look at the page, by a message; used where there are no doorbells."""
+        self._tell = tell
+        self._page: lp.LeasePage | None = None
+        self._ours: Doorbell | None = None
+        self._theirs: Doorbell | None = None
+        self._asked = -1
+
+    def attach(self, fds: list[int]) -> int | None:
+        """The page and the doorbells of the order `lease_page`, which are taken over. A descriptor to listen to, if any: `take`
+        when it is readable."""
+        self._page = lp.map_page(fds[0])
+        if len(fds) < 3:
+            return None
+        self._ours, self._theirs = Doorbell(fds[1]), Doorbell(fds[2])
+        return self._ours.fd
+
+    def take(self, fd: int) -> bool:
+        """Forget rings; False if the descriptor is not the lease's."""
+        if self._ours is None or fd != self._ours.fd:
+            return False
+        self._ours.take()
+        return True
+
+    def may_run(self) -> bool:
+        """The domain holds a lease that is not over."""
+        if self._page is None:
+            return True
+        words = self._page.words
+        state = words[lp.STATE]
+        return bool(state == lp.STANDING or (state == lp.GRANTED and time.monotonic_ns() < words[lp.END]))
+
+    @property
+    def end(self) -> int:
+        """CLOCK_MONOTONIC ns at which the lease ends; 0: it stands."""
+        if self._page is None or self._page.words[lp.STATE] != lp.GRANTED:
+            return 0
+        return int(self._page.words[lp.END])
+
+    def running(self) -> None:
+        """A vCPU is about to run."""
+        if self._page is not None:
+            words = self._page.words
+            words[lp.WANTS] = words[lp.RUNNING] = 1
+            words[lp.SEEN] = words[lp.EPOCH]
+
+    def ran(self, vcpu: int, ns: int) -> None:
+        """A vCPU ran for so long."""
+        if self._page is not None and 0 <= vcpu < lp.MAX_VCPUS:
+            words = self._page.words
+            words[lp.CURRENT] = vcpu
+            words[lp.VCPU_TIME + vcpu] += max(0, ns)
+
+    def sleeping(self) -> None:
+        """Nothing to run. A lease that stands is kept; one that ends is given up."""
+        if self._page is None:
+            return
+        words = self._page.words
+        was = words[lp.WANTS]
+        words[lp.WANTS] = words[lp.RUNNING] = 0
+        self._asked = -1
+        if was and words[lp.STATE] != lp.STANDING:
+            self._ring()
+
+    def ask(self) -> None:
+        """There is something to run, and no lease (any more): stop, and ask once a grant or revocation."""
+        if self._page is None:
+            return
+        words = self._page.words
+        words[lp.WANTS] = 1
+        words[lp.RUNNING] = 0
+        epoch = words[lp.SEEN] = words[lp.EPOCH]
+        if self._asked != epoch:
+            self._asked = epoch
+            self._ring()
+
+    def _ring(self) -> None:
+        if self._theirs is not None:
+            self._theirs.ring()
+        else:
+            self._tell()
