@@ -55,7 +55,7 @@ def test_disabled_by_software_it_takes_nothing_but_xens_upcall() -> None:
     assert not apic.accept(0x50)
     assert apic.accept(0x60, always=True)
     assert apic.pending() is None
-    enabled = []
+    enabled: list[LocalApic] = []
     apic.software_enabled = enabled.append
     apic.write(la.SVR, 0x1FF)
     assert apic.pending() == 0x60
