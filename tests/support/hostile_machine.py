@@ -116,18 +116,24 @@ class HostileMachine(RunningMachine):
         deadline = time.monotonic() + 10.0
         while True:
             counters = self.check()
-            if set(counters["domains"]) == {"0", "1"} and not counters["grant_jobs"]:
+            if (
+                set(counters["domains"]) == {"0", "1"}
+                and not counters["grant_jobs"]
+                and self._as_before(counters)
+            ):
                 break
-            assert time.monotonic() < deadline, f"not everything is given back: {counters}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"before: {self.base}\nafter: {counters}\n{self.logs()}"
             self.poll(0.02)
-        for what in ("free_pages", "windows", "grant_references", "descriptors"):
-            assert counters[what] == self.base[what], (
-                f"{what}: {self.base[what]} before, {counters[what]} after"
-            )
-        for domain in ("0", "1"):
-            for what in ("frames", "ports", "mappings", "pid"):
-                assert counters["domains"][domain][what] == self.base["domains"][domain][what], (domain, what)
         self.all_answer()
+
+    def _as_before(self, counters: dict[str, Any]) -> bool:
+        machine = ("free_pages", "windows", "grant_references", "descriptors")
+        domain = ("frames", "ports", "mappings", "pid")
+        return all(counters[what] == self.base[what] for what in machine) and all(
+            counters["domains"][number][what] == self.base["domains"][number][what]
+            for number in ("0", "1")
+            for what in domain
+        )
 
 
 @contextmanager

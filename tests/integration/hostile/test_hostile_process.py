@@ -27,6 +27,14 @@ def machine(tmp_path_factory: pytest.TempPathFactory, shared_machines: None) -> 
         yield machine
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_to_the_next(machine: HostileMachine) -> Iterator[None]:
+    """A test that failed leaves no hostile guest to the others."""
+    yield
+    for name in set(machine.domains()) - {"Domain-0", "neighbour"}:
+        machine.client.request("destroy", {"domain": name})
+
+
 def test_the_harness_is_a_domain_like_another(machine: HostileMachine) -> None:
     """Without an attack it is built, runs and calls: what the others show is not due to a broken start."""
     guest = machine.attack("obedient")
