@@ -339,10 +339,6 @@ def every_hypercall(h: Hostile) -> None:
                         data=data,
                     )
                 )
-                if os.environ.get("DOMICILE_TRACE"):
-                    print("sent", token, sent[token], len(data), data[:64].hex(), flush=True)
-                    h.serve(2.0, lambda: token in h.replies)
-                    print("got", token, h.replies.get(token, ("none",))[0], flush=True)
             h.link.dispatch()
     h.serve(5.0, lambda: len(h.replies) >= len(sent))
     breached = sorted(
@@ -506,7 +502,7 @@ def granter(h: Hostile) -> None:
     words = [h.memory.page(table)[8 * ref : 8 * ref + 1] for ref in (GRANTED_REF, GRANTED_REF + 1)]
     in_use = gt.GTF_reading | gt.GTF_writing
     h.serve(3.0, lambda: not any(word[0] & in_use for word in words))
-    h.say("cleared", at_once=flags_at_once, orders=h.orders)
+    h.say("cleared", at_once=flags_at_once, orders=h.orders[-6:])
     for mfn in (frame_, frame_ + 1):
         h.memory.page(Mfn(mfn))[:16] = b"second secret   "
     flags_now = [
@@ -524,11 +520,11 @@ def grantee(h: Hostile) -> None:
     h.connect()
     h.started()
     maps = [
-        gt.gnttab_map_grant_ref(0, gt.GNTMAP_host_map, GRANTED_REF, h.domid - 1, 0, 0, 0),
+        gt.gnttab_map_grant_ref(PAGE_SIZE, gt.GNTMAP_host_map, GRANTED_REF, h.domid - 1, 0, 0, 0),
         gt.gnttab_map_grant_ref(
-            0, gt.GNTMAP_host_map | gt.GNTMAP_readonly, GRANTED_REF + 1, h.domid - 1, 0, 0, 0
+            PAGE_SIZE, gt.GNTMAP_host_map | gt.GNTMAP_readonly, GRANTED_REF + 1, h.domid - 1, 0, 0, 0
         ),
-        gt.gnttab_map_grant_ref(0, gt.GNTMAP_host_map, GRANTED_REF + 1, h.domid - 1, 0, 0, 0),
+        gt.gnttab_map_grant_ref(PAGE_SIZE, gt.GNTMAP_host_map, GRANTED_REF + 1, h.domid - 1, 0, 0, 0),
     ]
     layout = gt.GNTTAB_MAP_GRANT_REF
     handles, statuses = [], []
@@ -556,7 +552,7 @@ def grantee(h: Hostile) -> None:
     done = []
     for handle, status in zip(handles, statuses, strict=True):
         if status == gt.GNTST_okay:
-            data = gt.GNTTAB_UNMAP_GRANT_REF.pack(gt.gnttab_unmap_grant_ref(0, 0, handle, 0))
+            data = gt.GNTTAB_UNMAP_GRANT_REF.pack(gt.gnttab_unmap_grant_ref(PAGE_SIZE, 0, handle, 0))
             _, reply = h.call(xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_unmap_grant_ref, data)
             done.append(gt.GNTTAB_UNMAP_GRANT_REF.unpack(reply).status)
     h.say("unmapped", statuses=done)

@@ -241,7 +241,7 @@ def test_what_is_kept_after_unmap_sees_and_changes_nothing(machine: HostileMachi
     machine.write_plan(stage=1)
     assert machine.said(taker, "unmapped")[0]["statuses"] == [0, 0]
     machine.write_plan(stage=2)
-    assert machine.said(giver, "written")[0]["flags"] == ["0100", "0500"], "the in-use bits are clear"
+    assert machine.said(giver, "written")[0]["flags"] == ["0100", "0500"]
     machine.write_plan(stage=3)
     kept = machine.said(taker, "kept")[0]["seen"]
     assert len(kept) >= 4
