@@ -45,6 +45,8 @@ CODE32, DATA32, TSS32 = 0xC9B, 0xC93, 0x8B
 """Segment attributes of the entry state (hvm/save.h, *_arbytes)."""
 FLAT: Final = 0xFFFFFFFF
 E820: Final = Struct("<QQI")
+LARGE: Final = 512
+"""Frames of the largest extent that is populated at once: a range that is aligned so is used without gaps."""
 
 
 def acpi_pages(vcpus: int) -> range:
@@ -114,6 +116,8 @@ def build_pvh_domain(
     for first, count in runs:
         xc.populate(domid, range(first, first + count))
     fd, extent = host.foreign_extents[domid]
+    if extent["base"] % LARGE:
+        raise ValueError(f"its memory begins at frame {extent['base']:#x}: not at a multiple of 2 MiB")
     request = PvhBuildRequest(
         kernel=kernel,
         pages=pages,
