@@ -1,0 +1,115 @@
+"""Carries a fault plan out: counts events, and breaks what the plan says when its time has come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from bus.abi.errno import XEN_ENOMEM, XEN_ENOSPC
+from simulation.plan import Fault, What
+
+if TYPE_CHECKING:
+    from simulation.machine import Machine
+
+STRANGE_IOVA: Final = 0x7FFF_0000_0000
+MS: Final = 1_000_000
+PASSIVE: Final = (
+    What.LOSE,
+    What.DUPLICATE,
+    What.DELAY,
+    What.NO_MEMORY,
+    What.NO_PORTS,
+    What.NO_GRANTS,
+    What.WRONG_DMA,
+)
+"""Whoever reports the event acts on them."""
+
+
+class Injector:
+    """One plan on one machine."""
+
+    def __init__(self, machine: Machine, faults: tuple[Fault, ...]) -> None:
+        self.machine = machine
+        self.faults = faults
+        self.armed = False
+        self.fired: list[Fault] = []
+        self.counts: Counter[str] = Counter()
+        self._by_event: dict[str, list[Fault]] = {}
+        for fault in faults:
+            if fault.event:
+                self._by_event.setdefault(fault.event, []).append(fault)
+
+    def arm(self) -> None:
+        """From now on events count, and time runs."""
+        self.armed = True
+        for fault in self.faults:
+            if fault.at_ms is not None:
+                self.machine.scheduler.after(int(fault.at_ms * MS), lambda fault=fault: self._fire(fault))  # type: ignore[misc]  # bound now
+
+    def happen(self, event: str) -> list[Fault]:
+        """An event. The faults that it sets off."""
+        if not self.armed:
+            return []
+        self.counts[event] += 1
+        self.machine.trace(event)
+        faults = self._by_event.get(event)
+        if faults is None:
+            return []
+        now = [fault for fault in faults if fault.n == self.counts[event]]
+        for fault in now:
+            self._fire(fault)
+        return now
+
+    def _fire(self, fault: Fault) -> None:
+        machine = self.machine
+        machine.trace(f"fault {fault.what} {fault.target}")
+        self.fired.append(fault)
+        span = int(fault.for_ms * MS)
+        if fault.what is What.KILL:
+            machine.kill(fault.target)
+        elif fault.what is What.FREEZE:
+            machine.freeze(fault.target, span)
+        elif fault.what is What.SLOW:
+            machine.slow(fault.target, span, fault.factor)
+        elif fault.what is What.POWER_CUT:
+            machine.power_cut()
+        elif fault.what is What.DEVICE_ERROR:
+            machine.media.fail += fault.count
+        elif fault.what is What.CLOCK_JUMP:
+            machine.scheduler.now += span
+        elif fault.what not in PASSIVE:
+            raise NotImplementedError(f"fault {fault.what}")
+
+    # ------------------------------------------------------------------ what others ask
+
+    def notification(self, event: str) -> list[int]:
+        """A notification is sent: the delays (ns) with which it arrives; none if it is lost."""
+        delays = [0]
+        for fault in self.happen(event):
+            if fault.what is What.LOSE:
+                delays = []
+            elif fault.what is What.DUPLICATE:
+                delays = [*delays, self.machine.latency()]
+            elif fault.what is What.DELAY:
+                delays = [delay + int(fault.for_ms * MS) for delay in delays]
+        return delays
+
+    def hypercall(self, name: str) -> int:
+        """A hypercall is made: 0, or the negative errno with which it is refused."""
+        for fault in self.happen(f"hypercall:{name}"):
+            if fault.what is What.NO_MEMORY:
+                return -XEN_ENOMEM
+            if fault.what is What.NO_PORTS:
+                return -XEN_ENOSPC
+        return 0
+
+    def grants_short(self) -> bool:
+        """A map of granted frames is asked for: True if it is refused."""
+        return any(fault.what is What.NO_GRANTS for fault in self.happen("grant:map"))
+
+    def dma(self, items: list[tuple[int, int, bool, int]]) -> list[tuple[int, int, bool, int]]:
+        """A device asks for DMA: what it really asks for."""
+        if any(fault.what is What.WRONG_DMA for fault in self.happen("dma")) and items:
+            _, length, to_memory, position = items[0]
+            return [(STRANGE_IOVA, length, to_memory, position), *items[1:]]
+        return items

@@ -1,0 +1,129 @@
+"""Machine memory in byte arrays: an implementation of `hypervisor.core.ports.MachineMemory`, and the views that processes have."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
+from domains.hostmem import HostMemory
+
+
+class SimMemory:
+    """Extents and windows (the methods are documented in MachineMemory)."""
+
+    def __init__(self) -> None:
+        self._bases: list[int] = []
+        self._extents: dict[int, memoryview] = {}
+        self._windows: dict[int, memoryview] = {}
+        self._placed: dict[int, tuple[int, int]] = {}
+
+    def extent(self, base: int) -> memoryview:
+        """The bytes of an extent."""
+        return self._extents[base]
+
+    def window(self, number: int) -> memoryview:
+        """The bytes of a window."""
+        return self._windows[number]
+
+    def page(self, mfn: int) -> memoryview:
+        """The bytes of a frame as the hypervisor has it."""
+        placed = self._placed.get(mfn)
+        if placed is not None:
+            start = placed[1] << PAGE_SHIFT
+            return self._windows[placed[0]][start : start + PAGE_SIZE]
+        index = bisect_right(self._bases, mfn) - 1
+        if index < 0:
+            raise KeyError(f"no machine memory at mfn {mfn:#x}")
+        base = self._bases[index]
+        start = (mfn - base) << PAGE_SHIFT
+        view = self._extents[base][start : start + PAGE_SIZE]
+        if len(view) != PAGE_SIZE:
+            raise KeyError(f"no machine memory at mfn {mfn:#x}")
+        return view
+
+    def read(self, mfn: Mfn, offset: int, length: int) -> bytes:
+        return bytes(self.page(mfn)[offset : offset + length])
+
+    def write(self, mfn: Mfn, offset: int, data: bytes) -> None:
+        self.page(mfn)[offset : offset + len(data)] = data
+
+    def copy(self, source: Mfn, source_offset: int, target: Mfn, target_offset: int, length: int) -> None:
+        self.write(target, target_offset, self.read(source, source_offset, length))
+
+    def clear(self, mfn: Mfn, count: int = 1) -> None:
+        for one in range(mfn, mfn + count):
+            self.page(one)[:] = bytes(PAGE_SIZE)
+
+    def create_extent(self, base: Mfn, frames: int) -> None:
+        self._extents[base] = memoryview(bytearray(frames << PAGE_SHIFT))
+        self._bases = sorted(self._extents)
+
+    def drop_extent(self, base: Mfn) -> None:
+        view = self._extents.pop(base)
+        self._bases = sorted(self._extents)
+        frames = range(base, base + (len(view) >> PAGE_SHIFT))
+        self._placed = {mfn: place for mfn, place in self._placed.items() if mfn not in frames}
+
+    def create_window(self, window: int, frames: int) -> None:
+        self._windows[window] = memoryview(bytearray(frames << PAGE_SHIFT))
+
+    def place(self, mfn: Mfn, window: int, index: int) -> None:
+        self._placed[mfn] = (window, index)
+
+    def restore(self, mfn: Mfn) -> None:
+        self._placed.pop(mfn, None)
+
+    def drop_window(self, window: int) -> None:
+        self._windows.pop(window)
+
+
+class SimHostMemory(HostMemory):
+    """A process's own machine memory. A descriptor of a window is stood for by -1 - its number: no number of a real one."""
+
+    def __init__(self, memory: SimMemory, base: Mfn, frames: int) -> None:
+        self._memory = memory
+        self.base = base
+        self.frames = frames
+        self.size = frames << PAGE_SHIFT
+        self.address = 0
+        self.octets = memory.extent(base)
+        self._moved: set[Mfn] = set()
+        self._places: dict[Mfn, tuple[memoryview, int]] = {}
+
+    def page(self, mfn: Mfn) -> memoryview:
+        place = self._places.get(mfn)
+        if place is not None:
+            return place[0][place[1] << PAGE_SHIFT : (place[1] + 1) << PAGE_SHIFT]
+        offset = self._offset(mfn)
+        return self.octets[offset : offset + PAGE_SIZE]
+
+    def move_to_window(self, mfn: Mfn, window_fd: int, index: int) -> None:
+        window = self._memory.window(-1 - window_fd)
+        window[index << PAGE_SHIFT : (index + 1) << PAGE_SHIFT] = self.page(mfn)
+        self._places[mfn] = (window, index)
+
+    def find_in_window(self, mfn: Mfn, window_fd: int, index: int) -> None:
+        self._places[mfn] = (self._memory.window(-1 - window_fd), index)
+
+    def move_back(self, mfn: Mfn) -> None:
+        if mfn in self._places:
+            content = bytes(self.page(mfn))
+            del self._places[mfn]
+            self.page(mfn)[:] = content
+
+
+class SimStaging:
+    """A device's staging memory. Implements `hypervisor.core.iommu_dma.Staging`."""
+
+    def __init__(self, memory: SimMemory, size: int) -> None:
+        self.size = size
+        self.view = memoryview(bytearray(size))
+        self._memory = memory
+
+    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+        """See Staging."""
+        self._memory.page(mfn)[offset : offset + length] = self.view[position : position + length]
+
+    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+        """See Staging."""
+        self.view[position : position + length] = self._memory.page(mfn)[offset : offset + length]

@@ -1,0 +1,233 @@
+"""Fault plans: what breaks, and when. Read from TOML, or drawn from a seed.
+
+    [[fault]]
+    what = "kill"            # see What
+    target = "domio"         # domio, guest, device
+    event = "step:published" # the n-th event of this name; or at_ms = 20.5
+    n = 3
+
+Events (`Injector.happen`): `hypercall:NAME` (as in bus.abi.hypercalls), `grant:map`, `ring:request`, `dma`, `notify:front`,
+`notify:back`, `interrupt`, `xenbus:back:N` and `xenbus:front:N` (XenbusState), `step:NAME` (of drivers.block.backend) and
+`ledger:NAME` (of drivers.block.ledger); they are the same names that a trace shows.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MAX_FAULTS: Final = 64
+MAX_PLAN_BYTES: Final = 1 << 16
+
+
+class PlanError(ValueError):
+    """The plan cannot be used: one line that names the place and the mend."""
+
+
+class What(StrEnum):
+    """What goes wrong."""
+
+    KILL = "kill"
+    """The target's process ends at once. Its supervisor starts another (`guest`: the domain is destroyed)."""
+    FREEZE = "freeze"
+    """The target does nothing for `for_ms`."""
+    SLOW = "slow"
+    """Messages to the target take `factor` times as long, for `for_ms`."""
+    LOSE = "lose"
+    """The notification that the event names is lost (`notify:front`, `notify:back`, `interrupt`)."""
+    DUPLICATE = "duplicate"
+    """The notification comes twice."""
+    DELAY = "delay"
+    """The notification comes `for_ms` later."""
+    POWER_CUT = "power-cut"
+    """The disk loses power: of what it had not flushed, any part reached the medium, sectors perhaps torn; then it starts again."""
+    DEVICE_ERROR = "device-error"
+    """The medium fails the next `count` requests."""
+    NO_MEMORY = "no-memory"
+    """The hypercall of the event is refused: ENOMEM."""
+    NO_GRANTS = "no-grants"
+    """The grant map of the event is refused: GNTST_no_space."""
+    NO_PORTS = "no-ports"
+    """The hypercall of the event is refused: ENOSPC."""
+    WRONG_DMA = "wrong-dma"
+    """The device's DMA of the event (`dma`) goes to a frame that it was never given."""
+    CLOCK_JUMP = "clock-jump"
+    """`for_ms` pass in no time."""
+
+
+NOTIFICATIONS: Final = ("notify:front", "notify:back", "interrupt")
+STEPS: Final = (
+    "copied", "taken", "mapped", "submitting", "submitted", "dirty", "completed", "unmapped", "flushed", "placed", "written",
+    "published", "answered", "notified", "resumed",
+)  # fmt: skip
+LEDGER_STEPS: Final = (
+    "record.torn", "record", "taken", "consumer", "submitted", "completed", "answer", "answering", "answered",
+)  # fmt: skip
+
+
+class Fault(BaseModel):
+    """One fault."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    what: What
+    target: Literal["domio", "guest", "device"] = "domio"
+    event: Annotated[str, Field(max_length=64)] = ""
+    n: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    at_ms: Annotated[float, Field(ge=0, le=600_000)] | None = None
+    """After the scenario's disk was plugged in (simulated time)."""
+    for_ms: Annotated[float, Field(gt=0, le=60_000)] = 50.0
+    factor: Annotated[float, Field(ge=1, le=1000)] = 10.0
+    count: Annotated[int, Field(ge=1, le=1000)] = 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Fault:
+        if bool(self.event) == (self.at_ms is not None):
+            raise ValueError("give either event (with n) or at_ms")
+        needs: dict[What, tuple[str, ...]] = {
+            What.LOSE: NOTIFICATIONS,
+            What.DUPLICATE: NOTIFICATIONS,
+            What.DELAY: NOTIFICATIONS,
+            What.NO_GRANTS: ("grant:map",),
+            What.WRONG_DMA: ("dma",),
+        }
+        wanted = needs.get(self.what)
+        if wanted is not None and self.event not in wanted:
+            raise ValueError(f"{self.what} needs event = one of {', '.join(wanted)}")
+        if self.what in (What.NO_MEMORY, What.NO_PORTS) and not self.event.startswith("hypercall:"):
+            raise ValueError(f"{self.what} needs event = 'hypercall:NAME'")
+        kind = self.event.partition(":")[0]
+        if self.event and kind not in (
+            "hypercall", "grant", "ring", "dma", "notify", "interrupt", "xenbus", "step", "ledger",
+        ):  # fmt: skip
+            raise ValueError(f"event {self.event!r}: no event is named so (see docs/faults.md)")
+        return self
+
+    def text(self) -> str:
+        """As one line of TOML."""
+        fields = [f'what = "{self.what}"']
+        if self.what in (What.KILL, What.FREEZE, What.SLOW):
+            fields.append(f'target = "{self.target}"')
+        fields += (
+            [f"at_ms = {self.at_ms}"]
+            if self.at_ms is not None
+            else [f'event = "{self.event}"', f"n = {self.n}"]
+        )
+        if self.what in (What.FREEZE, What.SLOW, What.DELAY, What.CLOCK_JUMP):
+            fields.append(f"for_ms = {self.for_ms}")
+        if self.what is What.SLOW:
+            fields.append(f"factor = {self.factor}")
+        if self.what is What.DEVICE_ERROR:
+            fields.append(f"count = {self.count}")
+        return "{ " + ", ".join(fields) + " }"
+
+
+class Plan(BaseModel):
+    """Faults, and the shape of the scenario."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fault: Annotated[tuple[Fault, ...], Field(max_length=MAX_FAULTS)] = ()
+    random_faults: Annotated[int, Field(ge=0, le=16)] = 0
+    """Up to so many more, drawn from the seed."""
+    operations: Annotated[int, Field(ge=1, le=100_000)] = 24
+    """Reads, writes and flushes of the guest."""
+
+    def toml(self) -> str:
+        """The plan as a file holds it."""
+        lines = [f"operations = {self.operations}"]
+        if self.random_faults:
+            lines.append(f"random_faults = {self.random_faults}")
+        lines.append("fault = [")
+        lines += [f"  {fault.text()}," for fault in self.fault]
+        return "\n".join([*lines, "]"])
+
+    @property
+    def errors_expected(self) -> bool:
+        """The guest may see requests fail."""
+        return any(
+            f.what in (What.DEVICE_ERROR, What.NO_MEMORY, What.NO_GRANTS, What.NO_PORTS, What.WRONG_DMA)
+            for f in self.fault
+        )
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ""
+    for part in first["loc"]:
+        where += f"[{part + 1}]" if isinstance(part, int) else (f".{part}" if where else str(part))
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{where or 'plan'}: {text}"
+
+
+def parse_plan(text: str, name: str = "plan") -> Plan:
+    """A plan from TOML. PlanError: one line."""
+    try:
+        data: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{name}: not TOML: {error}") from None
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise PlanError(f"{name}: {_first(error)}") from None
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan from a file. PlanError: one line."""
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise PlanError(f"{path}: a plan has at most {MAX_PLAN_BYTES} bytes")
+        return parse_plan(path.read_text("utf-8"), str(path))
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise PlanError(f"{path}: not UTF-8 text") from None
+
+
+def random_faults(rng: random.Random, most: int) -> tuple[Fault, ...]:
+    """Faults that the machine must survive without the guest's losing anything that was acknowledged."""
+    faults: list[Fault] = []
+    for _ in range(rng.randint(1, most) if most else 0):
+        draw = rng.random()
+        if draw < 0.4:
+            name = rng.choice([f"step:{s}" for s in STEPS] + [f"ledger:{s}" for s in LEDGER_STEPS])
+            faults.append(Fault(what=What.KILL, target="domio", event=name, n=rng.randint(1, 12)))
+        elif draw < 0.48:
+            faults.append(Fault(what=What.KILL, target="domio", at_ms=round(rng.uniform(0, 30), 3)))
+        elif draw < 0.58:
+            faults.append(Fault(what=What.KILL, target="device", event="dma", n=rng.randint(1, 80)))
+        elif draw < 0.62:
+            faults.append(Fault(what=What.KILL, target="guest", event="ring:request", n=rng.randint(1, 20)))
+        elif draw < 0.74:
+            faults.append(Fault(what=What.POWER_CUT, event="dma", n=rng.randint(10, 90)))
+        elif draw < 0.80:
+            faults.append(Fault(what=What.LOSE, event="interrupt", n=rng.randint(3, 30)))
+        elif draw < 0.87:
+            faults.append(
+                Fault(what=rng.choice([What.DUPLICATE, What.DELAY]), event=rng.choice(NOTIFICATIONS), n=rng.randint(1, 25), for_ms=5.0)
+            )  # fmt: skip
+        elif draw < 0.92:
+            target: Any = rng.choice(["domio", "device", "guest"])
+            faults.append(
+                Fault(
+                    what=What.FREEZE, target=target, event="ring:request", n=rng.randint(1, 15), for_ms=200.0
+                )
+            )
+        elif draw < 0.94:
+            faults.append(
+                Fault(what=What.SLOW, target="domio", at_ms=round(rng.uniform(0, 10), 3), for_ms=20.0)
+            )
+        elif draw < 0.96:
+            faults.append(Fault(what=What.NO_GRANTS, event="grant:map", n=rng.randint(2, 15)))
+        elif draw < 0.98:
+            faults.append(Fault(what=What.DEVICE_ERROR, event="ring:request", n=rng.randint(1, 15)))
+        else:
+            faults.append(
+                Fault(what=What.CLOCK_JUMP, event="ring:request", n=rng.randint(1, 15), for_ms=300.0)
+            )
+    return tuple(faults)

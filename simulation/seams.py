@@ -1,0 +1,58 @@
+"""Where the product's code meets clock and crash points: replaced for the time of a run, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import domains.dom0.xenstore_service as service
+import domains.domio.vbd as vbd
+import domains.native.xenstore as client
+from bus.addresses import DomId
+from drivers.block.backend import Backend
+from drivers.block.ledger import Ledger
+from simulation.machine import Machine
+
+
+@contextlib.contextmanager
+def joined(machine: Machine) -> Iterator[None]:
+    """Simulated time for the modules that read a clock, and hooks for back ends and ledgers that are made meanwhile."""
+
+    def hook(prefix: str) -> Any:
+        process = machine.processes.get(DomId(1))
+
+        def step(name: str) -> None:
+            machine.injector.happen(f"{prefix}:{name.removeprefix('ledger.')}")
+            if process is not None:
+                process.check()
+
+        return step
+
+    def backend(*args: Any, **options: Any) -> Backend:
+        return vbd_backend(*args, hook=hook("step"), **options)
+
+    def ledger(memory: memoryview) -> Ledger:
+        made = vbd_ledger(memory)
+        made.hook = hook("ledger")
+        return made
+
+    clock = SimpleNamespace(
+        monotonic_ns=lambda: machine.scheduler.now, monotonic=lambda: machine.scheduler.now / 1e9
+    )
+    vbd_backend: type[Backend] = vars(vbd)["Backend"]
+    vbd_ledger: type[Ledger] = vars(vbd)["Ledger"]
+    saved = [(module, name, getattr(module, name)) for module, name in (
+        (service, "time"), (vbd, "time"), (client, "time"), (vbd, "Backend"), (vbd, "Ledger"), (vbd, "print"),
+    ) if hasattr(module, name)]  # fmt: skip
+    log = lambda text, **_: machine.trace(f"domio {text}")  # noqa: E731  # stands for print
+    try:
+        for module in (service, vbd, client):
+            vars(module)["time"] = clock
+        vars(vbd).update(Backend=backend, Ledger=ledger, print=log)
+        yield
+    finally:
+        vars(vbd).pop("print", None)
+        for module, name, value in saved:
+            vars(module)[name] = value
