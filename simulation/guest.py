@@ -85,7 +85,6 @@ class Guest:
         self.host = host
         self.rng = world.guest_rng
         self.store = XenstoreClient(host)
-        # The page source keeps views of frames; a frame that moves to a window moves under them, as a mapping does.
         self.pages = Pages(host, world.guest_table, range(1, 120), world.backend_id)
         self.front = Frontend(self.pages)
         base = f"/local/domain/{host.domid}/device/vbd/768"
@@ -136,15 +135,6 @@ class Guest:
         return links
 
     def connected(self, features: Features) -> None:
-        # The ring's frames are in a window by now: views made before point at the old place.
-        half = len(self._ring_pages) // len(self.rings)
-        self.rings = [
-            PagedRing(
-                [self.host.page(page.gfn) for page in self._ring_pages[at * half : (at + 1) * half]],
-                X86_64.slot,
-            )
-            for at in range(len(self.rings))
-        ]
         self.front.connect(self.rings, [self._notify(port) for port in self.ports], features)
 
     def _notify(self, port: Port) -> Callable[[], None]:

@@ -14,23 +14,15 @@ class SimMemory:
     def __init__(self) -> None:
         self._bases: list[int] = []
         self._extents: dict[int, memoryview] = {}
-        self._windows: dict[int, memoryview] = {}
+        self._windows: dict[int, int] = {}
         self._placed: dict[int, tuple[int, int]] = {}
 
     def extent(self, base: int) -> memoryview:
         """The bytes of an extent."""
         return self._extents[base]
 
-    def window(self, number: int) -> memoryview:
-        """The bytes of a window."""
-        return self._windows[number]
-
     def page(self, mfn: int) -> memoryview:
-        """The bytes of a frame as the hypervisor has it."""
-        placed = self._placed.get(mfn)
-        if placed is not None:
-            start = placed[1] << PAGE_SHIFT
-            return self._windows[placed[0]][start : start + PAGE_SIZE]
+        """The bytes of a frame. KeyError if there is no such memory."""
         index = bisect_right(self._bases, mfn) - 1
         if index < 0:
             raise KeyError(f"no machine memory at mfn {mfn:#x}")
@@ -65,51 +57,47 @@ class SimMemory:
         self._placed = {mfn: place for mfn, place in self._placed.items() if mfn not in frames}
 
     def create_window(self, window: int, frames: int) -> None:
-        self._windows[window] = memoryview(bytearray(frames << PAGE_SHIFT))
+        self._windows[window] = frames
 
     def place(self, mfn: Mfn, window: int, index: int) -> None:
+        if mfn in self._placed or not 0 <= index < self._windows[window]:
+            raise ValueError(f"frame {mfn:#x} is placed twice, or beside its window")
         self._placed[mfn] = (window, index)
 
     def restore(self, mfn: Mfn) -> None:
         self._placed.pop(mfn, None)
 
     def drop_window(self, window: int) -> None:
+        if any(number == window for number, _ in self._placed.values()):
+            raise ValueError(f"window {window} is dropped with frames in it")
         self._windows.pop(window)
 
 
 class SimHostMemory(HostMemory):
-    """A process's own machine memory. A descriptor of a window is stood for by -1 - its number: no number of a real one."""
+    """A process's own machine memory.
+
+    A frame that moves to a window stays where it is in a process's address space (MAP_FIXED), so that views of it go on to be
+    right. Here that is so because nothing is moved: owner, mapper and hypervisor look at the same bytes of the extent."""
 
     def __init__(self, memory: SimMemory, base: Mfn, frames: int) -> None:
-        self._memory = memory
         self.base = base
         self.frames = frames
         self.size = frames << PAGE_SHIFT
         self.address = 0
         self.octets = memory.extent(base)
         self._moved: set[Mfn] = set()
-        self._places: dict[Mfn, tuple[memoryview, int]] = {}
-
-    def page(self, mfn: Mfn) -> memoryview:
-        place = self._places.get(mfn)
-        if place is not None:
-            return place[0][place[1] << PAGE_SHIFT : (place[1] + 1) << PAGE_SHIFT]
-        offset = self._offset(mfn)
-        return self.octets[offset : offset + PAGE_SIZE]
 
     def move_to_window(self, mfn: Mfn, window_fd: int, index: int) -> None:
-        window = self._memory.window(-1 - window_fd)
-        window[index << PAGE_SHIFT : (index + 1) << PAGE_SHIFT] = self.page(mfn)
-        self._places[mfn] = (window, index)
+        self._moved.add(mfn)
 
     def find_in_window(self, mfn: Mfn, window_fd: int, index: int) -> None:
-        self._places[mfn] = (self._memory.window(-1 - window_fd), index)
+        self._moved.add(mfn)
 
     def move_back(self, mfn: Mfn) -> None:
-        if mfn in self._places:
-            content = bytes(self.page(mfn))
-            del self._places[mfn]
-            self.page(mfn)[:] = content
+        self._moved.discard(mfn)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class SimStaging:

@@ -19,6 +19,8 @@ class DiskModel:
         """Sectors that a request under way writes or reads."""
         self._flushes: dict[int, dict[int, set[Value]]] = {}
         self._serial = 0
+        self._cut: dict[int, set[Value]] = {}
+        """Sectors with a request under way at a power cut: a write may have been done, and lost, before it is answered."""
         self._dirty: set[int] = set()
 
     def write(self, sector: int, data: bytes) -> None:
@@ -34,7 +36,8 @@ class DiskModel:
         """It was answered."""
         for at in range(0, len(data), SECTOR):
             number, piece = sector + at // SECTOR, data[at : at + SECTOR]
-            self.current[number] = {piece} if fine else self.current[number] | {piece}
+            lost = self._cut.pop(number, set())
+            self.current[number] = {piece} | lost if fine else self.current[number] | lost | {piece}
 
     def read(self, sector: int, data: bytes) -> str | None:
         """A read was answered: what is wrong with it."""
@@ -43,6 +46,7 @@ class DiskModel:
             if piece not in self.current[number]:
                 return f"a read of sector {number} gave {piece[:8].hex()}, not {self._names(self.current[number])}"
             self.current[number] = {piece}
+            self._cut.pop(number, None)
         return None
 
     @staticmethod
@@ -69,6 +73,8 @@ class DiskModel:
         """What was not flushed may be as before."""
         for number in self._dirty:
             self.current[number] = self.current[number] | self.stable[number]
+        for number in self.busy:
+            self._cut[number] = set(self.stable[number])
         for snapshot in self._flushes.values():
             for number in snapshot:
                 snapshot[number] |= self.stable[number]

@@ -346,13 +346,9 @@ class SimDomain(NativeDomain):
 
     def _grant_attach(self, order: Order, fds: list[int]) -> bytes:
         items: Sequence[Any] = order.body["items"]
-        for handle, mfn, number, index, writable, *_ in items:
-            if number:
-                page = self.process.machine.memory.window(number)[index << 12 : (index + 1) << 12]
-                self._attached[handle] = (number, page if writable else page.toreadonly())
-            else:
-                assert self.memory is not None
-                self._attached[handle] = (-1, self.memory.page(Mfn(mfn)))
+        for handle, mfn, number, _index, writable, *_ in items:
+            page = self.process.machine.memory.page(Mfn(mfn))
+            self._attached[handle] = (number or -1, page if writable else page.toreadonly())
         return bytes(2 * len(items))
 
     def _grant_detach(self, order: Order, fds: list[int]) -> bytes:
