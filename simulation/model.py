@@ -45,8 +45,10 @@ class DiskModel:
             number, piece = sector + at // SECTOR, data[at : at + SECTOR]
             if piece not in self.current[number]:
                 return f"a read of sector {number} gave {piece[:8].hex()}, not {self._names(self.current[number])}"
-            self.current[number] = {piece}
-            self._cut.pop(number, None)
+            if number in self._cut:  # it may have been read before the cut, and lost in it
+                del self._cut[number]
+            else:
+                self.current[number] = {piece}
         return None
 
     @staticmethod

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import domains.devices.nvme.model as nvme
 import domains.dom0.xenstore_service as service
 import domains.domio.vbd as vbd
 import domains.native.xenstore as client
@@ -44,15 +45,17 @@ def joined(machine: Machine) -> Iterator[None]:
     vbd_backend: type[Backend] = vars(vbd)["Backend"]
     vbd_ledger: type[Ledger] = vars(vbd)["Ledger"]
     saved = [(module, name, getattr(module, name)) for module, name in (
-        (service, "time"), (vbd, "time"), (client, "time"), (vbd, "Backend"), (vbd, "Ledger"), (vbd, "print"),
+        (service, "time"), (vbd, "time"), (client, "time"), (vbd, "Backend"), (vbd, "Ledger"),
     ) if hasattr(module, name)]  # fmt: skip
     log = lambda text, **_: machine.trace(f"domio {text}")  # noqa: E731  # stands for print
     try:
         for module in (service, vbd, client):
             vars(module)["time"] = clock
+        vars(nvme)["print"] = log
         vars(vbd).update(Backend=backend, Ledger=ledger, print=log)
         yield
     finally:
-        vars(vbd).pop("print", None)
+        for module in (nvme, vbd):
+            vars(module).pop("print", None)
         for module, name, value in saved:
             vars(module)[name] = value

@@ -241,7 +241,8 @@ class World:
         mapped = [m for m in machine.grants.mappings(self.backend_id) if m.granter == granter]
         if mapped:
             self.violation(f"{len(mapped)} grants of the guest are mapped by DomIO after close")
-        if not self.guest_killed and guest is not None and guest.front.pending:
+        # What a planned refusal kept a successor from taking up is lost with its connection, and the disk is Closed: cleanly failed.
+        if not self.guest_killed and not self._errors and guest is not None and guest.front.pending:
             self.violation(f"{guest.front.pending} requests were never answered")
         machine.media.power_cut()
         for problem in self.model.check_medium(machine.media.stable):

@@ -1,0 +1,234 @@
+"""Deliberately broken copies of drivers and of the hypervisor: what the shipped scenarios must find.
+
+Each replaces one method for the time of a run. `bound`: within so many seeds (0, 1, 2 ...) of the default plan it is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bus.abi.io.blkif import BLKIF_RSP_OKAY
+from drivers.block.backend import Backend, Queue
+from drivers.block.grant_pool import GrantPool
+from drivers.block.ledger import Ledger, QueueLedger, Recovered
+from drivers.block.paged_ring import PagedRing
+from drivers.block.ports import Op
+from drivers.block.requests import Request
+from drivers.hw.nvme.io import MediaOp, MediaResult
+
+Undo = tuple[type, str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One defect."""
+
+    name: str
+    what: str
+    bound: int
+    patches: Callable[[], list[Undo]]
+
+
+def _set(owner: type, name: str, value: Any) -> list[Undo]:
+    old = owner.__dict__[name]
+    setattr(owner, name, value)
+    return [(owner, name, old)]
+
+
+def _flush_not_forwarded() -> list[Undo]:
+    import domains.devices.nvme.model as model
+
+    real = model.Disks.perform
+
+    def perform(self: Any, request: Any, staging: memoryview) -> Any:
+        if request.op is MediaOp.FLUSH:
+            return MediaResult.OK
+        return real(self, request, staging)
+
+    return _set(model.Disks, "perform", perform)
+
+
+def _response_before_flush() -> list[Undo]:
+    real = Backend._command
+
+    def command(self: Backend, queue: Queue, request: Request) -> Any:
+        made = real(self, queue, request)
+        if (
+            made.op is Op.FLUSH and request.kind is None
+        ):  # a read of nothing much: done as soon as anything is
+            return made._replace(op=Op.READ, sectors=0, extents=())
+        return made
+
+    return _set(Backend, "_command", command)
+
+
+def _grant_kept() -> list[Undo]:
+    def close(self: GrantPool) -> None:
+        self._held.clear()
+
+    return _set(GrantPool, "close", close)
+
+
+def _unmap_before_dma() -> list[Undo]:
+    real = Backend._submit
+
+    def submit(self: Backend, queue: Queue, ready: list[Request]) -> list[Request]:
+        refused = real(self, queue, ready)
+        queue.pool.release([request for request in ready if request not in refused])
+        return refused
+
+    return _set(Backend, "_submit", submit)
+
+
+def _lost_ledger_write() -> list[Undo]:
+    def submitted(self: QueueLedger, slots: list[int]) -> None:
+        for slot in slots:
+            self._states[slot] = 0  # FREE: a successor does not know of it
+
+    return _set(QueueLedger, "submitted", submitted)
+
+
+def _no_recovery() -> list[Undo]:
+    real = QueueLedger.recover
+
+    def recover(self: QueueLedger, ring: PagedRing) -> Recovered:
+        found = real(self, ring)
+        return found._replace(redo=found.redo[:-1]) if found.redo else found
+
+    return _set(QueueLedger, "recover", recover)
+
+
+def _double_response() -> list[Undo]:
+    real = QueueLedger.recover
+
+    def recover(self: QueueLedger, ring: PagedRing) -> Recovered:
+        found = real(self, ring)
+        return found._replace(rsp_prod=(found.rsp_prod - 1) & 0xFFFFFFFF) if found.rsp_prod else found
+
+    return _set(QueueLedger, "recover", recover)
+
+
+def _silent_resume() -> list[Undo]:
+    def resume(self: Backend, rings: Sequence[PagedRing], notify: Sequence[Callable[[], None]]) -> None:
+        self._check_rings(rings)
+        self._attach(rings, notify)
+        found = [queue.ledger.recover(queue.ring) for queue in self.queues]
+        for queue, one in zip(self.queues, found, strict=True):
+            self._take_over(queue, one)
+        for queue in self.queues:
+            self._start(queue)
+            self._step("resumed")
+            # Neither a look at the ring nor a notification: the old process may have died between publishing and notifying.
+
+    return _set(Backend, "resume", resume)
+
+
+def _missing_recheck() -> list[Undo]:
+    def ask(self: PagedRing, req_cons: int, fence: Callable[[], None]) -> bool:
+        self.req_event = (req_cons + 1) & 0xFFFFFFFF
+        return False
+
+    def poll(self: Backend, queue: Queue) -> bool:
+        produced = queue.ring.req_prod
+        count = (produced - queue.req_cons) & 0xFFFFFFFF
+        queue.look_again = False
+        if count and self.error is None and not self.closing:
+            queue.ring.req_event = 0  # asked before the last look: what comes in between is not announced
+            self._take(queue, count)
+        return bool(count)
+
+    return _set(PagedRing, "ask_for_requests", ask) + _set(Backend, "_poll", poll)
+
+
+def _error_as_success() -> list[Undo]:
+    real = Backend.complete
+
+    def complete(self: Backend, results: Sequence[tuple[int, bool]]) -> None:
+        real(self, [(token, True) for token, _ in results])
+
+    return _set(Backend, "complete", complete)
+
+
+def _reset_forgets() -> list[Undo]:
+    def storage_reset(self: Backend, *, cache_lost: bool = False) -> None:
+        for queue in self.queues:
+            mine = [request for owner, request in self._active.values() if owner is queue]
+            for request in mine:
+                request.status = BLKIF_RSP_OKAY  # "it was surely done before"
+                queue.active -= 1
+                queue.active_writes -= request.kind is Op.WRITE
+                queue.ledger.completed(request.slot, BLKIF_RSP_OKAY)
+            self._active = {token: entry for token, entry in self._active.items() if entry[0] is not queue}
+            if mine:
+                queue.pool.release(mine)
+                self._answer(queue, mine)
+                self._start(queue)
+
+    return _set(Backend, "storage_reset", storage_reset)
+
+
+def _pages_not_unmapped_at_death() -> list[Undo]:
+    def begin(self: Ledger, queues: int, slots: int, blob: bytes) -> None:
+        self._open(queues, slots)  # the head is written later, it is thought: nothing is found after a death
+        for queue in self.queues:
+            queue.clear()
+
+    return _set(Ledger, "begin", begin)
+
+
+MUTANTS: Final = {
+    mutant.name: mutant
+    for mutant in (
+        Mutant(
+            "flush-not-forwarded",
+            "the disk says that a flush is done and does nothing",
+            20,
+            _flush_not_forwarded,
+        ),
+        Mutant(
+            "response-before-flush",
+            "the back end answers a flush without flushing",
+            20,
+            _response_before_flush,
+        ),
+        Mutant("grant-kept", "persistent grants stay mapped after the back end has closed", 20, _grant_kept),
+        Mutant(
+            "unmap-before-dma",
+            "frames are unmapped as soon as the command is submitted",
+            20,
+            _unmap_before_dma,
+        ),
+        Mutant("lost-ledger-write", "a submitted request is not in the ledger", 20, _lost_ledger_write),
+        Mutant("request-not-redone", "a successor redoes all requests but the last", 20, _no_recovery),
+        Mutant(
+            "double-response",
+            "a successor writes a response again that the frontend has seen",
+            20,
+            _double_response,
+        ),
+        Mutant("silent-resume", "a successor neither looks at the ring nor notifies", 20, _silent_resume),
+        Mutant("missing-recheck", "no second look after asking for a notification", 20, _missing_recheck),
+        Mutant("error-as-success", "an error of the device is told as success", 20, _error_as_success),
+        Mutant(
+            "reset-forgets",
+            "after a reset of the device, what was under way counts as done",
+            20,
+            _reset_forgets,
+        ),
+        Mutant("ledger-without-head", "the ledger's head is not written", 20, _pages_not_unmapped_at_death),
+    )
+}
+
+
+@contextlib.contextmanager
+def applied(name: str) -> Iterator[None]:
+    """Run with that mutant; '' is the product as it is. KeyError if there is none of that name."""
+    undo = MUTANTS[name].patches() if name else []
+    try:
+        yield
+    finally:
+        for owner, attribute, value in undo:
+            setattr(owner, attribute, value)
