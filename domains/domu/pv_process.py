@@ -110,7 +110,8 @@ class PvProcess:
             if not lease.may_run():
                 domain.preempted()
                 self._ear.set_deadline(deadline)
-                if deadline == 1 or any(state.runnable for state in domain.states):
+                due = 0 < deadline <= time.monotonic_ns()
+                if due or any(state.runnable for state in domain.states):
                     lease.ask()
                     self._ear.set_deadline(0)  # what is due is looked at when it runs again
                 else:

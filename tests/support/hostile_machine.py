@@ -89,10 +89,16 @@ class HostileMachine(RunningMachine):
         return "\n---\n".join(text[-1500:] for text in texts)
 
     def neighbour_answers(self, timeout: float = ANSWER_S) -> None:
-        """The honest guest does what is typed, in time."""
+        """The honest guest does what is typed, in time.
+
+        Little is typed: GRUB 2.06 does not mask its index into the console's input ring, and after 1,024 bytes it reads its own
+        output behind that (on real Xen too)."""
+        if not self._asked:
+            self.type("neighbour", "z=yes\n")
         self._asked += 1
-        self.type("neighbour", f"echo answer-{self._asked}-$grub_cpu\n")
-        self.expect("neighbour", f"answer-{self._asked}-x86_64", timeout)
+        assert self._asked < 85, "the neighbour cannot be asked any more: start a new one"
+        self.type("neighbour", f"echo {self._asked}$z\n")
+        self.expect("neighbour", f"{self._asked}yes", timeout)
 
     def all_answer(self) -> None:
         """The neighbour, the toolstack and the hypervisor, each in time; and the invariants hold."""

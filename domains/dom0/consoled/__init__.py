@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bus.addresses import DomId, Port
-from domains.native.domain import GrantMapping, NativeDomain
+from domains.native.domain import GrantMapping, HypercallError, NativeDomain
 from drivers.console.ring import BackendRing
 
 SCROLLBACK: Final = 256 * 1024
@@ -39,6 +39,7 @@ class Console:
         self.scrollback = bytearray()
         self.bytes_out = 0
         self.broken = False
+        self._closed = False
         self._master, self.slave = pty.openpty()
         tty.setraw(self.slave)
         os.set_blocking(self._master, False)
@@ -119,22 +120,28 @@ class Console:
             self._listeners.remove(listener)
 
     def disconnect(self) -> None:
-        """The domain is gone, or starts anew: take what is left in the ring, then give it back."""
+        """The domain is gone, or starts anew: take what is left in the ring, then give it back. A domain that died while its ring was
+        being given back is no error."""
         self.poll()
-        if self._ring is not None:
-            self._ring.release()
-            self._ring = None
-        if self._port is not None:
-            self._host.close_port(self._port)
-            self._port = None
-        if self._mapping is not None:
-            self._host.unmap_grants(self._mapping)
-            self._mapping = None
+        ring, port, mapping = self._ring, self._port, self._mapping
+        self._ring = self._port = self._mapping = None
         self.broken = False
+        if ring is not None:
+            ring.release()
+        if port is not None:
+            self._host.close_port(port)
+        if mapping is not None:
+            with contextlib.suppress(HypercallError):
+                self._host.unmap_grants(mapping)
 
     def close(self) -> None:
-        """Disconnect and close the pseudo-terminal and the log."""
-        self.disconnect()
-        self._host.reactor.forget(self._master)
-        for fd in (self._master, self.slave, self._log):
-            os.close(fd)
+        """Disconnect and close the pseudo-terminal and the log. Once: the numbers of closed descriptors are soon others'."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.disconnect()
+        finally:
+            self._host.reactor.forget(self._master)
+            for fd in (self._master, self.slave, self._log):
+                os.close(fd)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
 from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
 from bus.abi.xen import DOMID_SELF
-from bus.addresses import DomId
+from bus.addresses import DomId, Port
 from bus.messages.domain import Order
 from bus.messages.warden import TO_DOM0, Deposit, Deposited
 from bus.packets import PacketLink
@@ -24,7 +24,7 @@ from domains.dom0.toolstack.images import ForeignMemory
 from domains.dom0.toolstack.vdev import number_of
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
-from domains.native.domain import NativeDomain
+from domains.native.domain import GrantError, NativeDomain
 
 DOMIO_PAGES: Final = 8192
 """DomIO's own memory: queues, ledgers, rings (32 MiB)."""
@@ -113,10 +113,23 @@ class Disks:
         store.permit(f"{base}/backend", f"n{domid}")
         store.write(f"{base}/device-model/ready", "0")
         store.permit(f"{base}/device-model/ready", f"n{domid}")
-        store.introduce(domid, port)
+        self._introduce(domid, port)
         xc.unpause(domid)
         self.domio = domid
         return domid
+
+    def _introduce(self, domid: DomId, port: Port) -> None:
+        """Connect DomIO to xenstored. Its ring is a grant, which its process must answer for: on a busy host that may still be
+        loading its code when the order's second is over. GrantError if it does not come up."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while True:
+            try:
+                self._store.introduce(domid, port)
+                return
+            except GrantError:
+                if time.monotonic() > deadline:
+                    raise
+                self._host.reactor.once(0.2)
 
     def check(self) -> None:
         """VIRQ_DOM_EXC: has DomIO's process ended? It is restarted in place: same domain, memory, ports and rings."""
