@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS
-from bus.abi.hypercalls import HYPERCALLS
+from bus.abi.hypercalls import HYPERCALLS, names
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId, MachineAddr, Mfn, Port, VcpuId
 from bus.credentials import from_descriptor
 from bus.doorbell import Doorbell
@@ -50,6 +50,8 @@ class PvProcess:
         self.link.on_message = self._message
         self.upstream = BusUpstream(self.link)
         self.upstream.deliver = self._deliver
+        self.upstream.before_shutdown = self._report_counters
+        self._events = 0
         self.domid = DomId(start.domain)
         self.memory: HostMemory | None = None
         self.frames: DomainFrames | None = None
@@ -148,6 +150,7 @@ class PvProcess:
                 continue
             entry = self._listen.get(fd)
             if entry is not None and entry[1].take() and domain is not None:
+                self._events += 1
                 domain.deliver(entry[0], VcpuId(domain.events.vcpu_of(entry[0])))
 
     # ------------------------------------------------------------------ messages
@@ -155,6 +158,7 @@ class PvProcess:
     def _message(self, message: Message) -> None:
         if isinstance(message, Raised):
             if self.domain is not None:
+                self._events += len(message.events)
                 for port, vcpu in message.events:
                     self.domain.deliver(Port(port), VcpuId(vcpu))
         elif isinstance(message, Order):
@@ -286,6 +290,21 @@ class PvProcess:
             for mfn in order.body["frames"]:
                 self.domain.cpu.drop_code(Mfn(mfn))
         return 0, b""
+
+    def counters(self) -> dict[str, Any]:
+        """What the guest did, for the record of a run: hypercalls by name, exceptions by vector, events delivered."""
+        domain = self.domain
+        if not isinstance(domain, PvDomain):
+            return {"events": self._events}
+        table = names()
+        hypercalls = {
+            table.get(number, str(number)): count for number, count in enumerate(domain.calls.counts) if count
+        }
+        exceptions = {str(vector): count for vector, count in enumerate(domain.traps.exceptions) if count}
+        return {"hypercalls": hypercalls, "exceptions": exceptions, "events": self._events}
+
+    def _report_counters(self) -> None:
+        self.link.send(Report(what="counters", body=self.counters()))
 
     def _deliver(self, port: Port) -> None:
         if self.domain is not None:

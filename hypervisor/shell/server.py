@@ -33,6 +33,10 @@ from hypervisor.shell.processes import Processes
 IDLE_S: Final = 1.0
 
 
+MAX_COUNTERS: Final = 8
+"""Kinds of counters that a domain's last words may have (their sizes are bounded by the message's)."""
+
+
 class Server:
     """Sockets, processes, doorbells and time around the core."""
 
@@ -192,6 +196,12 @@ class Server:
     def _report(self, peer: Peer, report: Report) -> None:
         if report.what == "lease":
             self.leases.told(peer.domain)
+            return
+        if report.what == "counters":
+            control = self.peers.get(DomId(0))
+            if control is not None and len(report.body) <= MAX_COUNTERS:
+                control.order(0, "counters", {"domid": int(peer.domain), "counters": report.body})
+                self._watch(control)
             return
         if report.what == "log":
             domain = self.core.domains.get(peer.domain)

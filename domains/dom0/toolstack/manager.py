@@ -15,6 +15,7 @@ from bus.abi.grant_table import GNTTAB_RESERVED_CONSOLE
 from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from bus.addresses import DomId, GrantRef, Mfn, Port, VcpuId
 from bus.messages.control import DomainConfig
+from bus.messages.domain import Order
 from bus.packets import close_all
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.kernel import Kernel, load_kernel
@@ -55,6 +56,8 @@ class Guest:
     started: float = field(default_factory=time.monotonic)
     xenstore_port: Port | None = None
     ending: bool = False
+    counters: dict[str, Any] = field(default_factory=dict)
+    """Its process's last words: what the guest did (not trusted: for show)."""
 
 
 Ended = Callable[[DomId, str, str, str], None]
@@ -76,6 +79,7 @@ class Manager:
         self.on_end: list[Ended] = []
         self.started = time.monotonic()
         host.bind_virq(VIRQ_DOM_EXC, self.check)
+        host.on_order["counters"] = self._counters
 
     # ------------------------------------------------------------------ creation
 
@@ -270,6 +274,12 @@ class Manager:
         store.permit(f"/vm/{uuid}", "n0", own)
 
     # ------------------------------------------------------------------ the end of a domain
+
+    def _counters(self, order: Order, fds: list[int]) -> bytes:
+        guest = self.guests.get(DomId(order.body["domid"]))
+        if guest is not None:
+            guest.counters = order.body["counters"]
+        return b""
 
     def check(self) -> None:
         """VIRQ_DOM_EXC: look which domains have shut down or died."""

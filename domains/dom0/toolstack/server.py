@@ -338,7 +338,8 @@ class ToolstackServer:
 
 def stats_of(guest: Guest) -> dict[str, Any]:
     """Counters of a domain for the record of a run. None: nobody counts that (yet); the command names it in `not_counted`."""
-    return {"console_bytes": guest.console.bytes_out, "hypercalls": None, "exceptions": None, "events": None}
+    names = ("hypercalls", "exceptions", "events")
+    return {"console_bytes": guest.console.bytes_out, **{name: guest.counters.get(name) for name in names}}
 
 
 def console_directory(path: str) -> Path:
