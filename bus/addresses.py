@@ -1,4 +1,4 @@
-"""Distinct types for addresses and names that must not be mixed (DESIGN.md, section 7).
+"""Distinct types for addresses and names that must not be mixed (docs/architecture.md, section 7).
 
 All are plain integers at run time; the type checker keeps them apart.
 """

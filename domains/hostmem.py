@@ -1,5 +1,5 @@
 """A domain's machine memory in its own process: one reserved range of host addresses, into which its memfd and the windows of
-granted frames are mapped with MAP_FIXED (DESIGN.md, section 4).
+granted frames are mapped with MAP_FIXED (docs/architecture.md, section 4).
 """
 
 from __future__ import annotations

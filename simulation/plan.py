@@ -109,21 +109,14 @@ class Fault(BaseModel):
         return self
 
     def text(self) -> str:
-        """As one line of TOML."""
+        """As one line of TOML: the fields that are not as by default."""
         fields = [f'what = "{self.what}"']
-        if self.what in (What.KILL, What.FREEZE, What.SLOW):
-            fields.append(f'target = "{self.target}"')
-        fields += (
-            [f"at_ms = {self.at_ms}"]
-            if self.at_ms is not None
-            else [f'event = "{self.event}"', f"n = {self.n}"]
-        )
-        if self.what in (What.FREEZE, What.SLOW, What.DELAY, What.CLOCK_JUMP):
-            fields.append(f"for_ms = {self.for_ms}")
-        if self.what is What.SLOW:
-            fields.append(f"factor = {self.factor}")
-        if self.what is What.DEVICE_ERROR:
-            fields.append(f"count = {self.count}")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name == "target" and self.what in (What.KILL, What.FREEZE, What.SLOW):
+                fields.append(f'target = "{value}"')
+            elif name != "what" and value != field.default:
+                fields.append(f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}")
         return "{ " + ", ".join(fields) + " }"
 
 

@@ -43,7 +43,7 @@ class Privilege(enum.Enum):
 
 
 class Where(enum.Enum):
-    """Which process serves it (DESIGN.md, section 3)."""
+    """Which process serves it (docs/architecture.md, section 3)."""
 
     LOCAL = "domain process"
     HYPERVISOR = "hypervisor"

@@ -1,4 +1,4 @@
-"""The ear: a thread that listens while guest code runs, and rings the vCPU's bell. It does nothing else (UNICORN.md: a busy Python
+"""The ear: a thread that listens while guest code runs, and rings the vCPU's bell. It does nothing else (docs/vcpu.md: a busy Python
 thread beside the vCPU thread costs milliseconds)."""
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 ABI, the vCPU's upcall flag, and wake-ups.
 
 The hypervisor says which port of the domain became pending for which vCPU; this process is the only writer of the bits
-(DESIGN.md, invariant 7), always between two guest instructions. Sources: xen.h (shared_info, vcpu_info), event_channel.h.
+(docs/architecture.md, invariant 7), always between two guest instructions. Sources: xen.h (shared_info, vcpu_info), event_channel.h.
 """
 
 from __future__ import annotations

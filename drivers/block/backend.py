@@ -9,7 +9,7 @@ Order (each queue by itself, as blkif.h leaves it)
 
 Wake-ups
     To the frontend: by default every batch of responses is notified, whatever the event index says: an MFENCE of a
-    guest in stock Unicorn orders nothing, so its event index may come too late (UNICORN.md). This project's vCPU makes
+    guest in stock Unicorn orders nothing, so its event index may come too late (docs/vcpu.md). This project's vCPU makes
     MFENCE a fence (docs/vcpu.md): `trust_event_index=True` is right for it, and saves a doorbell now and then.
     From the frontend: it may decide by an old req_event not to notify, and its requests become visible only after our
     last look. The `fence` between our store and that look can be a membarrier; and the shell calls `poll` once more a

@@ -1,6 +1,6 @@
 """Event channels: ports, what they are bound to, and who is told.
 
-The pending and mask bits are in the guest's memory and have one writer, the domain's own process (DESIGN.md,
+The pending and mask bits are in the guest's memory and have one writer, the domain's own process (docs/architecture.md,
 invariant 7). Here is the hypervisor's own record of ports; what became pending is said by a `Raise` effect,
 and the process sets the bits. The errno of each refusal is that of Xen 4.17 (xen/common/event_channel.c's
 public behaviour).

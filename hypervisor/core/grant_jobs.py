@@ -18,7 +18,7 @@ from bus.addresses import DomId
 from hypervisor.core.grant_ports import GrantOutbox
 
 ORDER_TIMEOUT_NS: Final = 1_000_000_000
-"""How long a granter has for a map or an unmap (DESIGN.md, section 4)."""
+"""How long a granter has for a map or an unmap (docs/architecture.md, section 4)."""
 UNDO_TIMEOUT_NS: Final = 60_000_000_000
 """How long a granter that missed a map's deadline has to say that it is back where it was. Nobody waits for it: the
 frames of that map alone stay locked, and who asks for them meanwhile is refused at once."""

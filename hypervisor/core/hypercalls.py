@@ -204,7 +204,9 @@ class Dispatcher:
         try:
             message = decode(command, data) if served or nr in self.prechecks else Message((), None, {})
             if served and command.form is Form.STRUCT and message.items:
-                check_counts(command, message.items[0])  # no handler makes an array that no message could carry
+                check_counts(
+                    command, message.items[0]
+                )  # no handler makes an array that no message could carry
         except WireError as error:
             raise XenError(EINVAL, str(error)) from None
         call = Call(now, domain, vcpu, token, nr, command, message, self._reply)

@@ -1,4 +1,4 @@
-"""What must hold between any two calls (DESIGN.md, section 2, as far as the core's own records say). For
+"""What must hold between any two calls (docs/architecture.md, section 2, as far as the core's own records say). For
 tests and the
 simulation: each violation is one line of text."""
 

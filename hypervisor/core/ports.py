@@ -15,7 +15,7 @@ class MachineMemory(Protocol):
     """The content of machine frames. Offsets and lengths are bytes and never cross a frame's end.
 
     A frame lives in its domain's own extent (one memfd a domain, sparse), or, while another domain maps it by
-    a grant, in a window: a memfd that holds only frames granted together to one grantee (DESIGN.md, section
+    a grant, in a window: a memfd that holds only frames granted together to one grantee (docs/architecture.md, section
     4).
     """
 

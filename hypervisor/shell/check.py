@@ -1,4 +1,4 @@
-"""The debug key 'I': have the machine's own records checked (DESIGN.md, section 2), and say how much of everything is in use.
+"""The debug key 'I': have the machine's own records checked (docs/architecture.md, section 2), and say how much of everything is in use.
 
 Printed to the hypervisor's log, as Xen's debug keys do: one line `invariants: PROBLEM` for each problem (at most 50), then one
 line `invariants: N problems, ` with the counters as JSON.

@@ -1,4 +1,4 @@
-"""A domain's process in an attacker's hands, with the domain's real credentials and descriptors, harms nobody (DESIGN.md, section 2).
+"""A domain's process in an attacker's hands, with the domain's real credentials and descriptors, harms nobody (docs/architecture.md, section 2).
 
 After each attack: an honest guest beside it answers in time, so do toolstack and hypervisor; the hypervisor's invariants hold; it
 grew by less than 64 MB; and once the hostile domain is gone all that it had is back. `tests/support/attacks.py` has the attacks.

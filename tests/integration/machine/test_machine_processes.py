@@ -16,7 +16,7 @@ from tests.support.machines import RunningMachine, running_machine
 from toolstack.guestfetch import fetch
 
 ROOT = os.getuid() == 0
-REASON = "without root all processes of a machine have one uid, and isolation between them is not enforced (DESIGN.md, section 4)"
+REASON = "without root all processes of a machine have one uid, and isolation between them is not enforced (docs/architecture.md, section 4)"
 
 INTRUDER = Path(__file__).parents[2] / "support" / "intruder.py"
 
@@ -146,5 +146,5 @@ def test_the_sockets_of_the_machine_are_its_owner_s_alone(machine: RunningMachin
 
 
 def test_info_says_whether_processes_are_isolated(machine: RunningMachine) -> None:
-    """As DESIGN.md asks: where they share one uid, `domicile info` says so."""
+    """As docs/architecture.md asks: where they share one uid, `domicile info` says so."""
     assert machine.client.request("info")["isolated"] is ROOT

@@ -1,4 +1,4 @@
-"""Grants, p2m and IOMMU together: invariants 2 and 3 of DESIGN.md, whatever guests, processes and devices do.
+"""Grants, p2m and IOMMU together: invariants 2 and 3 of docs/architecture.md, whatever guests, processes and devices do.
 
 2: no mapping, grant or I/O entry exists for a frame that the domain neither owns nor holds by a live grant.
 3: a device reaches memory through the tables of its owner's, or moves no byte.
