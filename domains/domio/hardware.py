@@ -153,6 +153,10 @@ class FrontendFrames:
             for iova in batch:
                 self._host.give_dma_gfn(iova >> PAGE_SHIFT)
 
+    def unmap_all(self) -> None:
+        """Everything that is still mapped."""
+        self.unmap_frames(list(self._handles))
+
     def read_frames(self, items: Sequence[tuple[int, int]]) -> list[bytes | int]:
         """See GrantMapper: GNTTABOP_copy into a page of our own, one after another."""
         out: list[bytes | int] = []

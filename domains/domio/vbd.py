@@ -79,6 +79,7 @@ class VbdServer:
         self._mappings: list[GrantMapping] = []
         self._rings: list[PagedRing] = []
         self._ports: list[Port] = []
+        self._mapper: FrontendFrames | None = None
         self._msi: list[Port] = []
         self._adopted = False
         self._running = False
@@ -213,7 +214,7 @@ class VbdServer:
                 else:
                     self._host.on_event(port, callback)
                 self._ports.append(port)
-            mapper = FrontendFrames(self._host, self.frontend_id, self._bounce)
+            mapper = self._mapper = FrontendFrames(self._host, self.frontend_id, self._bounce)
             self._backend = Backend(
                 disk,
                 self.driver,
@@ -300,7 +301,10 @@ class VbdServer:
             self._host.close_port(port)
         for mapping in self._mappings:
             self._host.unmap_grants(mapping)
-        self._rings, self._ports, self._mappings = [], [], []
+        if self._mapper is not None:
+            # Of requests that were still under way when the disk was taken away: DMA to them faults from now on.
+            self._mapper.unmap_all()
+        self._rings, self._ports, self._mappings, self._mapper = [], [], [], None
 
     def removed(self) -> None:
         """See BackPort."""

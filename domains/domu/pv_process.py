@@ -11,6 +11,7 @@ from typing import Any, Final
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS
 from bus.abi.hypercalls import HYPERCALLS, names
+from bus.abi.sched import SHUTDOWN_crash
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId, MachineAddr, Mfn, Port, VcpuId
 from bus.credentials import from_descriptor
 from bus.doorbell import Doorbell
@@ -118,7 +119,7 @@ class PvProcess:
                     self._ear.set_deadline(0)  # what is due is looked at when it runs again
                 else:
                     lease.sleeping()
-                if not self.link.dispatch() and not lease.may_run():
+                if not lease.may_run():
                     self._wait(IDLE_S)
                 continue
             self._ear.set_deadline(min((t for t in (deadline, lease.end) if t), default=0))
@@ -130,8 +131,7 @@ class PvProcess:
             if not outcome.runnable and not domain.finished:
                 lease.sleeping()
                 self._ear.set_deadline(self._monotonic(outcome.deadline))
-                if not self.link.dispatch():
-                    self._wait(IDLE_S)
+                self._wait(IDLE_S)
 
     def _monotonic(self, deadline: int | None) -> int:
         """The guest's system time as CLOCK_MONOTONIC ns."""
@@ -141,7 +141,10 @@ class PvProcess:
         return max(1, time.monotonic_ns() + deadline - self.domain.time.now())
 
     def _wait(self, timeout: float) -> None:
-        self._take_doorbells(self._ear.ready(timeout))
+        """Wait for something to do. Only after a receive found nothing: libzmq signals a socket's descriptor for what comes after that,
+        and a send in between takes the signal away."""
+        if not self.link.dispatch():
+            self._take_doorbells(self._ear.ready(timeout))
 
     def _take_doorbells(self, fds: list[int]) -> None:
         domain = self.domain
@@ -303,7 +306,10 @@ class PvProcess:
         exceptions = {str(vector): count for vector, count in enumerate(domain.traps.exceptions) if count}
         return {"hypercalls": hypercalls, "exceptions": exceptions, "events": self._events}
 
-    def _report_counters(self) -> None:
+    def _report_counters(self, reason: int) -> None:
+        domain = self.domain
+        if isinstance(domain, PvDomain) and reason == SHUTDOWN_crash:
+            domain.tell_crash()  # before the toolstack hears of the end, and looks for the reason
         self.link.send(Report(what="counters", body=self.counters()))
 
     def _deliver(self, port: Port) -> None:

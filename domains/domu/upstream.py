@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bus.abi.event_channel import EVTCHN_SEND, EVTCHNOP_send, evtchn_send
-from bus.abi.sched import SCHEDOP_shutdown
+from bus.abi.sched import SCHED_SHUTDOWN, SCHEDOP_shutdown
 from bus.abi.xen import HYPERVISOR_event_channel_op, HYPERVISOR_sched_op
 from bus.addresses import Port
 from bus.doorbell import Doorbell
@@ -27,14 +27,14 @@ class BusUpstream:
         self.deliver: Callable[[Port], None] = lambda port: None
         """Makes a port of this domain pending at once."""
         self.calls = 0
-        self.before_shutdown: Callable[[], None] = lambda: None
-        """Called before the hypervisor is told that the domain has shut down: last words."""
+        self.before_shutdown: Callable[[int], None] = lambda reason: None
+        """Called, with the SHUTDOWN_* reason, before the hypervisor is told that the domain has shut down: last words."""
 
     def hypercall(self, vcpu: int, nr: int, cmd: int, data: bytes) -> tuple[int, bytes]:
         """See Upstream."""
         self.calls += 1
         if nr == HYPERVISOR_sched_op and cmd == SCHEDOP_shutdown:
-            self.before_shutdown()
+            self.before_shutdown(SCHED_SHUTDOWN.unpack(data).reason)
         return self._link.call(nr, cmd, data, vcpu)
 
     def send_event(self, port: Port) -> int:

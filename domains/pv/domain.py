@@ -311,16 +311,19 @@ class PvDomain:
 
     # --- the end
 
-    def _ended(self) -> None:
-        """After a crash, here or declared by the guest itself: keep the registers for the reader, tell the hypervisor."""
-        reason = self.cpu.crash_reason
-        if reason is None and self.life.shutdown_code == SHUTDOWN_crash:
-            reason = "the guest declared SHUTDOWN_crash"
-        if self.crash_text is None and reason is not None:
+    def tell_crash(self) -> None:
+        """The registers of a guest that is about to be reported crashed: for the hypervisor's log, once."""
+        reason = self.cpu.crash_reason or "the guest declared SHUTDOWN_crash"
+        if self.crash_text is None:
             self.crash_text = (
                 f"Domain {self.config.domain} (vcpu#{self.cpu.current.id}) crashed: {reason}\n"
                 + register_dump(self.cpu)
             )
             for line in self.crash_text.splitlines():
                 self._upstream.console_line(line)
+
+    def _ended(self) -> None:
+        """After a crash, here or declared by the guest itself: keep the registers for the reader, tell the hypervisor."""
+        if self.cpu.crash_reason is not None or self.life.shutdown_code == SHUTDOWN_crash:
+            self.tell_crash()
             self.life.shutdown(SHUTDOWN_crash)

@@ -156,18 +156,31 @@ def timer_due(state: VcpuState, now: int) -> bool:
     return due
 
 
-CALIBRATION_NS: Final = 4_000_000
+CALIBRATION_NS: Final = 10_000_000
+READINGS: Final = 16
 
 
 def count_nanoseconds(vcpu: Vcpu, monotonic: Callable[[], int], start: int) -> None:
     """Have the guest's TSC count nanoseconds of the host's monotonic clock, from `start` on: it is Xen's system time then, and
     RDTSC needs no hook. Takes CALIBRATION_NS; the rate is exact to some ten parts in a million, which nobody can see: all
     times of the domain are read from this one counter."""
-    first, first_tsc = monotonic(), vcpu.host_tsc()
+    first, first_tsc = _both(vcpu, monotonic)
     now = first
     while now - first < CALIBRATION_NS:
         now = monotonic()
-    last_tsc = vcpu.host_tsc()
-    last = monotonic()
-    multiplier = ((now + last) // 2 - first << 32) // max(last_tsc - first_tsc, 1)
+    last, last_tsc = _both(vcpu, monotonic)
+    multiplier = (last - first << 32) // max(last_tsc - first_tsc, 1)
     vcpu.set_tsc(offset=start - (last_tsc * multiplier >> 32), multiplier=multiplier)
+
+
+def _both(vcpu: Vcpu, monotonic: Callable[[], int]) -> tuple[int, int]:
+    """(monotonic ns, TSC) of one moment: the closest of some readings, since this thread may be taken off the CPU between two."""
+    best: tuple[int, int, int] | None = None
+    for _ in range(READINGS):
+        before = monotonic()
+        tsc = vcpu.host_tsc()
+        after = monotonic()
+        if best is None or after - before < best[0]:
+            best = after - before, (before + after) // 2, tsc
+    assert best is not None
+    return best[1], best[2]
