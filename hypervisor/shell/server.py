@@ -25,6 +25,7 @@ from hypervisor.core.devices import DeviceService
 from hypervisor.core.domains import Kind
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
+from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats, is_stopped
 from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.peers import Peer, PeerLost
@@ -64,6 +65,7 @@ class Server:
         self._lost: list[tuple[DomId, str]] = []
         self._stopped: str | None = None
         self._settings: dict[str, Any] = {"doorbells": doorbells}
+        self._heartbeats = Heartbeats(lambda peer: is_stopped(self._pid_of(peer)))
         self.leases = Leases(
             scheduler,
             doorbells=doorbells,
@@ -81,7 +83,8 @@ class Server:
         self._apply()
         while self._stopped is None:
             lease_deadline = self.leases.next_deadline()
-            deadlines = (self.core.next_deadline(), self.devices.next_deadline(), lease_deadline)
+            beat = self._heartbeats.next_deadline()
+            deadlines = (self.core.next_deadline(), self.devices.next_deadline(), lease_deadline, beat)
             deadline = min((d for d in deadlines if d is not None), default=None)
             timeout = (
                 IDLE_S if deadline is None else min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
@@ -102,7 +105,36 @@ class Server:
             if lease_deadline is not None and now >= lease_deadline:
                 self.leases.turn(now)
                 self._apply()
+            if beat is not None and now >= beat:
+                self._beat(now)
         return self._stopped
+
+    def _beat(self, now: int) -> None:
+        """Ask devices, and the native domains that own them, for a sign of life; end those that owe one."""
+        devices = self.devices.iommu.devices()
+        owners = {device.domain for device in devices if device.domain is not None}
+        watched = [peer_id(device.bdf) for device in devices]
+        watched += [
+            domain.domid
+            for domain in self.core.domains
+            if domain.domid in owners and domain.kind is Kind.NATIVE
+        ]
+        up = [peer for peer in watched if peer in self.peers and self.peers[peer].connected]
+        ask, late = self._heartbeats.beat(now, up)
+        for peer in ask:
+            if is_device(peer):
+                self.devices.access(now, address_of(peer), -1, 0, 2, None, lambda value: None)
+            else:
+                try:
+                    self.peers[peer].order(PING_ORDER, "ping", {})
+                    self._watch(self.peers[peer])
+                except PeerLost as lost:
+                    self._lost.append((peer, str(lost)))
+        for peer in late:
+            name = f"device {address_of(peer):#x}" if is_device(peer) else f"domain {peer}"
+            self.log("warning", f"{name}: its process gives no sign of life: it is ended")
+            self.processes.signal(peer, "kill")
+        self._apply()
 
     def _pid_of(self, domain: DomId) -> int:
         running = self.processes.of(domain)
@@ -173,9 +205,12 @@ class Server:
 
     def _obey(self, peer: Peer, message: Message) -> None:
         now = time.monotonic_ns()
+        self._heartbeats.alive(peer.domain)
         if isinstance(message, Hello | DeviceHello):
             peer.connected = True
             peer.flush()
+            if is_device(peer.domain) and self._heartbeats.next_deadline() is None:
+                self._beat(now)
         if is_device(peer.domain):
             self.devices.receive(now, address_of(peer.domain), message)
         elif isinstance(message, Hypercall):
@@ -184,6 +219,8 @@ class Server:
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
+        elif isinstance(message, OrderDone) and message.order == PING_ORDER:
+            pass
         elif isinstance(message, OrderDone):
             self.core.order_done(now, peer.domain, message.order, message.rc, message.data)
         elif isinstance(message, DeviceAccess):

@@ -20,7 +20,7 @@ __all__ = ["GUESTS", "INIT_LINE", "MODULES", "FetchError", "Guest", "debian", "f
 
 GUESTS: Final = ("debian", "grub", "seabios")
 
-MODULES: Final = ("xen-blkfront", "xen-netfront", "nvme", "ext4")
+MODULES: Final = ("xen-blkfront", "xen-netfront", "nvme", "crc32c_generic", "ext4")
 """Modules that a guest with disks and a network may need: `debian(modules=MODULES)`."""
 
 
