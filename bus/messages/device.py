@@ -6,7 +6,7 @@ Which device it is comes from the link. See docs/decisions/0004-devices.md.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -125,7 +125,17 @@ class Plug(Message):
     present: bool = True
 
 
+class Inspect(Message):
+    """The control domain asks what the hypervisor's hardware side looks like, for show: answered by `HypercallReply` with msgpack
+    data. `what` "iommu": `args` has `bdf` or `domain` (or neither: all), and `iova` for a walk."""
+
+    KIND: ClassVar[str] = "inspect"
+    token: U64
+    what: Literal["iommu"]
+    args: Annotated[dict[str, Any], Field(max_length=8)] = {}
+
+
 FROM_DEVICE = registry(DeviceHello, Dma, AccessDone)
 TO_DEVICE = registry(Attach, Access, DmaDone, Refused)
-FROM_ANY_DOMAIN = {**FROM_DOMAIN, **registry(DeviceAccess, Plug)}
+FROM_ANY_DOMAIN = {**FROM_DOMAIN, **registry(DeviceAccess, Plug, Inspect)}
 """All that may come from a domain's process."""

@@ -11,10 +11,12 @@ import traceback
 from collections import defaultdict
 from typing import Any, Final
 
+import msgpack
+
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
-from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, Plug
+from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, Inspect, Plug
 from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
 from bus.messages.envelope import Message
 from bus.packets import close_all
@@ -23,9 +25,11 @@ from hypervisor.core import effects as fx
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.devices import DeviceService
 from hypervisor.core.domains import Kind
+from hypervisor.core.errors import XenError
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
 from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats, is_stopped
+from hypervisor.shell.inspection import iommu_view
 from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.peers import Peer, PeerLost
@@ -227,6 +231,8 @@ class Server:
             self.devices.domain_access(now, peer.domain, message)
         elif isinstance(message, Plug):
             self._plug(peer, message)
+        elif isinstance(message, Inspect):
+            self._inspect(peer, message)
         elif isinstance(message, Report):
             self._report(peer, message)
 
@@ -269,6 +275,17 @@ class Server:
             self.devices.remove(bdf)
             self._device_shell.unplug(bdf)
         peer.send(HypercallReply(token=plug.token, rc=0))
+
+    def _inspect(self, peer: Peer, inspect: Inspect) -> None:
+        """The control domain looks at the IOMMU."""
+        caller = self.core.domains.get(peer.domain)
+        rc, data = -errno.EPERM, b""
+        if caller is not None and caller.spec.privileged:
+            try:
+                rc, data = 0, msgpack.packb(iommu_view(self.devices.iommu, inspect.args))
+            except XenError as error:
+                rc = -error.errno
+        peer.send(HypercallReply(token=inspect.token, rc=rc, data=data))
 
     def _device_ended(self, bdf: Bdf, how: str) -> None:
         """Its process is gone: registers read as all ones, and nothing that it asked lands any more."""

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgpack
+
 from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
 from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId, Port
+from bus.messages.device import Inspect
 from bus.messages.domain import Order
 from bus.messages.warden import TO_DOM0, Deposit, Deposited
 from bus.packets import PacketLink
@@ -24,7 +27,7 @@ from domains.dom0.toolstack.images import ForeignMemory
 from domains.dom0.toolstack.vdev import number_of
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
-from domains.native.domain import GrantError, NativeDomain
+from domains.native.domain import GrantError, HypercallError, NativeDomain
 
 DOMIO_PAGES: Final = 8192
 """DomIO's own memory: queues, ledgers, rings (32 MiB)."""
@@ -141,11 +144,41 @@ class Disks:
             return
         if not self._restarts.setdefault("domio", _Restarts()).allowed():
             self._log("DomIO ends again and again: it is not restarted any more")
+            self.destroy_domio()
             return
         self._log("DomIO's process ended: a new one takes its place")
         self._xc.resume(domid)
 
+    def destroy_domio(self) -> None:
+        """DomIO goes for good: its devices are pulled out, and its frontends find their backends Closed. DiskError if there is none."""
+        domid = self.domio
+        if domid is None:
+            raise DiskError("there is no DomIO: it comes with the first disk")
+        self.domio = None
+        disks, self.disks = list(self.disks.values()), {}
+        for disk in disks:
+            self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
+            self._deposit(disk.name, [], [], {})
+        self._xc.destroy(domid)
+        self._store.domain_died(domid)
+        self._store.remove(f"/local/domain/{domid}/device-model")
+        for disk in disks:
+            back = f"/local/domain/{domid}/backend/vbd/{disk.domid}/{disk.number}"
+            self._store.write(f"{back}/online", "0")
+            self._store.write(f"{back}/state", "6")
+
     # ------------------------------------------------------------------ devices
+
+    def iommu(self, **args: int | None) -> dict[str, Any]:
+        """What the hypervisor shows of its IOMMU: `bdf`, `domain`, `iova` (see Inspect). HypercallError."""
+        link = self._host.link
+        token = link.next_token()
+        given = {name: value for name, value in args.items() if value is not None}
+        rc, data = link.exchange(Inspect(token=token, what="iommu", args=given), token)
+        if rc < 0:
+            raise HypercallError(-rc, "IOMMU")
+        view: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
+        return view
 
     def _deposit(self, name: str, fds: list[str], descriptors: list[int], settings: dict[str, Any]) -> None:
         """Have the warden keep the files for the device process of that name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -104,7 +105,7 @@ class ToolstackServer:
             "shutdown": lambda client, args, fds: manager.shutdown(
                 args["domain"], args.get("how", "poweroff")
             ),
-            "destroy": lambda client, args, fds: manager.destroy(args["domain"]),
+            "destroy": self._destroy,
             "pause": lambda client, args, fds: manager.pause(args["domain"]),
             "unpause": lambda client, args, fds: manager.unpause(args["domain"]),
             "domid": lambda client, args, fds: int(manager.find(args["domain"]).domid),
@@ -119,6 +120,7 @@ class ToolstackServer:
             "block-attach": self._block_attach,
             "block-detach": self._block_detach,
             "block-list": lambda client, args, fds: manager.disks.list(manager.find(args["domain"]).domid),
+            "iommu": self._iommu,
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
             "down": self._down,
         }
@@ -173,7 +175,7 @@ class ToolstackServer:
             response = Response(
                 id=request.id, ok=False, error=f"{request.verb}: the hypervisor says: {error}"[:4000]
             )
-        except (ToolstackError, XenstoreError) as error:
+        except (ToolstackError, DiskError, XenstoreError) as error:
             response = Response(id=request.id, ok=False, error=str(error)[:4000])
         except KeyError as error:
             response = Response(id=request.id, ok=False, error=f"{request.verb}: argument {error} is missing")
@@ -286,13 +288,12 @@ class ToolstackServer:
         return rows
 
     def _block_attach(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
-        """The descriptor is duplicated: `_answer` closes what came."""
         disk = args["disk"]
         if not isinstance(disk, dict):
             raise ToolstackError("block-attach: disk must be a map")
         try:
             return self.manager.disks.attach(
-                self.manager.find(args["domain"]).domid, disk, os.dup(fds[0]) if fds else None
+                self.manager.find(args["domain"]).domid, disk, fds[0] if fds else None
             ).number
         except DiskError as error:
             raise ToolstackError(str(error)) from None
@@ -303,6 +304,33 @@ class ToolstackServer:
             self.manager.disks.detach(domid, str(args["vdev"]), force=bool(args.get("force")))
         except (DiskError, ValueError) as error:
             raise ToolstackError(str(error)) from None
+
+    def _destroy(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        disks = self.manager.disks
+        if disks.domio is not None and args["domain"] in ("DomIO", str(disks.domio), disks.domio):
+            disks.destroy_domio()
+        else:
+            self.manager.destroy(args["domain"])
+
+    def _iommu(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """`domain` (name or number), `bdf`, `iova`; with the domains' names."""
+        disks, name = self.manager.disks, args.get("domain")
+        domid: int | None = None
+        if name in ("DomIO", str(disks.domio)) and disks.domio is not None:
+            domid = disks.domio
+        elif name is not None:
+            domid = self.manager.find(name).domid
+        try:
+            view = disks.iommu(bdf=args.get("bdf"), domain=domid, iova=args.get("iova"))
+        except HypercallError as error:
+            words = {
+                errno.ENODEV: "there is no such device, or nobody owns it",
+                errno.ESRCH: f"domain {name} has no I/O page tables: it owns no device",
+                errno.EINVAL: "an address to walk for needs a domain or a device",
+            }
+            raise ToolstackError(f"iommu: {words.get(error.errno or 0, str(error))}") from None
+        names = {each["domain"] for each in (*view["devices"], *view["domains"])} - {None}
+        return {**view, "names": [[number, self.manager.name_of(number)] for number in sorted(names)]}
 
     def _follow(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
         client.follows = True
