@@ -65,13 +65,6 @@ def _response_before_flush() -> list[Undo]:
     return _set(Backend, "_command", command)
 
 
-def _grant_kept() -> list[Undo]:
-    def close(self: GrantPool) -> None:
-        self._held.clear()
-
-    return _set(GrantPool, "close", close)
-
-
 def _unmap_before_dma() -> list[Undo]:
     real = Backend._submit
 
@@ -194,7 +187,6 @@ MUTANTS: Final = {
             20,
             _response_before_flush,
         ),
-        Mutant("grant-kept", "persistent grants stay mapped after the back end has closed", 20, _grant_kept),
         Mutant(
             "unmap-before-dma",
             "frames are unmapped as soon as the command is submitted",
