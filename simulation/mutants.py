@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from bus.abi.io.blkif import BLKIF_RSP_OKAY
 from drivers.block.backend import Backend, Queue
-from drivers.block.grant_pool import GrantPool
 from drivers.block.ledger import Ledger, QueueLedger, Recovered
 from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Op
