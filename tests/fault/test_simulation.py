@@ -112,10 +112,6 @@ def test_a_frozen_granter_and_a_dead_driver_domain_leave_no_grant_in_use() -> No
     assert run_seed(2839, Plan(fault=(kill, freeze), operations=3)).violations == []
 
 
-@pytest.mark.xfail(
-    reason="VbdServer.close forgets commands under way: their grants stay mapped (docs/faults.md)",
-    strict=False,
-)
 def test_a_guest_that_dies_with_requests_under_way_leaves_nothing() -> None:
     """Its frames come back when the back end has let go of them."""
     for seed in range(12):
