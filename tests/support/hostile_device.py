@@ -1,0 +1,75 @@
+"""An NVMe controller in an attacker's hands (a program, started in place of `domains.devices.nvme`): it serves honestly, and does
+beside that whatever DMA the plan asks for.
+
+The plan (DOMICILE_HOSTILE_PLAN, JSON): {"serial": N, "device": name, "dma": [[address, length, write], ...], "epoch": relative,
+"vectors": [...], "position": staging position}. A new serial starts a round: each item goes in a message of its own, then each vector.
+Told on standard output: `HOSTILE {"serial", "results": [[fault, reason], ...]}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from bus.messages.device import Dma, DmaDone
+from bus.messages.envelope import Message
+from domains.devices import runtime
+from domains.devices.nvme import __main__ as honest
+
+TOKENS = 1 << 40
+"""Tokens of hostile batches are from here on."""
+POLL_S = 0.05
+WINDOW = 16
+"""Hostile batches that are under way at once."""
+PLAN = os.open(os.environ["DOMICILE_HOSTILE_PLAN"], os.O_RDONLY)
+
+
+class HostileDevice(runtime.DeviceProcess):
+    """Honest, and more."""
+
+    def __init__(self, start: Any, *more: Any) -> None:
+        self.name = start.name
+        self.serial = 0
+        self.todo: list[Dma] = []
+        self.results: list[tuple[int, str]] = []
+        self.wanted = self.sent = 0
+        super().__init__(start, *more)
+        self.reactor.after(POLL_S, self.look)
+
+    def look(self) -> None:
+        """Is there a new round?"""
+        self.reactor.after(POLL_S, self.look)
+        plan = json.loads(os.pread(PLAN, 1 << 20, 0))
+        if plan.get("device") != self.name or plan["serial"] == self.serial or self.todo:
+            return
+        self.serial, self.results, self.sent = plan["serial"], [], 0
+        epoch = self.epoch + plan.get("epoch", 0)
+        for address, length, write in plan.get("dma", []):
+            item = (address, length, write, plan.get("position", 0))
+            self.todo.append(Dma(token=TOKENS + len(self.todo), epoch=epoch, items=[item]))
+        for vector in plan.get("vectors", []):
+            self.todo.append(Dma(token=TOKENS + len(self.todo), epoch=epoch, items=[], vectors=[vector]))
+        self.wanted = len(self.todo)
+        self.more()
+
+    def more(self) -> None:
+        """Keep some under way."""
+        while self.todo and self.sent - len(self.results) < WINDOW:
+            self.link.send(self.todo.pop(0))
+            self.sent += 1
+        if len(self.results) == self.wanted:
+            print("HOSTILE " + json.dumps({"serial": self.serial, "results": self.results}), flush=True)
+            self.wanted = -1
+
+    def _message(self, message: Message) -> None:
+        if isinstance(message, DmaDone) and message.token >= TOKENS:
+            self.results.append((message.fault, message.reason))
+            self.more()
+        else:
+            super()._message(message)
+
+
+if __name__ == "__main__":
+    honest.DeviceProcess = HostileDevice  # type: ignore[misc]  # the test's purpose
+    honest.main()
