@@ -52,6 +52,7 @@ class HostileDevice(runtime.DeviceProcess):
             self.todo.append(Dma(token=TOKENS + len(self.todo), epoch=epoch, items=[], vectors=[vector]))
         self.wanted = len(self.todo)
         self.more()
+        self.poll()  # a send takes the socket's signal away: what came meanwhile is to be looked for
 
     def more(self) -> None:
         """Keep some under way."""
