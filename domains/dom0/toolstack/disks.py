@@ -236,6 +236,18 @@ class Disks:
         self._write_nodes(disk, backend, readonly)
         return disk
 
+    def wait_offered(self, domid: DomId) -> None:
+        """Wait, as libxl does before it starts a guest, until the back ends of its disks offer them (InitWait or beyond). One that
+        does not come up in time is logged: the guest sees it when it does."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        for disk in [disk for disk in self.disks.values() if disk.domid == domid]:
+            state = f"/local/domain/{self.domio}/backend/vbd/{domid}/{disk.number}/state"
+            while self._store.read(state) in (None, "1"):
+                if time.monotonic() > deadline:
+                    self._log(f"{disk.vdev} of domain {domid}: its back end does not come up")
+                    return
+                self._host.reactor.once(0.05)
+
     def _write_nodes(self, disk: Disk, backend: DomId, readonly: bool) -> None:
         """Both ends' directories, as libxl writes them (docs/misc/xenstore-paths)."""
         store, domid = self._store, disk.domid

@@ -178,6 +178,7 @@ class Manager:
             self._write_store(guest, ring, console_port)
             for disk in config.disks:
                 self.disks.attach(domid, disk, files.get(disk.get("file", -1)))
+            self.disks.wait_offered(domid)
             self.store.introduce(domid, xenstore_port)
         except BaseException:
             console.close()

@@ -119,7 +119,7 @@ def test_kills_and_stops_in_turn(tmp_path: Path) -> None:
     _survive(tmp_path, [*plan, ("domio", signal.SIGSTOP), ("nvme", signal.SIGSTOP)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_hundred_kills(tmp_path: Path) -> None:
     """The same a hundred times; every tenth is a stop."""
