@@ -167,8 +167,7 @@ class Manager:
             ).console_gfn
         else:
             ring = self._build_pv(domid, config, kernel, ramdisk, xenstore_port, console_port)
-        if config.cpu_weight != 256 or config.cap:
-            xc.scheduler(domid, config.cpu_weight, config.cap)
+        xc.scheduler(domid, config.cpu_weight, config.cap)
         if console is None:
             console = Console(host, domid, config.name, self._consoles)
         console.domid = domid
