@@ -92,9 +92,6 @@ def test_a_device_that_goes_astray_moves_nothing() -> None:
     assert outcome.fired == 1
 
 
-@pytest.mark.xfail(
-    reason="the driver's reset after a lost completion never ends (docs/faults.md)", strict=False
-)
 def test_a_completion_that_went_astray_costs_a_reset_and_no_more() -> None:
     """The completion entry's own DMA faults: the command times out, the controller is reset, I/O goes on."""
     fault = Fault(what=What.WRONG_DMA, event="dma", n=15)

@@ -268,14 +268,19 @@ class Controller:
             return
         for cq in list(self.cqs.values()):
             value = words[2 * cq.qid + 1]
-            if value != cq.seen:
+            if value != cq.seen and not self._stale(2 * cq.qid + 1):
                 cq.seen = value
                 self._ring(2 * cq.qid + 1, value)
         for sq in list(self.sqs.values()):
             value = words[2 * sq.qid]
-            if value != sq.seen:
+            if value != sq.seen and not self._stale(2 * sq.qid):
                 sq.seen = value
                 self._ring(2 * sq.qid, value)
+
+    def _stale(self, index: int) -> bool:
+        """The word is of a queue that is gone: its clearing is asked for (`take_clears`) and not done. The driver cannot have
+        rung for the new queue, because it does not know yet that there is one."""
+        return any(start <= 4 * index < start + length for start, length in self._clears)
 
     def _ring(self, index: int, value: int) -> None:
         if not self._works:

@@ -84,6 +84,30 @@ def test_reset_waits_for_what_is_under_way(host: Host) -> None:
     assert host.reap(1) == []
 
 
+def test_doorbells_of_before_a_reset_do_not_ring_the_new_queues(host: Host) -> None:
+    """The page is looked at between the enabling and its clearing: the old tail fetches nothing."""
+    words = host.page.cast("I")
+    for number in range(3):
+        host.put(0, host.command(AdminOpcode.IDENTIFY, cdw10=1, prp1=DATA))
+        words[0] = number + 1
+        host.model.doorbells(host.now, 0, words)
+        host.run()
+        assert len(host.reap(0)) == 1
+    host.write(spec.REG_CC, 0)
+    host.memory[ACQ : ACQ + PAGE] = bytes(PAGE)
+    host.memory[ASQ : ASQ + PAGE] = bytes(PAGE)
+    before = host.batches
+    host.model.access(host.now, 0, spec.REG_CC, 4, ENABLE)
+    host.model.doorbells(host.now, 0, words)
+    host.run()
+    assert words[0] == 0
+    host.model.doorbells(host.now, 0, words)
+    host.run()
+    assert host.batches == before
+    host.tails, host.heads = {0: 0}, {0: (0, 1)}
+    assert host.status(0, AdminOpcode.IDENTIFY, cdw10=1, prp1=DATA) == 0
+
+
 def test_shutdown_flushes_and_reports() -> None:
     """CC.SHN: after the commands are done and the media flushed, SHST is 'complete', and no command is fetched."""
     host = Host()
