@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bus.abi.io.ring import SharedRing, distance
+from bus.abi.io.ring import distance, full_barrier
 from drivers.block.backend import Backend
 from drivers.block.frontend import Features, Frontend, Page
 from drivers.block.ledger import Ledger
@@ -32,12 +32,12 @@ def raw_ring(requests: int) -> float:
     """Requests a second."""
     memory = mmap.mmap(-1, 4096)
     to_back, to_front = os.eventfd(0), os.eventfd(0)
-    ring = SharedRing(memoryview(memory), ABI.slot)
+    ring = PagedRing([memoryview(memory)], ABI.slot)
     ring.init()
     child = os.fork()
     if child == 0:
         try:
-            _raw_back(SharedRing(memoryview(memory), ABI.slot), to_back, to_front, requests)
+            _raw_back(PagedRing([memoryview(memory)], ABI.slot), to_back, to_front, requests)
         finally:
             os._exit(0)
     raw = pack_request(ABI, 0, 1, 0, [(8, 0, 7)])
@@ -49,30 +49,30 @@ def raw_ring(requests: int) -> float:
             prod += 1
         if ring.push_requests(prod):
             os.eventfd_write(to_back, 1)
-        left = ring.final_check_for_responses(cons)
-        if not left:
+        left = distance(ring.rsp_prod, cons)
+        if not left and not ring.ask_for_responses(cons):
             os.eventfd_read(to_front)
-            left = distance(ring.rsp_prod, cons)
         for _ in range(left):
-            RESPONSE.unpack_from(ring.read_slot(cons))
+            RESPONSE.unpack_from(ring.read_slots(cons, 1))
             cons += 1
     taken = time.perf_counter() - start
     os.waitpid(child, 0)
     return requests / taken
 
 
-def _raw_back(ring: SharedRing, mine: int, other: int, requests: int) -> None:
+def _raw_back(ring: PagedRing, mine: int, other: int, requests: int) -> None:
     cons = 0
     while cons < requests:
-        left = ring.final_check_for_requests(cons, cons)
-        if not left:
+        left, old = distance(ring.req_prod, cons), cons
+        if not left and not ring.ask_for_requests(cons, full_barrier):
             os.eventfd_read(mine)
+        if not left:
             continue
         for _ in range(left):
-            _, _, _, ident, _ = ABI.head.unpack_from(ring.read_slot(cons))
+            _, _, _, ident, _ = ABI.head.unpack_from(ring.read_slots(cons, 1))
             ring.write_slot(cons, RESPONSE.pack(ident, 0, 0))
             cons += 1
-        if ring.push_responses(cons):
+        if ring.push_responses(cons, old):
             os.eventfd_write(other, 1)
 
 

@@ -4,7 +4,6 @@ doorbells are `PvProcess`'s.
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from bus.messages.domain import Order
 from bus.process import Start
 from domains.domu.pv_process import PvProcess
 from domains.granting import Granting
-from domains.hostmem import HostMemory, Window
+from domains.hostmem import HostMemory
 from domains.hvm.context import BadContext
 from domains.hvm.domain import HvmConfig, HvmDomain
 from domains.hvm.physmap import P2M_RAM, PhysicalMap
@@ -129,24 +128,14 @@ class GuestProcess(PvProcess):
         """Put granted pages at their guest frames."""
         assert self.physmap is not None
         items: list[Any] = order.body["items"]
-        rights: dict[int, bool] = {}
-        for item in items:
-            rights[item[2]] = rights.get(item[2], False) or bool(item[4])
-        for number, fd in zip(order.body.get("windows", ()), fds, strict=True):
-            known = self._windows.get(number)
-            if known is not None and (known[0].writable or not rights[number]):
-                os.close(fd)
-                continue
-            window = Window(fd, os.fstat(fd).st_size // PAGE_SIZE, rights[number])
-            self._windows[number] = (window, known[1] if known is not None else 0)
+        self._windows.take(order.body, fds)
         for handle, mfn, number, index, writable, host_address, _flags, _granter in items:
             gfn = host_address >> 12
             self._places[handle] = (number, gfn)
-            if number not in self._windows:
+            window = self._windows.use(number)
+            if window is None:
                 self.physmap.changed(gfn, mfn, 1, P2M_RAM)  # a frame of its own
                 continue
-            window, users = self._windows[number]
-            self._windows[number] = (window, users + 1)
             self.physmap.map_granted(gfn, window.address + index * PAGE_SIZE, writable=bool(writable))
         return 0, bytes(2 * len(items))
 
@@ -155,13 +144,7 @@ class GuestProcess(PvProcess):
         items: list[Any] = order.body["items"]
         for handle, *_ in items:
             number, gfn = self._places.pop(handle, (-1, 0))
-            if number not in self._windows:
-                continue
-            self.physmap.unmap_granted(gfn)
-            window, users = self._windows[number]
-            if users <= 1:
-                window.close()
-                del self._windows[number]
-            else:
-                self._windows[number] = (window, users - 1)
+            if number >= 0:
+                self.physmap.unmap_granted(gfn)
+                self._windows.leave(number)
         return 0, bytes(2 * len(items))

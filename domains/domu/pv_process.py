@@ -21,10 +21,11 @@ from bus.messages.envelope import Message
 from bus.packets import close_all
 from bus.process import Start
 from domains.domu.ear import Ear
+from domains.domu.granted import GrantedWindows
 from domains.domu.lease import Lease
 from domains.domu.upstream import BusUpstream
 from domains.granting import Granting
-from domains.hostmem import HostMemory, Window
+from domains.hostmem import HostMemory
 from domains.pv.domain import DomainConfig, PvDomain
 from domains.pv.frames import DomainFrames
 from domains.pv.time import count_nanoseconds
@@ -62,7 +63,7 @@ class PvProcess:
         self._shared_info = Mfn(0)
         self._m2p: list[tuple[int, int, int]] = []
         self._listen: dict[int, tuple[Port, Doorbell]] = {}
-        self._windows: dict[int, tuple[Window, int]] = {}
+        self._windows = GrantedWindows()
         self._attached: dict[int, tuple[int, Mfn]] = {}
         self._foreign_users: dict[Mfn, int] = {}
         self._ear = Ear(self._ring)
@@ -353,33 +354,25 @@ class PvProcess:
         domain, frames = self.domain, self.frames
         assert domain is not None
         assert frames is not None
-        rights: dict[int, bool] = {}
-        items = order.body["items"]
-        for item in items:
-            rights[item[2]] = rights.get(item[2], False) or item[4]
-        for number, fd in zip(order.body.get("windows", ()), fds, strict=True):
-            known = self._windows.get(number)
-            if known is not None and (known[0].writable or not rights[number]):
-                os.close(fd)
-                continue
-            window = Window(fd, os.fstat(fd).st_size // PAGE_SIZE, rights[number])
-            self._windows[number] = (window, known[1] if known is not None else 0)
+        items: list[Any] = order.body["items"]
+        self._windows.take(order.body, fds)
         for handle, mfn_number, number, index, writable, _address, _flags, granter in items:
             mfn = Mfn(mfn_number)
             self._attached[handle] = (number, mfn)
-            if number not in self._windows:
+            window = self._windows.use(number)
+            if window is None:
                 continue  # a frame of its own
-            window, users = self._windows[number]
-            self._windows[number] = (window, users + 1)
             self._foreign_users[mfn] = self._foreign_users.get(mfn, 0) + 1
-            if frames.foreign(mfn) is not None:
+            known = frames.foreign(mfn)
+            if known is not None:  # mapped before: a read-only mapping takes nothing from a writable one
                 frames.remove_foreign(mfn)
-            frames.add_foreign(mfn, DomId(granter), window.page(index), writable=bool(writable))
+            can_write = bool(writable) or (known is not None and known[1])
+            frames.add_foreign(mfn, DomId(granter), window.page(index), writable=can_write)
             domain.vcpu.map(
                 MachineAddr(mfn << PAGE_SHIFT),
                 window.address + (index << PAGE_SHIFT),
                 PAGE_SIZE,
-                writable=bool(writable),
+                writable=can_write,
             )
         return 0, bytes(2 * len(items))
 
@@ -390,19 +383,14 @@ class PvProcess:
         items: list[Any] = order.body["items"]
         for handle, *_ in items:
             number, mfn = self._attached.pop(handle, (-1, Mfn(0)))
-            if number not in self._windows:
-                continue
+            if mfn not in self._foreign_users:
+                continue  # a frame of its own, or nothing
             self._foreign_users[mfn] -= 1
             if not self._foreign_users[mfn]:
                 del self._foreign_users[mfn]
                 frames.remove_foreign(mfn)
                 domain.vcpu.unmap(MachineAddr(mfn << PAGE_SHIFT), PAGE_SIZE)
-            window, users = self._windows[number]
-            if users <= 1:
-                window.close()
-                del self._windows[number]
-            else:
-                self._windows[number] = (window, users - 1)
+            self._windows.leave(number)
         return 0, bytes(2 * len(items))
 
     def report_failure(self, error: BaseException) -> None:

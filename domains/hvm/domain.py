@@ -15,7 +15,7 @@ from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO, HYPERVISOR_grant_table_op, HYPERVISOR_hvm_op, HYPERVISOR_memory_op
-from bus.addresses import PAGE_SHIFT, DomId, Mfn, Port, VcpuId
+from bus.addresses import PAGE_SHIFT, DomId, Mfn
 from domains.hvm.calls import (
     HvmEventCalls,
     HvmMemoryCalls,
@@ -39,10 +39,10 @@ from domains.hvm.physmap import PhysicalMap
 from domains.hvm.state import HvmState
 from domains.pv.calls import Handler
 from domains.pv.calls_version import Identity
-from domains.pv.domain import SLICE_BLOCKS, Slice
 from domains.pv.hypercalls import Hypercalls
 from domains.pv.life import Life
 from domains.pv.time import WALL_CLOCK_OFFSET, Timekeeper, count_nanoseconds, idle_runstate, timer_due
+from domains.pv.turns import SLICE_BLOCKS, Turns
 from domains.pv.upstream import Upstream
 from domains.pv.wire import Remote
 from domains.vcpu.api import StopReason, VcpuError
@@ -66,7 +66,7 @@ class HvmConfig:
     slice_blocks: int = SLICE_BLOCKS
 
 
-class HvmDomain:
+class HvmDomain(Turns[HvmState]):
     """See the module. `octets` and `words` are the domain's own frames, from `physmap.base` on."""
 
     def __init__(
@@ -114,9 +114,8 @@ class HvmDomain:
         for state in self.states:
             state.apic.software_enabled = wired.apic_enabled
         wired.started, wired.stopped = self._started, self._stopped
-        self.paused = True
         self.crash_text: str | None = None
-        self._turn = 0
+        super().__init__(self.cpu, self.states, self.time, self.life, self.events)
 
     def _exits(self, table: Mapping[int, Hypercall]) -> Exits:
         commands = {
@@ -237,68 +236,11 @@ class HvmDomain:
         if state is self.cpu.current:
             self.vcpu.request_stop()
 
-    # --- what the shell calls between runs
-
-    def deliver(self, port: Port, vcpu: VcpuId) -> None:
-        """The hypervisor says that a port became pending. A vCPU that does not exist is ignored."""
-        if self.events.valid(port) and vcpu < len(self.states):
-            self.events.set_pending(port, vcpu)
-
-    def pause(self) -> None:
-        """Run no vCPU from now on."""
-        self.paused = True
-        self.preempted()
-
-    def unpause(self) -> None:
-        """Run again."""
-        self.paused = False
-
     def ring(self) -> None:
-        """From any thread: make `run_slice` return soon."""
+        """See Turns."""
         self.vcpu.ring()
 
-    @property
-    def finished(self) -> bool:
-        """The domain has shut down or crashed."""
-        return self.life.shutdown_code is not None or self.cpu.crash_reason is not None
-
-    def preempted(self) -> None:
-        """The domain will not run for a while although it could."""
-        current = self.cpu.current
-        if current.runstate == RUNSTATE_running:
-            self.time.set_runstate(current, idle_runstate(current))
-
     # --- running
-
-    def run_slice(self) -> Slice:
-        """Run one vCPU for a slice, and say what comes next."""
-        if self.paused or self.finished:
-            return Slice(False, None, False)
-        self._expire_all()
-        state = self._choose()
-        if state is None:
-            return Slice(False, self.next_deadline(), False)
-        bell = self._run(state)
-        if self.finished:
-            self._ended()
-            return Slice(False, None, bell)
-        self._expire_all()
-        runnable = any(other.runnable for other in self.states)
-        return Slice(runnable, None if runnable else self.next_deadline(), bell)
-
-    def next_deadline(self) -> int | None:
-        """System time (ns) of the next timer of any vCPU that is up."""
-        found = [d for state in self.states if state.online and (d := state.deadline()) is not None]
-        return min(found, default=None)
-
-    def _choose(self) -> HvmState | None:
-        count = len(self.states)
-        for step in range(count):
-            state = self.states[(self._turn + step) % count]
-            if state.runnable:
-                self._turn = (state.id + 1) % count
-                return state
-        return None
 
     def _switch(self, state: HvmState) -> None:
         previous = self.cpu.current

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from bus.abi.arch_x86 import (
     VCPU_GUEST_CONTEXT,
@@ -21,7 +21,7 @@ from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO
-from bus.addresses import PAGE_SHIFT, DomId, Mfn, Port, VcpuId
+from bus.addresses import PAGE_SHIFT, DomId, Mfn
 from domains.pv.api import GuestFrames
 from domains.pv.bounce import deliver_events, inject_failsafe
 from domains.pv.calls import Handler
@@ -44,13 +44,11 @@ from domains.pv.mm import Mmu
 from domains.pv.state import VcpuState
 from domains.pv.time import Timekeeper, idle_runstate, timer_due
 from domains.pv.traps import Traps
+from domains.pv.turns import SLICE_BLOCKS, Turns
 from domains.pv.upstream import Upstream
 from domains.pv.wire import Remote
 from domains.pv.xenmap import XenMap
 from domains.vcpu.api import PvTraps, StopReason, Vcpu
-
-SLICE_BLOCKS: Final = 40_000
-"""Translated blocks between two looks at timers and at the other vCPUs: about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +66,7 @@ class DomainConfig:
     slice_blocks: int = SLICE_BLOCKS
 
 
-class Slice(NamedTuple):
-    """What the run loop has to do next."""
-
-    runnable: bool
-    """Call `run_slice` again as soon as the lease allows."""
-    deadline: int | None
-    """While not runnable: system time (ns) of the next timer; None: only an event can wake the domain."""
-    bell: bool
-    """The bell rang, and is cleared already: the caller looks what for."""
-
-
-class PvDomain:
+class PvDomain(Turns[VcpuState]):
     """See the module.
 
     `make_vcpu` builds the vCPU object around the traps it is given and has the domain's frames and Xen's private frames mapped
@@ -121,10 +108,8 @@ class PvDomain:
         self.cpu.attach(self.vcpu)
         self.time.now = clock if clock is not None else self.vcpu.guest_tsc
         self.vcpu.trap_tsc(clock is not None)
-        self.paused = True
-        """No vCPU runs: at first, and while the toolstack says so."""
         self.crash_text: str | None = None
-        self._turn = 0
+        super().__init__(self.cpu, self.states, self.time, self.life, self.events)
 
     def _hypercalls(self, table: Mapping[int, Hypercall]) -> Hypercalls:
         commands = {
@@ -189,20 +174,6 @@ class PvDomain:
 
     # --- what the shell calls between runs
 
-    def deliver(self, port: Port, vcpu: VcpuId) -> None:
-        """The hypervisor says that a port became pending. A vCPU that does not exist is ignored."""
-        if self.events.valid(port) and vcpu < len(self.states):
-            self.events.set_pending(port, vcpu)
-
-    def pause(self) -> None:
-        """Run no vCPU from now on; call `ring` to end a slice that runs."""
-        self.paused = True
-        self.preempted()
-
-    def unpause(self) -> None:
-        """Run again."""
-        self.paused = False
-
     def resume(self, value: int) -> None:
         """After SCHEDOP_shutdown(SHUTDOWN_suspend): go on, and have that hypercall return `value` (1: the suspend was cancelled
         or was a checkpoint; 0: the domain is a new one)."""
@@ -211,48 +182,10 @@ class PvDomain:
         self.update_clocks()
 
     def ring(self) -> None:
-        """From any thread: make `run_slice` return soon. A ring between two slices ends the next one at once, so that none is
-        lost: the shell looks at everything after each slice."""
+        """See Turns."""
         self.vcpu.ring()
 
-    @property
-    def finished(self) -> bool:
-        """The domain has shut down or crashed."""
-        return self.life.shutdown_code is not None or self.cpu.crash_reason is not None
-
     # --- running
-
-    def run_slice(self) -> Slice:
-        """Run one vCPU for a slice, and say what comes next. A domain that ended, or is paused, runs nothing."""
-        if self.paused or self.finished:
-            return Slice(False, None, False)
-        self._expire_all()
-        state = self._choose()
-        if state is None:
-            return Slice(False, self.next_deadline(), False)
-        bell = self._run(state)
-        if self.finished:
-            self._ended()
-            return Slice(False, None, bell)
-        self._expire_all()
-        runnable = any(other.runnable for other in self.states)
-        return Slice(runnable, None if runnable else self.next_deadline(), bell)
-
-    def next_deadline(self) -> int | None:
-        """System time (ns) of the next timer of any vCPU that is up."""
-        found = [d for state in self.states if state.online and (d := state.deadline()) is not None]
-        return min(found, default=None)
-
-    def _choose(self) -> VcpuState | None:
-        """The next vCPU in turn that can run."""
-        states = self.states
-        count = len(states)
-        for step in range(count):
-            state = states[(self._turn + step) % count]
-            if state.runnable:
-                self._turn = (state.id + 1) % count
-                return state
-        return None
 
     def _run(self, state: VcpuState) -> bool:
         cpu = self.cpu
@@ -281,13 +214,6 @@ class PvDomain:
         if not state.runnable:
             self.time.set_runstate(state, idle_runstate(state))
         return bell
-
-    def preempted(self) -> None:
-        """The shell will not call `run_slice` for a while although the domain could run (its lease is over): the time counts
-        as runnable, not as running."""
-        current = self.cpu.current
-        if current.runstate == RUNSTATE_running:
-            self.time.set_runstate(current, idle_runstate(current))
 
     def _bad_stop(self, reason: StopReason) -> None:
         access = self.vcpu.bad_access

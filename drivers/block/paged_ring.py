@@ -16,7 +16,8 @@ MAX_ORDER: Final = 4
 
 
 class PagedRing:
-    """Indexes read from here were written by somebody else and must be checked."""
+    """Indexes are stored and loaded as one machine word: `struct` writes byte by byte, and the other end could see half of an
+    index. Those read from here were written by somebody else and must be checked."""
 
     def __init__(self, pages: Sequence[memoryview], entry_size: int) -> None:
         """`pages`: 2^n views of 4096 bytes, n <= 4. ValueError for anything else."""
@@ -88,8 +89,10 @@ class PagedRing:
         return b"".join(parts)
 
     def write_slot(self, index: int, data: bytes) -> None:
-        """Write the first bytes of the slot."""
-        start = SRING_HEADER + (index & (self.size - 1)) * self.entry_size
+        """Write the first bytes of the slot. ValueError if `data` is longer than a slot."""
+        if len(data) > self.entry_size:
+            raise ValueError(f"{len(data)} bytes do not fit a slot of {self.entry_size}")
+        start = ring.slot_offset(index, self.entry_size, self.size)
         while data:
             page, offset = divmod(start, 4096)
             part = data[: 4096 - offset]

@@ -7,6 +7,7 @@ when the process begins is this process's; without a name the guest runs as usua
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -150,6 +151,17 @@ class Hostile:
     def send(self, message: Message) -> None:
         """Any message, whatever model it is of."""
         self.send_raw(encode(message))
+
+
+def outcome(act: Callable[[], object]) -> str:
+    """The name of the errno, or 'allowed'."""
+    try:
+        act()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, "?")
+    except ValueError:
+        return "EINVAL"
+    return "allowed"
 
 
 def read_plan(fd: int) -> dict[str, Any]:
