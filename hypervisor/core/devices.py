@@ -192,8 +192,12 @@ class DeviceService(DomainHooks):
     def domain_access(self, now: int, domid: DomId, access: DeviceAccess) -> None:
         """A domain reads or writes a register. Anything but its own devices reads as all ones, as nothing there does."""
 
+        caller = self._domains.get(domid)
+        life = caller.life if caller is not None else 0
+
         def done(value: int) -> None:
-            self._outbox.emit(Reply(domid, access.token, 0, value.to_bytes(8, "little")))
+            if caller is None or caller.life == life:  # else the process that asked is gone
+                self._outbox.emit(Reply(domid, access.token, 0, value.to_bytes(8, "little")))
 
         bdf = Bdf(access.bdf)
         if self._owner(bdf) != domid:

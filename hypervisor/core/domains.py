@@ -129,6 +129,8 @@ class Domain:
     shutdown_code: int | None = None
     dying: Dying = Dying.ALIVE
     process_alive: bool = False
+    life: int = 0
+    """Counts its processes: what one of them asked is not answered to the next."""
     target: DomId | None = None
     """A device model's guest, over which it has privilege (XEN_DOMCTL_set_target)."""
     target_of: set[DomId] = field(default_factory=set)

@@ -55,6 +55,8 @@ class Call:
     message: Message
     _send: Callable[[Reply], None] = field(repr=False)
     answered: bool = False
+    life: int = 0
+    """Of the domain, when the call was made."""
 
     @property
     def item(self) -> Any:
@@ -95,11 +97,12 @@ class Call:
         return Result(rc, encode(self.command, items, arrays, reply=True))
 
     def answer(self, result: Result) -> None:
-        """Send the reply. Exactly once a call."""
+        """Send the reply. Exactly once a call. Nobody gets it if the process that called is gone: tokens are a process's own,
+        and its successor may wait for the answer to another call with the same one."""
         if self.answered:
             raise AssertionError(f"{self.command.name} answered twice")
         self.answered = True
-        if self.domain.process_alive:
+        if self.domain.process_alive and self.domain.life == self.life:
             self._send(Reply(self.domain.domid, self.token, result.rc, result.data))
 
 
@@ -209,7 +212,7 @@ class Dispatcher:
                 )  # no handler makes an array that no message could carry
         except WireError as error:
             raise XenError(EINVAL, str(error)) from None
-        call = Call(now, domain, vcpu, token, nr, command, message, self._reply)
+        call = Call(now, domain, vcpu, token, nr, command, message, self._reply, life=domain.life)
         precheck = self.prechecks.get(nr)
         if precheck is not None:
             precheck(call)

@@ -121,6 +121,7 @@ class Lifecycle:
     def _introduce(self, domain: Domain) -> None:
         """Start a process for the domain and tell it what it is."""
         domain.process_alive = True
+        domain.life += 1
         self._outbox.emit(StartProcess(domain.domid, domain.spec.role))
         self._outbox.tell(
             domain.domid,

@@ -11,10 +11,12 @@ import pytest
 from hvcore_machine import Machine
 
 from bus.abi import domctl, event_channel, memory, sched
+from bus.abi import grant_table as gt
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT, xen_arch_domainconfig
-from bus.abi.xen import VIRQ_DOM_EXC, HYPERVISOR_sched_op
+from bus.abi.xen import VIRQ_DOM_EXC, HYPERVISOR_grant_table_op, HYPERVISOR_sched_op
 from bus.addresses import DomId, Port
 from hypervisor.core.effects import Bind, KillProcess, Order, Raise, Reply, StartProcess, StopMachine
+from hypervisor.core.hypercalls import Call, Result
 from hypervisor.core.invariants import InvariantChecker
 
 
@@ -344,3 +346,32 @@ def test_a_driver_domain_is_restarted_in_place_with_its_memory_and_channels(mach
     assert domain.runnable
     assert not machine.info(domio).flags & domctl.XEN_DOMINF_shutdown
     InvariantChecker(machine.core).assert_holds()
+
+
+def test_what_a_dead_process_asked_is_not_answered_to_its_successor(machine: Machine) -> None:
+    """Tokens are a process's own: the next process of a driver domain waits for one of the same number, for another call."""
+    asked: list[Call] = []
+    machine.core.dispatcher.register(
+        HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, lambda call: asked.append(call)
+    )
+    domio = machine.create(ssidref=1)
+    machine.start(domio)
+    op = gt.gnttab_map_grant_ref(0, gt.GNTMAP_host_map, 1, 0, 0, 0, 0)
+    data = gt.GNTTAB_MAP_GRANT_REF.pack(op)
+    machine.core.call(
+        machine.now, DomId(domio), 0, 7, HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, data
+    )
+    machine.core.process_ended(machine.now, DomId(domio), "signal 9")
+    machine.run()
+    assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, domio).rc == 0
+    machine.core.call(
+        machine.now, DomId(domio), 0, 7, HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, data
+    )
+    first, second = asked
+    before = len(machine.effects)
+    first.answer(Result(-1))
+    machine.run()
+    assert not [e for e in machine.effects[before:] if isinstance(e, Reply)]
+    second.answer(Result(0))
+    machine.run()
+    assert [e.rc for e in machine.effects[before:] if isinstance(e, Reply)] == [0]
