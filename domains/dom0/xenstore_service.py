@@ -55,6 +55,8 @@ class XenstoreService:
         self._watches: dict[bytes, Callable[[str], None]] = {}
         self._request = itertools.count(1)
         self._turning = False
+        self._again: set[ConnId] = set()
+        """Rings that are looked at before the next wait."""
 
     # ------------------------------------------------------------------ connections
 
@@ -181,7 +183,19 @@ class XenstoreService:
         ring = self._rings.get(conn)
         if pumped.notify and ring is not None:
             self._host.notify(ring.port)
+            self._look_again(conn)
         self.apply(pumped.effects)
+
+    def _look_again(self, conn: ConnId) -> None:
+        """Something moved: look once more after the domain could see it. A domain may notify only if it finds all it sent before
+        taken (Linux does), or the ring full; what it decided before it saw our indexes would be lost."""
+        if conn not in self._again:
+            self._again.add(conn)
+            self._host.reactor.soon(lambda: self._second_look(conn))
+
+    def _second_look(self, conn: ConnId) -> None:
+        self._again.discard(conn)
+        self._event(conn)
 
     def _detach(self, domid: DomId) -> None:
         conn = self._by_domain.pop(domid, None)

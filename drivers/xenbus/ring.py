@@ -7,7 +7,8 @@ before they are looked at.
 
 Who moved bytes notifies the other side. Always: a guest may wait for more bytes than one (mini-os waits
 until the producer index changes, with bytes unread), so being "not empty before" says nothing about
-whether it sleeps.
+whether it sleeps. The other side may be more sparing: Linux notifies the daemon only if it finds all that it sent before
+taken. So who moved bytes looks at the ring once more before it sleeps.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import sys
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Every failure is one line on standard error and an exit status; a traceback is a bug."""
     from toolstack.cli.app import call
-    from toolstack.errors import EXIT_INTERRUPTED, MachineError
+    from toolstack.errors import EXIT_FAILED, EXIT_INTERRUPTED, MachineError
 
     status = 0
     try:
@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
         status = error.code
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
+    except TimeoutError as error:  # nobody takes what is on standard output
+        say_error(str(error))
+        status = EXIT_FAILED
     except BrokenPipeError:  # `domicile list | head -1` is no failure, and no traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 141

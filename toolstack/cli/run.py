@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from toolstack.cli.images import Images, make_config, open_image
 from toolstack.cli.script import ConsoleScript
-from toolstack.cli.terminal import EscapeKeys, RawTerminal, write_all
+from toolstack.cli.terminal import WRITE_S, EscapeKeys, RawTerminal, write_all
 from toolstack.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -34,6 +34,7 @@ MACHINE_MEMORY_MB: Final = 4096
 COUNTERS: Final = ("hypercalls", "exceptions", "events")
 """Of the record: by name, from the domain's process."""
 RECORD_VERSION: Final = 1
+STUCK: Final = "nobody takes what is on standard output"
 
 
 class Stopped(BaseException):
@@ -137,13 +138,19 @@ class Run:
         except BrokenPipeError:
             outcome.reason, outcome.status = "nobody reads standard output", 128 + signal.SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        except TimeoutError as error:
+            if self._left() == 0.0:
+                outcome.reason, outcome.status = "timeout", EXIT_TIMEOUT
+            else:
+                outcome.reason = STUCK
+            outcome.details = str(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         self._guest_end = time.monotonic()
 
     # ------------------------------------------------------------------ while it runs
 
     def _attend(self, machine: Machine, terminal: RawTerminal) -> None:
         client, request = machine.client, self.request
-        deadline = self._start + request.timeout if request.timeout else None
         poller = select.poll()
         poller.register(client.fileno(), select.POLLIN)
         if terminal.active:
@@ -157,8 +164,8 @@ class Run:
                 if request.script.matched is not None:
                     self.outcome.reason, self.outcome.status = "matched", EXIT_OK
                     return self._collect(machine)
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = self._left()
+            if left == 0.0:
                 self.outcome.reason, self.outcome.status = "timeout", EXIT_TIMEOUT
                 return self._collect(machine)
             for fd, _ in poller.poll(None if left is None else left * 1000):
@@ -166,9 +173,16 @@ class Run:
                     self.outcome.reason, self.outcome.status = "interrupted", EXIT_INTERRUPTED
                     return self._collect(machine)
 
+    def _left(self) -> float | None:
+        """Seconds of --timeout that are left; None: there is none."""
+        if not self.request.timeout:
+            return None
+        return max(0.0, self._start + self.request.timeout - time.monotonic())
+
     def _output(self, machine: Machine, data: bytes) -> None:
         if not self.request.quiet:
-            write_all(data)
+            left = self._left()
+            write_all(data, timeout=WRITE_S if left is None else min(WRITE_S, left))
         self._last_byte = data[-1:] or self._last_byte
         typed = self.request.script.feed(data)
         if typed:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import termios
+import time
 from types import TracebackType
 from typing import Final, Self
 
@@ -14,6 +15,8 @@ ESCAPE: Final = 0x1D
 INTERRUPT: Final = 0x03
 INTERRUPTS: Final = 3
 INTERRUPT_WITHIN_S: Final = 1.0
+WRITE_S: Final = 60.0
+"""How long a reader of standard output may take nothing."""
 
 
 class RawTerminal:
@@ -88,13 +91,17 @@ class EscapeKeys:
         return data, False
 
 
-def write_all(data: bytes, fd: int = 1, timeout: float = 60.0) -> None:
-    """Write every byte, unbuffered. BrokenPipeError if nobody reads; TimeoutError if the reader is stuck."""
+def write_all(data: bytes, fd: int = 1, timeout: float = WRITE_S) -> None:
+    """Write every byte, unbuffered, within `timeout` seconds. BrokenPipeError if nobody reads; TimeoutError if the reader is stuck.
+
+    Standard output may be blocking, and is shared with other processes, so it is not made non-blocking: a pipe that polls as
+    writable takes PIPE_BUF bytes at once (pipe(7)).
+    """
     view = memoryview(data)
+    deadline = time.monotonic() + timeout
     while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:  # standard output may be non-blocking by somebody else's wish
-            _, ready, _ = select.select([], [fd], [], timeout)
-            if not ready:
-                raise TimeoutError(f"standard output took nothing for {timeout:.0f} s") from None
+        _, ready, _ = select.select([], [fd], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"standard output took nothing more within {timeout:.0f} s")
+        with contextlib.suppress(BlockingIOError):  # it may be non-blocking by somebody else's wish
+            view = view[os.write(fd, view[: select.PIPE_BUF]) :]

@@ -17,7 +17,8 @@ class Pumped(NamedTuple):
 
     effects: list[Effect]
     notify: bool
-    """Send the domain's event channel."""
+    """Something moved: send the domain's event channel, and pump once more before waiting for it. What the domain saw of our
+    indexes when it decided not to notify is older than that."""
 
 
 class RingPort:

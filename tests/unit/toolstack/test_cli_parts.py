@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
+import time
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from toolstack import doctor
 from toolstack.cli.images import name_of, open_image
 from toolstack.cli.output import domain_json, domain_table, duration, scheduler_table, vcpu_table
+from toolstack.cli.run import COUNTERS, Run, RunRequest
 from toolstack.cli.script import WINDOW, ConsoleScript, compile_pattern, decode_escapes
 from toolstack.cli.terminal import EscapeKeys, write_all
 from toolstack.cli.xenstore import printable
@@ -156,9 +159,39 @@ class TestTerminal:
         data = bytes(range(256)) * 4096
         write_all(data, write)
         os.close(write)
-        thread.join()
+        thread.join(20)
         os.close(read)
         assert bytes(got) == data
+
+    def test_a_reader_that_takes_nothing_ends_the_wait(self) -> None:
+        """The pipe blocks, and is full: TimeoutError after the time that was given, not after each write."""
+        read, write = os.pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match="took nothing more within"):
+            write_all(bytes(100_000), write, timeout=0.2)
+        assert 0.15 < time.monotonic() - start < 10
+        os.close(read)
+        with pytest.raises(BrokenPipeError):
+            write_all(b"x", write, timeout=0.2)
+        os.close(write)
+
+
+class TestRecord:
+    def make(self, stats: dict[str, object]) -> dict[str, object]:
+        run = Run(RunRequest({"name": "web", "kernel": "/k"}, ConsoleScript()))
+        run.outcome.stats = stats
+        return run.record()
+
+    def test_what_nobody_counted_is_null_and_named(self) -> None:
+        record = self.make({})
+        assert [record[name] for name in COUNTERS] == [None, None, None]
+        assert record["not_counted"] == list(COUNTERS)
+
+    def test_what_was_counted_as_nothing_is_no_null(self) -> None:
+        record = self.make({"hypercalls": {}, "events": 0})
+        assert (record["hypercalls"], record["exceptions"], record["events"]) == ({}, None, 0)
+        assert record["not_counted"] == ["exceptions"]
 
 
 class TestImages:

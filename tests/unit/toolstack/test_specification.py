@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::(?:\w+::)?(\w+)`")
 
 
 def test_each_promise_names_a_test_that_exists() -> None:
