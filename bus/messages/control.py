@@ -41,6 +41,7 @@ class DomainConfig(Message):
     on_reboot: Action = "restart"
     on_crash: Action = "destroy"
     on_watchdog: Action = "destroy"
+    on_soft_reset: Action = "soft-reset"
     paused: bool = False
     disks: Annotated[list[dict[str, Any]], Field(max_length=64)] = []
     vifs: Annotated[list[dict[str, Any]], Field(max_length=16)] = []

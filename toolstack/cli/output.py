@@ -67,7 +67,7 @@ def _long(row: Row) -> dict[str, Any]:
             "nics": config.get("vifs", []),
             **{
                 key: config[key]
-                for key in ("on_poweroff", "on_reboot", "on_watchdog", "on_crash")
+                for key in ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
                 if key in config
             },
         },

@@ -67,7 +67,7 @@ class XlConfig(BaseModel):
             "cap",
             "uuid",
         )
-        actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash")
+        actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
         fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs")}
         return {**fields, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
 

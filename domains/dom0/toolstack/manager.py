@@ -301,15 +301,19 @@ class Manager:
             "reboot": config.on_reboot,
             "crash": config.on_crash,
             "watchdog": config.on_watchdog,
-            "soft_reset": config.on_reboot,
+            "soft_reset": config.on_soft_reset,
         }.get(reason, "destroy")
         details = self.crash_details(guest.domid) if reason in ("crash", "watchdog") else ""
         self.store.domain_shutdown(guest.domid)
         if action == "preserve":
             guest.ending = True
             self._tell(guest, reason, details)
-        elif action in ("restart", "rename-restart", "coredump-restart", "soft-reset"):
+        elif action in ("restart", "rename-restart", "coredump-restart"):
             self._restart(guest, reason, details)
+        elif action == "soft-reset":  # its memory would have to be kept: XEN_DOMCTL_soft_reset is not built
+            self._end(
+                guest, reason, "soft-reset is not built: on_soft_reset='restart' starts the domain anew"
+            )
         else:
             self._end(guest, reason, details)
 

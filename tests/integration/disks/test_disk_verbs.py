@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,9 @@ def test_domio_destroyed_for_good_leaves_its_backends_closed(tmp_path: Path) -> 
         assert domicile(machine, "xenstore-read", f"{back}/state").strip() == "6"
         assert "DomIO" not in machine.domains()
         for role in ("domio", "nvme"):
+            deadline = time.monotonic() + 20
             while machine.processes(role):
+                assert time.monotonic() < deadline, f"a process of {role} is left"
                 machine.poll(0.05)
         domicile(machine, "block-attach", "g", f"{first},raw,xvdc,r")
         assert machine.domains()["DomIO"]["domid"] > 2

@@ -40,9 +40,9 @@ def test_grub_reaches_its_prompt_takes_commands_and_halts() -> None:
         "--expect",
         "grub>",
         "--send",
-        r"echo sum-of-it\r",
+        r"echo sum-of-$grub_cpu\r",
         "--expect",
-        "sum-of-it",
+        "sum-of-i386",
         "--send",
         r"halt\r",
     )

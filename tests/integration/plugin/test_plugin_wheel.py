@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source / name)
-    for package in ("bus", "hypervisor", "domains", "drivers", "toolstack"):
+    for package in ("bus", "hypervisor", "domains", "drivers", "simulation", "toolstack"):
         shutil.copytree(REPO / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
     subprocess.run([*command, "-w", str(base), str(source)], check=True, timeout=200, cwd=base)
@@ -71,7 +71,7 @@ def test_the_code_is_the_wheels(project: Project) -> None:
     """Else the tests below would prove nothing of the wheel."""
     done = subprocess.run(
         [str(project.python), "-P", "-c", "import toolstack, domains.dom0; print(toolstack.__file__, domains.__file__)"],
-        cwd="/", capture_output=True, text=True, check=True,
+        cwd="/", capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert str(REPO) not in done.stdout
 

@@ -327,3 +327,24 @@ class TestNetwork:
     def test_what_is_refused(self, text: str, word: str) -> None:
         with pytest.raises(ConfigError, match=word):
             parse_vif(text, "vif")
+
+
+OTHERS = {
+    "name": '"b"', "type": '"pvh"', "builder": '"hvm"', "kernel": '"/other"', "ramdisk": '"/r"', "cmdline": '"x"', "root": '"/dev/a"',
+    "extra": '"y"', "memory": "99", "maxmem": "99", "vcpus": "3", "maxvcpus": "3", "cpus": '"0"', "cpu_weight": "77", "cap": "50",
+    "on_poweroff": '"restart"', "on_reboot": '"destroy"', "on_watchdog": '"restart"', "on_crash": '"restart"',
+    "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]',
+    "boot": '"d"', "serial": '"pty"',
+}  # fmt: skip
+"""A value of each key that is not its default."""
+
+
+@pytest.mark.parametrize("key", UNDERSTOOD)
+def test_each_key_that_is_understood_has_an_effect_or_gives_a_warning(key: str) -> None:
+    base = {"name": '"a"', "kernel": '"/k"', "memory": "32", "uuid": '"00000000-0000-0000-0000-000000000001"'}
+
+    def made(settings: dict[str, str]) -> XlConfig:
+        return model("\n".join(f"{name} = {value}" for name, value in settings.items()))
+
+    plain, changed = made(base), made(base | {key: OTHERS[key]})
+    assert plain.domain_fields() != changed.domain_fields() or len(changed.warnings) > len(plain.warnings)

@@ -1,0 +1,149 @@
+"""A device answers to its owner alone: registers, interrupts, assignment (hypervisor.core.devices)."""
+
+from __future__ import annotations
+
+import sys
+from errno import EBUSY, ENODEV, EPERM
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bus.abi import domctl, physdev
+from bus.abi.hypercalls import HYPERCALLS
+from bus.abi.xen import DOMID_SELF, HYPERVISOR_physdev_op
+from bus.addresses import Bdf, DomId, Mfn
+from bus.messages.device import Access, AccessDone, DeviceAccess, DeviceHello
+from hypervisor.core.devices import DeviceService
+from hypervisor.core.effects import Reply, ToDevice
+from hypervisor.core.grants import GrantTables
+from hypervisor.core.iommu import Iommu
+from hypervisor.core.iommu_dma import DmaService
+from hypervisor.core.pool import XenPool
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hvcore"))
+from hvcore_machine import Machine
+
+BDF = Bdf(8)
+SECRET = 0x1B36_0010
+
+
+class World(Machine):
+    """A core with an IOMMU and one plugged device, whose process answers each register with SECRET."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        core = self.core
+        limit = core.config.mfn_limit
+        iommu = Iommu(self.memory, XenPool(self.memory, Mfn(limit), 256))
+        grants = GrantTables(core.frames, core.views, self.memory, core.outbox, iommu)
+        dma = DmaService(iommu, grants, lambda mfn: None, lambda entry: None)
+        self.devices = DeviceService(
+            iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher
+        )
+        core.attach_hooks(self.devices)
+        self.devices.plug(BDF, Staging())
+        self.devices.receive(0, BDF, DeviceHello(pid=1, bars=[], vectors=4))
+        self.accesses: list[Access] = []
+        self.run()
+
+    def run(self) -> list[Any]:
+        """The device's process answers at once."""
+        seen = super().run()
+        for effect in seen:
+            if isinstance(effect, ToDevice) and isinstance(effect.message, Access):
+                self.accesses.append(effect.message)
+                self.devices.receive(self.now, BDF, AccessDone(token=effect.message.token, value=SECRET))
+        return seen + super().run() if seen else seen
+
+    def register(self, domid: int, *, write: bool = False) -> int:
+        """The domain reads or writes a register of BDF; the value."""
+        self._token += 1
+        access = DeviceAccess(token=self._token, bdf=BDF, space=-1, offset=0, size=4, write=write, value=7)
+        self.devices.domain_access(self.now, DomId(domid), access)
+        self.run()
+        reply: Reply = self.replies.pop(self._token)
+        return int.from_bytes(reply.data, "little")
+
+    def assign(self, cmd: int, domid: int) -> int:
+        """XEN_DOMCTL_*assign_device of BDF."""
+        pci = domctl.XEN_DOMCTL_ASSIGN_DEVICE_PCI.pack(domctl.xen_domctl_assign_device_pci(BDF))
+        payload = domctl.xen_domctl_assign_device(
+            0, 0, pci.ljust(domctl.XEN_DOMCTL_ASSIGN_DEVICE.field_size("u"), b"\0")
+        )
+        return self.domctl(cmd, domid, payload).rc
+
+    def map_msi(self, domid: int) -> int:
+        """PHYSDEVOP_map_pirq of its first vector."""
+        item = physdev.physdev_map_pirq(DOMID_SELF, physdev.MAP_PIRQ_TYPE_MSI_SEG, -1, -1, 0, BDF, 0, 0)
+        assert HYPERCALLS[HYPERVISOR_physdev_op] is not None
+        return self.call(domid, HYPERVISOR_physdev_op, physdev.PHYSDEVOP_map_pirq, item).rc
+
+
+class Staging:
+    """No DMA here."""
+
+    size = 4096
+
+    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+        raise AssertionError
+
+    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+        raise AssertionError
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def pair(world: World) -> tuple[int, int]:
+    """The owner, and another domain of the same kind that owns nothing."""
+    owner, other = (
+        world.create(flags=domctl.XEN_DOMCTL_CDF_hvm | domctl.XEN_DOMCTL_CDF_hap) for _ in range(2)
+    )
+    for domid in (owner, other):
+        world.start(domid)
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, owner) == 0
+    return owner, other
+
+
+def test_registers_of_anothers_device_read_as_ones_and_the_device_hears_nothing(
+    world: World, pair: tuple[int, int]
+) -> None:
+    owner, other = pair
+    assert world.register(owner) == SECRET
+    heard = len(world.accesses)
+    for domid in (other, 0, 999):
+        assert world.register(domid) == 0xFFFFFFFF
+        assert world.register(domid, write=True) == 0xFFFFFFFF
+    assert len(world.accesses) == heard
+
+
+def test_a_device_is_taken_only_in_its_owners_name(world: World, pair: tuple[int, int]) -> None:
+    owner, other = pair
+    assert world.assign(domctl.XEN_DOMCTL_deassign_device, other) == -ENODEV
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, other) == -EBUSY
+    assert world.register(owner) == SECRET
+    assert world.assign(domctl.XEN_DOMCTL_deassign_device, owner) == 0
+    assert world.register(owner) == 0xFFFFFFFF
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, other) == 0
+    assert (world.register(owner), world.register(other)) == (0xFFFFFFFF, SECRET)
+
+
+def test_interrupts_of_anothers_device_are_not_to_be_had(world: World, pair: tuple[int, int]) -> None:
+    """Neither to a PV domain nor to Dom0, whose vectors they are not."""
+    pv = world.create()
+    world.start(pv)
+    assert world.map_msi(pv) == -EPERM
+    assert world.map_msi(0) == -EPERM
+    assert world.devices.iommu.interrupts.of(BDF) == {}
+
+
+def test_a_destroyed_owners_device_is_nobodys(world: World, pair: tuple[int, int]) -> None:
+    owner, other = pair
+    assert world.destroy(owner) == 0
+    world.advance(5)
+    assert world.devices.owner(BDF) is None
+    assert world.register(owner) == world.register(other) == 0xFFFFFFFF
