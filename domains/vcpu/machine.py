@@ -21,6 +21,7 @@ from domains.vcpu.extended import ExtendedState
 from domains.vcpu.features import usable
 from domains.vcpu.memory import PhysicalMap
 from domains.vcpu.state import Segment, view
+from domains.vcpu.stores import make_stores_fast
 from domains.vcpu.thunks import Control
 
 CPU_EXTRA: Final = 12
@@ -61,6 +62,7 @@ class Machine:
         lib = insides.library()
         with _patched:
             thunks.make_barriers_real()
+            make_stores_fast(found.uc_cpu)
         self._machine: Final = insides.open_machine()
         self._uc: Final = insides.uc_address(self._machine)
         self._cpu: Final = insides.cpu_address(self._machine, found)

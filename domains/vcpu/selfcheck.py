@@ -12,7 +12,7 @@ from typing import Final
 from domains.vcpu.api import StopReason, Trap
 from domains.vcpu.hvm_testing import HvmGuest
 from domains.vcpu.insides import UnknownUnicorn, described
-from domains.vcpu.testing import CODE, PvGuest
+from domains.vcpu.testing import BASE, CODE, PRESENT_USER_RW, PvGuest
 
 COUNTERS: Final = 0x30000
 
@@ -34,6 +34,20 @@ def _page_faults() -> bool:
         guest.run()
     expected = ("trap", Trap(14, 6, False), CODE)
     return guest.traps.seen == [expected] * 3 and guest.vcpu.regs.cr2 == COUNTERS + 8
+
+
+def _code_is_never_stale() -> bool:
+    # mov [rdi], al; call rsi; ret into a page that another virtual address has as well
+    guest = PvGuest(bytes.fromhex("8807 ffd6 0f05"))
+    guest.set_entry(COUNTERS, BASE + COUNTERS + 0x1000 | PRESENT_USER_RW)
+    guest.vcpu.flush_tlb()
+    guest.write(COUNTERS + 0x1000, bytes.fromhex("bb00000000c3"))  # mov ebx, 0; ret
+    regs, seen = guest.vcpu.regs, []
+    for value in (1, 2, 3):
+        regs.rip, regs.rax, regs.rdi, regs.rsi = CODE, value, COUNTERS + 1, COUNTERS + 0x1000
+        guest.run()
+        seen.append(regs.rbx)
+    return seen == [1, 2, 3]
 
 
 def _software_interrupts_and_syscalls() -> bool:
@@ -84,6 +98,7 @@ def _triple_fault() -> bool:
 CHECKS: Final[tuple[tuple[str, Callable[[], bool]], ...]] = (
     ("slices end exactly and no instruction runs twice", _exact_slices),
     ("page faults: error code, CR2, RIP, again and again", _page_faults),
+    ("code overwritten by another virtual address is run as it is now", _code_is_never_stale),
     ("INT n is not a fault; SYSCALL's RIP; #UD", _software_interrupts_and_syscalls),
     ("a port hook can give #GP instead", _privileged_and_ports),
     ("RDTSC is the hypervisor's clock", _clock),
