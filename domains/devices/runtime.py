@@ -17,6 +17,7 @@ from bus import sealed
 from bus.credentials import from_descriptor
 from bus.doorbell import Doorbell
 from bus.link import DeviceLink, HypervisorGone
+from bus.log import Logger
 from bus.messages.device import Access, AccessDone, Attach, Bar, DeviceHello, Dma, DmaDone
 from bus.messages.domain import Refused
 from bus.messages.envelope import Message
@@ -24,6 +25,7 @@ from bus.packets import close_all
 from bus.process import Start
 from domains.native.reactor import Reactor
 
+LOG: Final = Logger("device")
 MAX_STAGING: Final = 256 << 20
 
 
@@ -158,7 +160,7 @@ class DeviceProcess:
         elif isinstance(message, Attach):
             self._attach(message)
         elif isinstance(message, Refused):
-            print(f"the hypervisor refused a message: {message.why}", flush=True)
+            LOG.warning(f"the hypervisor refused a message: {message.why}")
 
     def _attach(self, attach: Attach) -> None:
         """A new epoch: a new device, with new doorbell pages."""

@@ -7,6 +7,7 @@ import socket
 from bus import privileges
 from bus.abi import sched, xen
 from bus.addresses import DomId
+from bus.log import Logger
 from bus.process import begin
 from domains.dom0.toolstack.disks import Disks
 from domains.dom0.toolstack.manager import Manager
@@ -33,7 +34,7 @@ def main() -> None:
     store.mkdir("/tool")
     store.mkdir("/vm")
     store.attach_socket(socket.socket(fileno=start.fds["xenstored"]))
-    disks = Disks(host, store, xc, start.warden, lambda text: print(text, flush=True))
+    disks = Disks(host, store, xc, start.warden, Logger("dom0", part="disks").info)
     manager = Manager(host, store, xc, disks, console_directory(start.settings["consoles"]))
     info = {"isolated": start.own_uid, "doorbells": bool(start.settings.get("doorbells", True))}
     server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info)

@@ -8,16 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE
 from bus.abi.io import xs_wire as xs
 from bus.addresses import DomId, GrantRef, Port
+from bus.log import Logger
 from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Input, Log, Output
 from domains.dom0.xenstore.ring_port import Pumped, RingPort
 from domains.dom0.xenstore.socket_server import SocketServer
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
 from drivers.xenbus.wire import Framer, encode
+
+LOG: Final = Logger("dom0", part="xenstored")
 
 
 class XenstoreError(Exception):
@@ -147,7 +151,7 @@ class XenstoreService:
         elif isinstance(effect, DetachRing):
             self._detach(DomId(effect.domid))
         elif isinstance(effect, Log):
-            print(effect.text, flush=True)
+            LOG.info(effect.text)
 
     # ------------------------------------------------------------------ rings
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 from bus import privileges
 from bus.abi.event_channel import EVTCHNSTAT_pirq
 from bus.addresses import Port
 from bus.link import HypervisorGone
+from bus.log import Logger
 from bus.messages.domain import Order
 from bus.process import begin
 from domains.domio.hardware import DmaPages
@@ -16,6 +18,7 @@ from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
 from domains.native.xenstore import XenstoreClient
 
+LOG: Final = Logger("domio")
 MAX_DISKS = 31
 LEDGERS = range(MAX_DISKS * LEDGER_PAGES)
 """Guest frames of the ledgers: each disk's place follows from its PCI address, so that a new process finds it."""
@@ -72,7 +75,7 @@ class DomIo:
             ledger = self.host.pages((slot - 1) * LEDGER_PAGES, LEDGER_PAGES)
             server = VbdServer(self.host, self.store, path, self.pages, ledger, BOUNCES[slot], self._forget)
         except ValueError as error:
-            print(f"{path}: {error}", flush=True)
+            LOG.warning(str(error), vbd=path)
             return
         self.servers[path] = server
         if server.bdf in self.host.devices:

@@ -10,6 +10,7 @@ import msgpack
 
 from bus.abi.event_channel import EVTCHNSTAT_interdomain
 from bus.addresses import PAGE_SIZE, DomId, GrantRef, Port
+from bus.log import Logger
 from domains.domio.hardware import DmaPages, FrontendFrames, NvmePort
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
 from domains.native.xenstore import XenstoreClient
@@ -24,6 +25,7 @@ from drivers.hw.nvme.driver import NvmeDriver, State
 from drivers.xenbus.client import XenstoreError
 from drivers.xenbus.states import XenbusState
 
+LOG: Final = Logger("domio")
 MAX_QUEUES: Final = 2
 MAX_ORDER: Final = 2
 RING_SLOTS: Final = 32 << MAX_ORDER
@@ -323,7 +325,7 @@ class VbdServer:
             self._host.close_port(port)
 
     def _log(self, text: str) -> None:
-        print(f"{self.path}: {text}", flush=True)
+        LOG.info(text, vbd=self.path)
 
 
 def _pack(link: FrontLink, disk: Disk) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import select
-import sys
 import time
 import traceback
 from collections import defaultdict
@@ -16,6 +15,7 @@ import msgpack
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
+from bus.log import Logger
 from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, Inspect, Plug
 from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
 from bus.messages.envelope import Message
@@ -56,6 +56,7 @@ class Server:
         doorbells: bool,
     ) -> None:
         """`doorbells` False: all notifications go over ZeroMQ."""
+        self._logger = Logger("hypervisor")
         self.devices = devices
         self._device_shell = DeviceShell(memory)
         self.core = core
@@ -483,7 +484,4 @@ class Server:
 
     def log(self, level: str, text: str, domain: DomId | None = None) -> None:
         """One JSON line on standard error: the structured log of the hypervisor."""
-        record = {"time": round(time.time(), 6), "level": level, "event": text}
-        if domain is not None:
-            record["domain"] = domain
-        print(json.dumps(record), file=sys.stderr, flush=True)
+        self._logger.write(level, text, domain=domain)

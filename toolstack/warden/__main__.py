@@ -12,6 +12,7 @@ import socket
 import sys
 
 from bus import privileges
+from bus.log import Logger
 from toolstack.warden.runtime import RuntimeDirectory
 from toolstack.warden.warden import Warden
 
@@ -50,7 +51,7 @@ def main() -> None:
         warden.start_hypervisor(settings)
         warden.prestart()
         reason = warden.run()
-        print(f"warden: {reason}", file=sys.stderr, flush=True)
+        Logger("warden").info(reason)
     except InterruptedError:
         pass
     finally:

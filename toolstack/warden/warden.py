@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from bus.log import Logger
 from bus.messages.envelope import BadMessage
 from bus.messages.warden import (
     FROM_DOM0,
@@ -36,6 +37,7 @@ from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
 from toolstack.warden.runtime import RuntimeDirectory
 from toolstack.warden.uids import UidBlock
 
+LOG: Final = Logger("warden")
 MODULES: Final = {
     "hypervisor": "hypervisor",
     "dom0": "domains.dom0",
@@ -196,7 +198,7 @@ class Warden:
         try:
             packet = dom0.link.receive()
         except BadMessage as error:
-            print(f"warden: refused: {error}", file=sys.stderr, flush=True)
+            LOG.warning(f"refused: {error}")
             return
         except LinkClosed:
             self._selector.unregister(dom0.link)
@@ -222,7 +224,7 @@ class Warden:
             try:
                 packet = self._hypervisor.receive()
             except BadMessage as error:
-                print(f"warden: refused: {error}", file=sys.stderr, flush=True)
+                LOG.warning(f"refused: {error}")
                 continue
             except LinkClosed:
                 self._selector.unregister(self._hypervisor)
@@ -233,7 +235,7 @@ class Warden:
             try:
                 self._obey(message, fds)
             except BadMessage as error:
-                print(f"warden: refused: {error}", file=sys.stderr, flush=True)
+                LOG.warning(f"refused: {error}")
             finally:
                 close_all(fds)
 

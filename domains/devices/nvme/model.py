@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from typing import Final
 
+from bus.log import Logger
 from bus.messages.device import Bar
 from domains.devices.runtime import Batch, Kind
 from drivers.hw.nvme import spec
@@ -14,6 +15,7 @@ from drivers.hw.nvme.io import MediaOp, MediaRequest, MediaResult
 from drivers.hw.nvme.media import Media, MediaError
 from drivers.hw.nvme.pages import Counters, Identity, Namespace
 
+LOG: Final = Logger("nvme")
 MAX_REPORTS = 20
 """Media errors that go to the log, a device's life long."""
 
@@ -48,7 +50,7 @@ class Disks:
         except MediaError as error:
             if self._reports < MAX_REPORTS:
                 self._reports += 1
-                print(f"namespace {request.nsid}: {error}", file=sys.stderr, flush=True)
+                LOG.warning(str(error), namespace=request.nsid)
             return MediaResult.FULL if error.full else MediaResult.FAILED
         return MediaResult.OK
 
