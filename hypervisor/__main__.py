@@ -24,6 +24,7 @@ from hypervisor.shell.check import DebugKey
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.processes import Processes, WardenGone
 from hypervisor.shell.server import Server
+from hypervisor.shell.trace_pages import TracePages
 
 DOM0_PAGES = 4096
 """Dom0's own memory (16 MiB): what it grants to others, no more; the program itself lives in its process."""
@@ -45,6 +46,7 @@ def main() -> None:
         total_pages=int(settings.get("memory_mb", 4096)) << 8, pcpus=int(settings.get("cpus", 2))
     )
     core = HypervisorCore(memory, config)
+    traces = TracePages()
     iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), TABLE_FRAMES))
     grants = GrantTables(core.frames, core.views, memory, core.outbox, iommu)
     grant_calls = GrantCalls(grants, core.dispatcher, core.outbox)
@@ -60,14 +62,14 @@ def main() -> None:
     def interrupt(now: int, entry: InterruptEntry) -> None:
         core.events.raise_pirq(entry.domain, entry.pirq)
 
-    dma = DmaService(iommu, grants, written, interrupt)
+    dma = DmaService(iommu, grants, written, interrupt, trace=traces.own, owner=core.frames.owner)
     devices = DeviceService(iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher)
     core.attach_hooks(devices)
     scheduler = SchedulerCalls(CreditScheduler(config.pcpus), core.domains, config, core.dispatcher)
     core.attach_hooks(scheduler)
     core.create_dom0(time.monotonic_ns(), max_pages=DOM0_PAGES)
     doorbells = bool(settings.get("doorbells", True))
-    server = Server(core, memory, processes, devices, scheduler, doorbells=doorbells)
+    server = Server(core, memory, processes, devices, scheduler, traces, doorbells=doorbells)
     core.sysctl.idle_ns = server.leases.idle_ns
     core.sysctl.debug_key = DebugKey(core, grants, server)
     try:
@@ -75,6 +77,7 @@ def main() -> None:
     except WardenGone:
         pass
     finally:
+        traces.close()
         memory.close()
 
 

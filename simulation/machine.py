@@ -75,9 +75,7 @@ class Machine:
         self._quick: Final = self.rng.choice((0.5, 0.9, 1.0))
         self._tick_at = 0
         memory = self.memory
-        config = MachineConfig(
-            total_pages=1 << 14, mfn_limit=1 << 18, mfn_holes=(), xenheap_frames=32, trace_records=1
-        )
+        config = MachineConfig(total_pages=1 << 14, mfn_limit=1 << 18, mfn_holes=(), xenheap_frames=32)
         core = self.core = HypervisorCore(memory, config)
         iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), 256))
         self.grants: Final = GrantTables(core.frames, core.views, memory, core.outbox, iommu)

@@ -39,6 +39,7 @@ class ControlClient:
         self._link = PacketLink(self._socket, FROM_TOOLSTACK)
         self._ids = itertools.count(1)
         self.notices: deque[Notice] = deque()
+        self._files: list[int] = []
 
     def fileno(self) -> int:
         """For poll."""
@@ -56,6 +57,18 @@ class ControlClient:
         timeout: float = REQUEST_TIMEOUT_S,
     ) -> Any:
         """The result of a verb. MachineError with the toolstack's own words if it failed; MachineGone."""
+        result, files = self.request_files(verb, args, descriptors, timeout)
+        close_all(files)
+        return result
+
+    def request_files(
+        self,
+        verb: str,
+        args: dict[str, Any] | None = None,
+        descriptors: Sequence[int] = (),
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> tuple[Any, list[int]]:
+        """The same, with the descriptors that came with the result: the caller's from now on."""
         number = next(self._ids)
         try:
             self._link.send(Request(id=number, verb=verb, args=args or {}), descriptors)
@@ -63,7 +76,7 @@ class ControlClient:
             raise MachineGone("the machine went down") from None
         deadline = time.monotonic() + timeout
         while True:
-            message = self._next(deadline - time.monotonic())
+            message = self._next(deadline - time.monotonic(), keep=True)
             if message is None:
                 raise MachineError(f"{verb}: no answer within {timeout:.0f} s")
             if isinstance(message, Notice):
@@ -71,9 +84,11 @@ class ControlClient:
             elif message.id in (number, 0):
                 if not message.ok:
                     raise MachineError(message.error)
-                return message.result
+                files, self._files = self._files, []
+                return message.result, files
 
-    def _next(self, timeout: float) -> Notice | Response | None:
+    def _next(self, timeout: float, *, keep: bool = False) -> Notice | Response | None:
+        """The next message; the descriptors of a response are kept in `_files` if asked for."""
         poller = select.poll()
         poller.register(self._link.fileno(), select.POLLIN)
         deadline = time.monotonic() + timeout
@@ -84,8 +99,12 @@ class ControlClient:
                 raise MachineGone("the machine went down") from None
             if packet is not None:
                 message, fds = packet
-                close_all(fds)
                 assert isinstance(message, Notice | Response)
+                if keep and isinstance(message, Response):
+                    close_all(self._files)
+                    self._files = fds
+                else:
+                    close_all(fds)
                 return message
             left = deadline - time.monotonic()
             if left <= 0:

@@ -127,11 +127,12 @@ class Plug(Message):
 
 class Inspect(Message):
     """The control domain asks what the hypervisor's hardware side looks like, for show: answered by `HypercallReply` with msgpack
-    data. `what` "iommu": `args` has `bdf` or `domain` (or neither: all), and `iova` for a walk."""
+    data. `what` "iommu": `args` has `bdf` or `domain` (or neither: all), and `iova` for a walk. "trace": somebody watches (`args` has
+    `on`), or nobody does any more; no data."""
 
     KIND: ClassVar[str] = "inspect"
     token: U64
-    what: Literal["iommu"]
+    what: Literal["iommu", "trace"]
     args: Annotated[dict[str, Any], Field(max_length=8)] = {}
 
 

@@ -12,6 +12,7 @@ from bus.process import begin
 from domains.dom0.toolstack.disks import Disks
 from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.server import ToolstackServer, console_directory
+from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import NativeDomain
@@ -23,6 +24,7 @@ def main() -> None:
     start = begin(privileges.Limits(open_files=8192))
     reactor = Reactor()
     host = NativeDomain(start, reactor)
+    traces = Traces(host)
     while host.memory is None:
         reactor.once(20.0)
         if not host.memory and reactor.stopping:
@@ -37,7 +39,7 @@ def main() -> None:
     disks = Disks(host, store, xc, start.warden, Logger("dom0", part="disks").info)
     manager = Manager(host, store, xc, disks, console_directory(start.settings["consoles"]))
     info = {"isolated": start.own_uid, "doorbells": bool(start.settings.get("doorbells", True))}
-    server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info)
+    server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info, traces)
     reactor.run()
     server.close()
     request = sched.SCHED_SHUTDOWN.pack(sched.sched_shutdown(sched.SHUTDOWN_poweroff))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from bus import privileges
+from bus import privileges, trace_page
 from bus.abi.event_channel import EVTCHNSTAT_pirq
 from bus.addresses import Port
 from bus.link import HypervisorGone
 from bus.log import Logger
 from bus.messages.domain import Order
 from bus.process import begin
+from bus.trace import Trace
+from bus.trace_page import Counters
 from domains.domio.hardware import DmaPages
 from domains.domio.vbd import LEDGER_PAGES, VbdServer
 from domains.native.domain import NativeDomain
@@ -28,8 +30,11 @@ BOUNCES = range(LEDGERS.stop, LEDGERS.stop + MAX_DISKS + 1)
 class DomIo:
     """All disks of this driver domain."""
 
-    def __init__(self, host: NativeDomain) -> None:
+    def __init__(
+        self, host: NativeDomain, trace: Trace | None = None, counters: Counters | None = None
+    ) -> None:
         self.host = host
+        self._trace, self._counters = trace, counters
         self.store: XenstoreClient
         self.pages: DmaPages
         self.servers: dict[str, VbdServer] = {}
@@ -73,7 +78,17 @@ class DomIo:
             if not 0 < slot <= MAX_DISKS:
                 raise ValueError(f"params is {params!r}")
             ledger = self.host.pages((slot - 1) * LEDGER_PAGES, LEDGER_PAGES)
-            server = VbdServer(self.host, self.store, path, self.pages, ledger, BOUNCES[slot], self._forget)
+            server = VbdServer(
+                self.host,
+                self.store,
+                path,
+                self.pages,
+                ledger,
+                BOUNCES[slot],
+                self._forget,
+                self._trace,
+                self._counters,
+            )
         except ValueError as error:
             LOG.warning(str(error), vbd=path)
             return
@@ -95,7 +110,7 @@ def main() -> None:
     start = begin(privileges.Limits(open_files=4096, processes=16))
     reactor = Reactor()
     host = NativeDomain(start, reactor)
-    domio = DomIo(host)
+    domio = DomIo(host, *trace_page.of_process(start.fds))
 
     def started(order: Order, fds: list[int]) -> bytes:
         reactor.soon(domio.start)

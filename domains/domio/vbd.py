@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgpack
@@ -11,6 +12,8 @@ import msgpack
 from bus.abi.event_channel import EVTCHNSTAT_interdomain
 from bus.addresses import PAGE_SIZE, DomId, GrantRef, Port
 from bus.log import Logger
+from bus.trace import Trace
+from bus.trace_page import Counters
 from domains.domio.hardware import DmaPages, FrontendFrames, NvmePort
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
 from domains.native.xenstore import XenstoreClient
@@ -19,6 +22,7 @@ from drivers.block.ledger import Ledger, LedgerError
 from drivers.block.nodes import FrontLink, QueueLink
 from drivers.block.paged_ring import PagedRing
 from drivers.block.requests import Disk
+from drivers.block.watch import DiskTrace, counter_key
 from drivers.block.wire import ABIS
 from drivers.block.xenbus_back import BackDevice, ConnectError
 from drivers.hw.nvme.driver import NvmeDriver, State
@@ -49,6 +53,8 @@ class VbdServer:
         ledger: memoryview,
         bounce_gfn: int,
         gone: Callable[[VbdServer], None],
+        trace: Trace | None = None,
+        counters: Counters | None = None,
     ) -> None:
         """`path`: the back end's directory. `ledger`: memory that outlives the process. ValueError if the nodes make no sense."""
         self._host = host
@@ -67,6 +73,16 @@ class VbdServer:
         self._discard = self._node("discard-enable") == "1"
         self._frontend_path = self._node("frontend")
         self._ledger = Ledger(ledger)
+        number = int(path.rpartition("/")[2])
+        self._counters = counters
+        self._counter_key = counter_key(self.frontend_id, number)
+        self._watch = DiskTrace(
+            trace,
+            counters.slot(self._counter_key) if counters is not None else None,
+            domain=self.frontend_id,
+            disk=number,
+            device=self.bdf,
+        )
         self._port = NvmePort(host, self.bdf)
         self.driver = NvmeDriver(
             self._port,
@@ -75,6 +91,9 @@ class VbdServer:
             on_ready=self._ready,
             on_lost=self._lost,
             vectors=VECTORS,
+            on_full=self._watch.starved,
+            trace=trace,
+            unit=self.bdf,
         )
         self._device: BackDevice | None = None
         self._backend: Backend | None = None
@@ -82,6 +101,7 @@ class VbdServer:
         self._rings: list[PagedRing] = []
         self._ports: list[Port] = []
         self._mapper: FrontendFrames | None = None
+        self._remote: list[int] = []
         self._msi: list[Port] = []
         self._adopted = False
         self._running = False
@@ -225,8 +245,10 @@ class VbdServer:
                 abi=link.abi,
                 persistent=link.persistent,
                 trust_event_index=True,
+                watch=self._watch,
             )
-            notify = [lambda port=port: self._host.notify(port) for port in self._ports]
+            self._remote = [queue.event_channel for queue in link.queues]
+            notify = [partial(self._notify, number) for number in range(len(self._ports))]
             if found is None:
                 self._backend.connect(self._rings, notify, _pack(link, disk))
             else:
@@ -255,9 +277,18 @@ class VbdServer:
             self._log(f"cannot go on: {error}")
             self._store.run(self._device.fail(str(error)))
 
+    def _notify(self, number: int) -> None:
+        """There are responses in that ring."""
+        port = self._ports[number]
+        if self._watch.trace.on[0]:
+            self._watch.kicked(number, self._remote[number], port, outgoing=True)
+        self._host.notify(port)
+
     def _kick(self, number: int) -> Callable[[], None]:
         def kicked() -> None:
             backend = self._backend
+            if self._watch.trace.on[0] and number < len(self._ports):
+                self._watch.kicked(number, self._remote[number], self._ports[number], outgoing=False)
             if backend is not None:
                 if not backend.poll(number) and backend.queues[number].look_again:
                     self._host.reactor.after(LOOK_AGAIN_S, again)
@@ -323,6 +354,8 @@ class VbdServer:
             self._release()
         for port in self._msi:
             self._host.close_port(port)
+        if self._counters is not None:
+            self._counters.drop(self._counter_key)
 
     def _log(self, text: str) -> None:
         LOG.info(text, vbd=self.path)

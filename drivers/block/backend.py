@@ -30,6 +30,7 @@ from drivers.block.ledger import Hook, Ledger, LedgerError, QueueLedger, Recover
 from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Command, GrantMapper, Op, Storage
 from drivers.block.requests import Disk, Request, indirect_pages, parse
+from drivers.block.watch import DiskTrace
 from drivers.block.wire import RESPONSE, X86_64, Abi
 
 PERSISTENT_LIMIT: Final = 1056
@@ -83,8 +84,9 @@ class Backend:
         trust_event_index: bool = False,
         fence: Callable[[], None] = full_barrier,
         hook: Hook | None = None,
+        watch: DiskTrace | None = None,
     ) -> None:
-        """`hook` is called with the name of each step: tests crash there."""
+        """`hook` is called with the name of each step: tests crash there. `watch` notes and counts what happens."""
         if storage.block_size > disk.sector_size or disk.sectors > storage.sectors:
             raise ValueError(
                 f"sectors of {disk.sector_size} bytes on blocks of {storage.block_size}, "
@@ -105,6 +107,8 @@ class Backend:
         self._trust: Final = trust_event_index
         self._fence: Final = fence
         self._hook: Final = hook
+        self._watch: Final = watch or DiskTrace()
+        self._on: Final = self._watch.trace.on
         self._active: dict[int, tuple[Queue, Request]] = {}
         self._token = 0
         self._writes_done = 0
@@ -232,6 +236,8 @@ class Backend:
         for at, slot in enumerate(slots):
             request = parse(raws[at], indirect[at], abi, disk)
             request.slot, request.index = slot, (first + at) & MASK32
+            if self._on[0]:
+                self._watch.taken(queue.number, request)
             if request.status is None:
                 queue.waiting.append(request)
             else:
@@ -293,6 +299,8 @@ class Backend:
     def _command(self, queue: Queue, request: Request) -> Command:
         token = self._token = self._token + 1
         self._active[token] = (queue, request)
+        if self._on[0]:
+            self._watch.command(queue.number, request, token)
         if request.flush or request.kind is None:
             request.stamp = self._writes_done
             return Command(token, Op.FLUSH, 0, 0)
@@ -397,6 +405,9 @@ class Backend:
             status = request.status
             assert status is not None
             self.counters.errors += status != BLKIF_RSP_OKAY
+            self._watch.count(request)
+            if self._on[0]:
+                self._watch.answered(queue.number, request)
             ring.write_slot(index, RESPONSE.pack(request.id, request.op, status))
             index += 1
         self._step("written")

@@ -34,7 +34,6 @@ class MachineConfig:
     console_rate: int = 1 << 16
     """Bytes a second that one unprivileged domain may write to the hypervisor's console."""
     console_burst: int = 1 << 16
-    trace_records: int = 1 << 14
     max_domain_events: int = 4096
     order_timeout_ns: int = 1_000_000_000
     start_timeout_ns: int = 8_000_000_000

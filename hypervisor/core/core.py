@@ -32,7 +32,6 @@ from hypervisor.core.platform import PlatformOps
 from hypervisor.core.ports import MachineMemory
 from hypervisor.core.sched_ops import SchedOps
 from hypervisor.core.sysctl import SysctlOps
-from hypervisor.core.trace import Trace
 from hypervisor.core.vcpu_ops import VcpuOps
 from hypervisor.core.views import DomainViews
 
@@ -45,11 +44,10 @@ class HypervisorCore:
         self.config = config
         self.memory = memory
         self._now = 0
-        self.trace = Trace(config.trace_records)
         self.outbox = Outbox(config.max_orders)
         self.domains = DomainTable(config)
         self.frames = FrameTable(memory, config)
-        self.dispatcher = Dispatcher(HYPERCALLS, self.domains, self.outbox, self.trace)
+        self.dispatcher = Dispatcher(HYPERCALLS, self.domains, self.outbox)
         self.events = EventChannels(self.domains, self.frames, self.outbox, config)
         self.lifecycle = Lifecycle(self.domains, self.frames, self.events, self.outbox, config)
         self.news = MemoryNews(self.domains, self.outbox)

@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EINVAL, ENODEV
-from typing import Final, NamedTuple
+from typing import Final
 
 from bus.abi import domctl as abi
 from bus.abi.xen import HYPERVISOR_domctl
-from bus.addresses import Bdf, DomId, Mfn
+from bus.addresses import Bdf, DomId
 from bus.messages.device import Access, AccessDone, Attach, DeviceAccess, DeviceHello, Dma, DmaDone
 from bus.messages.envelope import Message
 from hypervisor.core.domains import Domain, DomainTable, Dying
@@ -23,7 +23,7 @@ from hypervisor.core.errors import XenError
 from hypervisor.core.event_channels import EventChannels
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
-from hypervisor.core.iommu import DmaFault, Iommu, Segment
+from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaBatch, DmaItem, DmaResult, DmaService, Staging
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import P2mType
@@ -32,18 +32,6 @@ from hypervisor.core.physdev import PhysdevOps
 ACCESS_TIMEOUT_NS: Final = 1_000_000_000
 MAX_ACCESSES: Final = 64
 """Accesses to one device that may be under way; more read as all ones."""
-
-
-class DmaStep(NamedTuple):
-    """One DMA item for those who trace (`domicile trace --dma`): I/O virtual address, frames, direction."""
-
-    now: int
-    bdf: Bdf
-    domain: DomId | None
-    iova: int
-    length: int
-    write: bool
-    frames: list[tuple[Mfn, int, int]]
 
 
 @dataclass(slots=True)
@@ -84,7 +72,6 @@ class DeviceService(DomainHooks):
         self._outbox = outbox
         self._tokens = itertools.count(1)
         self._plugged: dict[Bdf, _Plugged] = {}
-        self.on_step: Callable[[DmaStep], None] | None = None
         physdev.device_owner = self._owner
         physdev.device_exists = lambda bdf: bdf in {device.bdf for device in iommu.devices()}
         physdev.msi_listener = self
@@ -171,21 +158,12 @@ class DeviceService(DomainHooks):
                 self._send(bdf, DmaDone(token=message.token, fault=result.fault, reason=reason))
 
         items = [DmaItem(*item) for item in message.items]
-        if self.on_step is not None:
-            for item in items:
-                self._trace(now, bdf, message.epoch, Segment(item.iova, item.length, item.write))
         self._dma.submit(
-            now, DmaBatch(bdf, message.epoch, items, list(message.vectors)), plugged.staging, done
+            now,
+            DmaBatch(bdf, message.epoch, items, list(message.vectors), message.token),
+            plugged.staging,
+            done,
         )
-
-    def _trace(self, now: int, bdf: Bdf, epoch: int, segment: Segment) -> None:
-        assert self.on_step is not None
-        try:
-            pieces = self.iommu.translate(now, bdf, epoch, [segment])[0]
-        except DmaFault:
-            pieces = []
-        frames = [(piece.mfn, piece.offset, piece.length) for piece in pieces]
-        self.on_step(DmaStep(now, bdf, self._owner(bdf), segment.iova, segment.length, segment.write, frames))
 
     # -- registers ------------------------------------------------------------------------------------------------
 

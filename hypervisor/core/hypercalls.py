@@ -32,7 +32,6 @@ from hypervisor.core.domains import Domain, DomainTable, Dying, Kind
 from hypervisor.core.effects import Reply
 from hypervisor.core.errors import XenError
 from hypervisor.core.outbox import Outbox
-from hypervisor.core.trace import Trace
 
 
 class Result(NamedTuple):
@@ -120,13 +119,10 @@ _GUESTS = {Kind.PV: Guests.PV, Kind.HVM: Guests.HVM | Guests.PVH, Kind.NATIVE: G
 class Dispatcher:
     """Handlers by (number, command number), in front of them the table's checks."""
 
-    def __init__(
-        self, table: Mapping[int, Hypercall], domains: DomainTable, outbox: Outbox, trace: Trace
-    ) -> None:
+    def __init__(self, table: Mapping[int, Hypercall], domains: DomainTable, outbox: Outbox) -> None:
         self._table = table
         self._domains = domains
         self._outbox = outbox
-        self._trace = trace
         self._commands = {(h.number, c.number): c for h in table.values() for c in h.commands}
         self._handlers: dict[tuple[int, int], Handler] = {}
         self.counts: dict[DomId, dict[int, int]] = {}
@@ -168,8 +164,6 @@ class Dispatcher:
             return
         if not domain.process_alive:  # it was still under way when the process ended
             return
-        if self._trace.enabled:
-            self._trace.add(now, domid, vcpu, "hypercall", nr, cmd)
         call: Call | None = None
         try:
             call, handler = self._admit(now, domain, vcpu, token, nr, cmd, data)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from bus.addresses import Bdf, DomId, Mfn
+from bus.addresses import PAGE_SHIFT, Bdf, DomId, Mfn
+from bus.trace import NOBODY, Kind, Trace, off
 from hypervisor.core.iommu import DmaFault, Iommu, Piece, Segment
 from hypervisor.core.iommu_faults import FaultReason
 from hypervisor.core.iommu_interrupts import InterruptEntry
@@ -72,6 +73,8 @@ class DmaBatch:
     items: list[DmaItem]
     vectors: list[int]
     """MSI-X entries to raise after the last item."""
+    token: int = 0
+    """The device's, for the trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +105,17 @@ class DmaService:
         frames: StillFrames,
         written: Callable[[Mfn], None],
         interrupt: Callable[[int, InterruptEntry], None] = lambda now, entry: None,
+        *,
+        trace: Trace | None = None,
+        owner: Callable[[Mfn], DomId | None] = lambda mfn: None,
     ) -> None:
+        """`owner` of a frame: for the trace."""
         self._iommu = iommu
         self._frames = frames
         self._written = written
         self._interrupt = interrupt
+        self._trace = trace or off()
+        self._owner = owner
         self._queues: dict[Bdf, deque[_Running]] = {}
 
     def submit(self, now: int, batch: DmaBatch, staging: Staging, done: Callable[[DmaResult], None]) -> None:
@@ -129,6 +138,8 @@ class DmaService:
 
     def _refused(self, now: int, batch: DmaBatch, index: int, reason: FaultReason) -> DmaResult:
         item = batch.items[index] if index < len(batch.items) else DmaItem(0, 0, False, 0)
+        if self._trace.on[0] and index < len(batch.items):
+            self._note(batch, index, None, reason)
         fault = self._iommu.refuse(now, batch.bdf, item.iova, item.write, reason)
         return DmaResult(index, fault.reason, fault.iova)
 
@@ -152,6 +163,8 @@ class DmaService:
                     now, batch.bdf, batch.epoch, [Segment(item.iova, item.length, item.write)]
                 )
             except DmaFault as fault:
+                if self._trace.on[0]:
+                    self._note(batch, running.next, None, fault.reason)
                 stale = fault.reason is FaultReason.CONTEXT_NOT_PRESENT
                 return DmaResult(FAULT_EPOCH if stale else running.next, fault.reason, fault.iova)
             if item.position < 0 or item.position + item.length > staging.size:
@@ -159,10 +172,30 @@ class DmaService:
             moving = {piece.mfn for piece in pieces if self._frames.moving(piece.mfn)}
             if moving:
                 return self._wait(now, running, moving)
+            if self._trace.on[0]:
+                self._note(batch, running.next, pieces, None)
             self._move(batch.bdf, item, pieces, staging)
             running.next += 1
             running.waits = MAX_WAITS
         return self._raise_vectors(now, batch)
+
+    def _note(
+        self, batch: DmaBatch, index: int, pieces: list[Piece] | None, reason: FaultReason | None
+    ) -> None:
+        """Steps 2 and 3 of an item, for the trace: what was asked, and where each piece of it is; or the fault."""
+        item, place = batch.items[index], index << 1 | batch.items[index].write
+        domain = self._iommu.device(batch.bdf).domain
+        track = NOBODY if domain is None else domain
+        if reason is not None:
+            values = (batch.token, place, item.iova, item.length, 0, reason << 16 | NOBODY)
+            self._trace.add(Kind.DMA, track, batch.bdf, *values)
+        iova = item.iova
+        for mfn, offset, length in pieces or ():
+            owner = self._owner(mfn)
+            machine = mfn << PAGE_SHIFT | offset
+            verdict = NOBODY if owner is None else int(owner)
+            self._trace.add(Kind.DMA, track, batch.bdf, batch.token, place, iova, length, machine, verdict)
+            iova += length
 
     def _wait(self, now: int, running: _Running, moving: set[Mfn]) -> DmaResult | None:
         batch = running.batch
@@ -204,5 +237,7 @@ class DmaService:
             except DmaFault as fault:
                 stale = fault.reason is FaultReason.CONTEXT_NOT_PRESENT
                 return DmaResult(FAULT_EPOCH if stale else FAULT_VECTOR, fault.reason, fault.iova)
+            if self._trace.on[0]:
+                self._trace.add(Kind.INTERRUPT, entry.domain, batch.bdf, vector, entry.domain, entry.pirq)
             self._interrupt(now, entry)
         return DmaResult(NO_FAULT)

@@ -17,6 +17,7 @@ from typing import Any, Final
 from bus import lease_page as lp
 from bus.addresses import DomId
 from bus.doorbell import Doorbell
+from bus.trace import Kind, Trace, off
 from hypervisor.core.scheduler import Change, State, Unit
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.core.scheduler_police import INTERVAL, LEAVE_LIMIT, Police
@@ -61,6 +62,7 @@ class Leases:
         ring: Callable[[DomId], None],
         crash: Callable[[DomId, str], None],
         log: Callable[[str, str, DomId], None],
+        trace: Trace | None = None,
     ) -> None:
         self._calls = calls
         self._scheduler = calls.scheduler
@@ -70,6 +72,7 @@ class Leases:
         self._ring_by_message = ring
         self._crash = crash
         self._log = log
+        self._trace = trace or off()
         self._police = Police()
         self._leases: dict[DomId, _Lease] = {}
         self._by_fd: dict[int, _Lease] = {}
@@ -208,6 +211,9 @@ class Leases:
         if lease is None:
             return
         words = lease.page.words
+        if self._trace.on[0]:
+            end = change.end or 0
+            self._trace.add(Kind.LEASE, change.cpu, change.domain, change.granted, end, time=now)
         if not change.granted:
             words[lp.STATE] = lp.NONE
             words[lp.EPOCH] += 1

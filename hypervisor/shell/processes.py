@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from bus import credentials
+from bus import credentials, trace_page
 from bus.addresses import DomId
 from bus.messages.device import FROM_ANY_DOMAIN
 from bus.messages.envelope import BadMessage, Registry
@@ -59,9 +59,11 @@ class Processes:
         settings: dict[str, Any],
         name: str = "",
         kinds: Registry = FROM_ANY_DOMAIN,
+        trace: int | None = None,
     ) -> Peer:
         """Start its process; the returned peer queues until the process says hello. WardenGone.
 
+        `trace`: the descriptor of its trace page, which stays the caller's.
         Over ipc its listening socket comes with `Started`; over tcp this process listens itself."""
         ours, theirs = pair()
         endpoint, listener = f"{domain}-{secrets.token_hex(4)}", None
@@ -74,6 +76,9 @@ class Processes:
             server, client = credentials.make(f"ipc://{self._directory}/{endpoint}")
         keys = credentials.to_descriptor(client)
         running = Running(domain, role, next(self._ids))
+        given = {"keys": keys, "descriptors": theirs.fileno()}
+        if trace is not None:
+            given[trace_page.NAME] = trace
         try:
             self._send(
                 Spawn(
@@ -81,11 +86,11 @@ class Processes:
                     role=role,
                     name=name or f"d{domain}",
                     domain=domain,
-                    fds=["keys", "descriptors"],
+                    fds=list(given),
                     settings=settings,
                     endpoint="" if listener else endpoint,
                 ),
-                [keys, theirs.fileno()],
+                list(given.values()),
             )
         finally:
             close_all([keys])

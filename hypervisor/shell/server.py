@@ -21,6 +21,7 @@ from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Rep
 from bus.messages.envelope import Message
 from bus.packets import close_all
 from bus.sealed import read_only
+from bus.trace import Kind as TraceKind
 from hypervisor.core import effects as fx
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.devices import DeviceService
@@ -34,6 +35,7 @@ from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
 from hypervisor.shell.peers import Peer, PeerLost
 from hypervisor.shell.processes import Processes
+from hypervisor.shell.trace_pages import TracePages
 
 IDLE_S: Final = 1.0
 
@@ -52,6 +54,7 @@ class Server:
         processes: Processes,
         devices: DeviceService,
         scheduler: SchedulerCalls,
+        traces: TracePages,
         *,
         doorbells: bool,
     ) -> None:
@@ -62,6 +65,8 @@ class Server:
         self.core = core
         self.memory = memory
         self.processes = processes
+        self.traces = traces
+        self._trace = traces.own
         self.doorbells = doorbells
         self.peers: dict[DomId, Peer] = {}
         self._epoll = select.epoll()
@@ -79,6 +84,7 @@ class Server:
             ring=self._ring_lease,
             crash=lambda domain, why: core.crash_domain(time.monotonic_ns(), domain, why),
             log=self.log,
+            trace=traces.own,
         )
 
     # ------------------------------------------------------------------ the loop
@@ -224,6 +230,10 @@ class Server:
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
+            if self._trace.on[0]:
+                spent = time.monotonic_ns() - now
+                domain, nr = peer.domain, message.nr
+                self._trace.add(TraceKind.HYPERCALL, message.vcpu, domain, nr, message.cmd, spent, time=now)
         elif isinstance(message, OrderDone) and message.order == PING_ORDER:
             pass
         elif isinstance(message, OrderDone):
@@ -271,19 +281,27 @@ class Server:
         self._drop_peer(number)
         if plug.present:
             self.devices.plug(bdf, self._device_shell.plug(bdf, plug.role, plug.name))
-            self._add_peer(self.processes.start(number, plug.role, self._settings, plug.name, FROM_DEVICE))
+            trace = self.traces.page(number, plug.role, plug.name)
+            self._add_peer(
+                self.processes.start(number, plug.role, self._settings, plug.name, FROM_DEVICE, trace)
+            )
         else:
             self.devices.remove(bdf)
             self._device_shell.unplug(bdf)
+            self._sweep_traces()
         peer.send(HypercallReply(token=plug.token, rc=0))
 
     def _inspect(self, peer: Peer, inspect: Inspect) -> None:
-        """The control domain looks at the IOMMU."""
+        """The control domain looks at the IOMMU, or says whether somebody watches the trace."""
         caller = self.core.domains.get(peer.domain)
         rc, data = -errno.EPERM, b""
         if caller is not None and caller.spec.privileged:
             try:
-                rc, data = 0, msgpack.packb(iommu_view(self.devices.iommu, inspect.args))
+                if inspect.what == "trace":
+                    self.traces.switch(bool(inspect.args.get("on")))
+                    rc, data = 0, b""
+                else:
+                    rc, data = 0, msgpack.packb(iommu_view(self.devices.iommu, inspect.args))
             except XenError as error:
                 rc = -error.errno
         peer.send(HypercallReply(token=inspect.token, rc=rc, data=data))
@@ -316,6 +334,8 @@ class Server:
                     self._device_ended(address_of(running.domain), how)
                 else:
                     self.core.process_ended(time.monotonic_ns(), running.domain, how)
+                    self._apply()
+                    self._sweep_traces()
             elif listener is not None:
                 if peer is None or peer.listener is not None:
                     listener.close()
@@ -324,6 +344,19 @@ class Server:
                     self._by_fd[listener.fileno()] = peer
                     self._epoll.register(listener.fileno(), select.EPOLLIN)
             self._apply()
+
+    def _sweep_traces(self) -> None:
+        devices = {peer_id(device.bdf) for device in self.devices.iommu.devices()}
+        self.traces.sweep(lambda peer: peer in devices or self.core.domains.get(peer) is not None)
+
+    def _tell_control(self, what: str, body: dict[str, object], fds: list[int]) -> None:
+        control = self.peers.get(DomId(0))
+        if control is not None:
+            try:
+                control.order(0, what, body, fds)
+                self._watch(control)
+            except PeerLost as lost:
+                self._lost.append((control.domain, str(lost)))
 
     def _lose(self, domain: DomId, why: str) -> None:
         """A domain's link is useless: end its process; the rest follows from that."""
@@ -352,6 +385,8 @@ class Server:
         while batch := self.core.take_effects():
             for effect in batch:
                 if isinstance(effect, fx.Raise):
+                    if self._trace.on[0]:
+                        self._trace.add(TraceKind.EVENT, effect.vcpu, effect.domain, effect.port)
                     raised[effect.domain].append((effect.port, effect.vcpu))
                     continue
                 if raised and isinstance(effect, fx.Reply) and effect.domain in raised:
@@ -376,9 +411,12 @@ class Server:
     def _one(self, effect: fx.Effect) -> None:
         if isinstance(effect, fx.StartProcess):
             self.log("info", f"process {effect.role} is started", effect.domain)
-            peer = self.processes.start(effect.domain, effect.role, self._settings)
+            trace = self.traces.page(effect.domain, effect.role, "")
+            peer = self.processes.start(effect.domain, effect.role, self._settings, trace=trace)
             self._add_peer(peer)
             self._open_lease(peer)
+            if effect.domain == 0:
+                self.traces.connect(self._tell_control)
         elif isinstance(effect, fx.KillProcess):
             self.log("info", f"killed: {effect.reason}", effect.domain)
             if self.processes.of(effect.domain) is None:

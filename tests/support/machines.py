@@ -166,6 +166,13 @@ class RunningMachine(Consoles):
                 found.append(int(entry.name))
         return sorted(found)
 
+    def watched(self, timeout: float = BOUND_S) -> None:
+        """Until somebody traces the machine. AssertionError."""
+        deadline = time.monotonic() + timeout
+        while not self.client.request("tracing"):
+            assert time.monotonic() < deadline, "nobody traces"
+            self.poll(0.02)
+
     def process_of(self, domid: int) -> int:
         """The process id of a domain's process. KeyError if there is no such domain."""
         return int(self.check()["domains"][str(domid)]["pid"])

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from toolstack.cli import verbs_devices, verbs_domain, verbs_faults, verbs_machine, verbs_xenstore
+from toolstack.cli import (
+    verbs_devices,
+    verbs_domain,
+    verbs_faults,
+    verbs_machine,
+    verbs_trace,
+    verbs_xenstore,
+)
 from toolstack.cli.state import state
 from toolstack.errors import EXIT_INTERRUPTED, InputError
 
@@ -141,6 +148,7 @@ verbs_domain.add(app)
 verbs_devices.add(app)
 verbs_xenstore.add(app)
 verbs_faults.add(app)
+verbs_trace.add(app)
 Guest = typer.Typer(help="Bootable guests.", rich_markup_mode=None)
 
 

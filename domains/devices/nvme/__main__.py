@@ -1,6 +1,6 @@
 """`domicile-nvme`: an NVMe controller as a process.
 
-Descriptors: 'keys', 'descriptors' (the link), and for each namespace N from 1 on 'namespaceN' (raw: the disk; with an overlay: the
+Descriptors: 'keys', 'descriptors' (the link), 'trace', and for each namespace N from 1 on 'namespaceN' (raw: the disk; with an overlay: the
 base, never written), and optionally 'namespaceN.overlay' and 'namespaceN.bitmap' (what was written, and where), 'namespaceN.backing'
 (what a qcow2 image refers to).
 Settings: 'serial', 'model', and for each namespace 'namespaceN': {'format': 'raw' | 'qcow2', 'read_only': bool, 'block': 512 | 4096}.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from bus import privileges
+from bus import privileges, trace_page
 from bus.process import begin
 from domains.devices.nvme.disks import DiskError, open_disks
 from domains.devices.nvme.model import kind, namespaces
@@ -31,7 +31,8 @@ def main() -> None:
         )
     except (DiskError, MediaError, ValueError) as error:
         sys.exit(f"nvme: {error}")
-    DeviceProcess(start, kind(identity, media)).run()
+    trace, _ = trace_page.of_process(start.fds)
+    DeviceProcess(start, kind(identity, media, trace)).run()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from typing import Final
 
 from bus.log import Logger
 from bus.messages.device import Bar
-from domains.devices.runtime import Batch, Kind
+from bus.trace import Kind, Trace, off
+from domains.devices.runtime import Batch
+from domains.devices.runtime import Kind as DeviceKind
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.controller import Controller
 from drivers.hw.nvme.dma import DmaBatch
@@ -16,6 +18,8 @@ from drivers.hw.nvme.media import Media, MediaError
 from drivers.hw.nvme.pages import Counters, Identity, Namespace
 
 LOG: Final = Logger("nvme")
+OPERATIONS = list(MediaOp)
+"""Their places are what a trace record says."""
 MAX_REPORTS = 20
 """Media errors that go to the log, a device's life long."""
 
@@ -65,8 +69,16 @@ class Disks:
 class NvmeModel:
     """One epoch of the device. Implements DeviceModel."""
 
-    def __init__(self, identity: Identity, disks: Disks, counters: Counters, staging: memoryview) -> None:
-        self.controller = Controller(identity, staging, counters)
+    def __init__(
+        self,
+        identity: Identity,
+        disks: Disks,
+        counters: Counters,
+        staging: memoryview,
+        trace: Trace | None = None,
+    ) -> None:
+        self._trace = trace or off()
+        self.controller = Controller(identity, staging, counters, self._trace)
         self._disks = disks
         self._staging = staging
         for space in identity.namespaces.values():
@@ -85,7 +97,15 @@ class NvmeModel:
         controller = self.controller
         while requests := controller.take_media():
             for request in requests:
-                controller.media_done(now, request.token, self._disks.perform(request, self._staging))
+                watched = self._trace.on[0]
+                began = self._trace.now() if watched else 0
+                result = self._disks.perform(request, self._staging)
+                if watched:
+                    spent = self._trace.now() - began
+                    op = OPERATIONS.index(request.op)
+                    extent = (request.offset, request.length)
+                    self._trace.add(Kind.MEDIUM, request.nsid, 0, op, *extent, spent, time=began)
+                controller.media_done(now, request.token, result)
         clears = [(spec.BAR, offset, length) for offset, length in controller.take_clears()]
         batches: list[DmaBatch] = controller.take_batches()
         return clears, batches
@@ -95,7 +115,7 @@ class NvmeModel:
         self.controller.release()
 
 
-def kind(identity: Identity, media: dict[int, Media]) -> Kind:
+def kind(identity: Identity, media: dict[int, Media], trace: Trace | None = None) -> DeviceKind:
     """How the runtime makes this device. Counters live as long as the process."""
     disks = Disks(media)
     counters = Counters()
@@ -105,10 +125,10 @@ def kind(identity: Identity, media: dict[int, Media]) -> Kind:
         doorbell_offset=spec.DOORBELL_OFFSET,
         doorbell_length=spec.DOORBELL_LENGTH,
     )
-    return Kind(
+    return DeviceKind(
         bars=[bar],
         vectors=identity.vectors,
-        make=lambda staging: NvmeModel(identity, disks, counters, staging),
+        make=lambda staging: NvmeModel(identity, disks, counters, staging, trace),
     )
 
 

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -21,6 +21,7 @@ from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Console
 from domains.dom0.toolstack.disks import DiskError
 from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
+from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xenstore_service import XenstoreError
 from domains.native.domain import HypercallError, NativeDomain
 
@@ -31,11 +32,19 @@ BURST: Final = 16
 Handler = Callable[["Client", dict[str, Any], list[int]], Any]
 
 
+class Answer(NamedTuple):
+    """A result with descriptors, which are closed when they are sent."""
+
+    result: Any
+    descriptors: list[int]
+
+
 class Client:
     """One connection of the command."""
 
-    def __init__(self, server: ToolstackServer, sock: socket.socket) -> None:
+    def __init__(self, server: ToolstackServer, sock: socket.socket, number: int) -> None:
         self._server = server
+        self.number = number
         self.link = PacketLink(sock, TO_TOOLSTACK)
         self._waiting: list[tuple[Message, list[int]]] = []
         self._size = 0
@@ -43,7 +52,7 @@ class Client:
         self.follows = False
 
     def send(self, message: Message, descriptors: list[int] | None = None) -> None:
-        """Send, or queue for a client that reads slowly."""
+        """Send, or queue for a client that reads slowly. Descriptors are taken over."""
         self._waiting.append((message, descriptors or []))
         self._size += 1000 + len(str(getattr(message, "body", "")))
         self.flush()
@@ -63,9 +72,16 @@ class Client:
             except (LinkClosed, OSError):
                 self._server.drop(self)
                 return
-            self._waiting.pop(0)
+            close_all(self._waiting.pop(0)[1])
         self._size = 0
         self._server.host.reactor.writer(self.link.fileno(), None)
+
+    def close(self) -> None:
+        """Close the connection, and what waits for it."""
+        for _, descriptors in self._waiting:
+            close_all(descriptors)
+        self._waiting.clear()
+        self.link.close()
 
     def attach(self, console: Console, *, replay: bool) -> None:
         """Send the console's output as notices."""
@@ -85,10 +101,17 @@ class ToolstackServer:
     """Verbs by name; each handler gives the result or raises ToolstackError."""
 
     def __init__(
-        self, host: NativeDomain, manager: Manager, listener: socket.socket, info: dict[str, Any]
+        self,
+        host: NativeDomain,
+        manager: Manager,
+        listener: socket.socket,
+        info: dict[str, Any],
+        traces: Traces,
     ) -> None:
         self.host = host
         self.manager = manager
+        self.traces = traces
+        self._serial = 0
         self._listener = listener
         self._clients: list[Client] = []
         self._info = info
@@ -122,6 +145,8 @@ class ToolstackServer:
             "block-list": lambda client, args, fds: manager.disks.list(manager.find(args["domain"]).domid),
             "iommu": self._iommu,
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
+            "trace": self._trace,
+            "tracing": lambda client, args, fds: traces.watched,
             "down": self._down,
         }
 
@@ -133,7 +158,8 @@ class ToolstackServer:
         if len(self._clients) >= MAX_CLIENTS:
             sock.close()
             return
-        client = Client(self, sock)
+        self._serial += 1
+        client = Client(self, sock, self._serial)
         self._clients.append(client)
         self.host.reactor.reader(sock.fileno(), lambda: self._serve(client))
 
@@ -143,8 +169,9 @@ class ToolstackServer:
             self._clients.remove(client)
             for console, listener in client.attached:
                 console.detach(listener)
+            self.traces.watch(client.number, False)
             self.host.reactor.forget(client.link.fileno())
-            client.link.close()
+            client.close()
 
     def _serve(self, client: Client) -> None:
         for _ in range(BURST):
@@ -166,11 +193,15 @@ class ToolstackServer:
 
     def _answer(self, client: Client, request: Request, fds: list[int]) -> None:
         handler = self._verbs.get(request.verb)
+        files: list[int] = []
         taken = request.verb == "create"
         try:
             if handler is None:
                 raise ToolstackError(f"verb {request.verb!r} is not known to this machine")
-            response = Response(id=request.id, ok=True, result=handler(client, request.args, fds))
+            result = handler(client, request.args, fds)
+            if isinstance(result, Answer):
+                result, files = result
+            response = Response(id=request.id, ok=True, result=result)
         except HypercallError as error:
             response = Response(
                 id=request.id, ok=False, error=f"{request.verb}: the hypervisor says: {error}"[:4000]
@@ -182,7 +213,7 @@ class ToolstackServer:
         finally:
             if not taken:
                 close_all(fds)
-        client.send(response)
+        client.send(response, files)
 
     # ------------------------------------------------------------------ verbs
 
@@ -331,6 +362,16 @@ class ToolstackServer:
             raise ToolstackError(f"iommu: {words.get(error.errno or 0, str(error))}") from None
         names = {each["domain"] for each in (*view["devices"], *view["domains"])} - {None}
         return {**view, "names": [[number, self.manager.name_of(number)] for number in sorted(names)]}
+
+    def _trace(self, client: Client, args: dict[str, Any], fds: list[int]) -> Answer:
+        """Watch from now on: the trace pages that are not `known` yet. It ends with the connection."""
+        known = args.get("known", [])
+        if not isinstance(known, list) or not all(isinstance(peer, int) for peer in known):
+            raise ToolstackError("trace: known must be a list of numbers")
+        self.traces.watch(client.number, True)
+        pages, files = self.traces.fresh(known)
+        names = [[domid, self.manager.name_of(domid)] for domid in self.traces.domains()]
+        return Answer({"pages": pages, "names": names}, files)
 
     def _follow(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
         client.follows = True

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from bus.trace import Kind, Purpose, Trace, off
 from drivers.hw.msix import MsixTable
 from drivers.hw.nvme import pages, spec
 from drivers.hw.nvme.admin import AdminCommands
@@ -22,7 +23,7 @@ from drivers.hw.nvme.features import Features
 from drivers.hw.nvme.interrupts import Interrupts
 from drivers.hw.nvme.io import IoCommands, MediaOp, MediaRequest, MediaResult
 from drivers.hw.nvme.pages import Counters, Identity
-from drivers.hw.nvme.queues import CompletionQueue, SubmissionQueue, Task
+from drivers.hw.nvme.queues import CompletionQueue, SubmissionQueue, Task, note_fetched
 from drivers.hw.nvme.spec import Status
 from drivers.hw.nvme.staging import PAGE, Staging, StagingFull
 from drivers.hw.nvme.transfers import Transfers
@@ -34,6 +35,8 @@ FETCH_BURST: Final = 64
 """Submission entries read at once from one queue: a page of staging memory."""
 ENTRIES_PER_PAGE: Final = PAGE // spec.CQE_SIZE
 ONES: Final = (1 << 64) - 1
+NO_COMMAND: Final = 0xFFFF
+"""An identifier that no command has (NVMe 1.4, 5.21.1.12): in trace records."""
 
 _MAY_RETRY: Final = frozenset(
     (
@@ -49,7 +52,13 @@ _MAY_RETRY: Final = frozenset(
 class Controller:
     """One controller in one epoch: a new assignment begins with a new object."""
 
-    def __init__(self, identity: Identity, staging: memoryview, counters: Counters | None = None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        staging: memoryview,
+        counters: Counters | None = None,
+        trace: Trace | None = None,
+    ) -> None:
         """`staging`: the memory shared with the hypervisor. ValueError if it is too small for the largest transfer."""
         self.identity: Final = identity
         self.max_transfer: Final = PAGE << identity.mdts
@@ -72,7 +81,8 @@ class Controller:
         self.sqs: dict[int, SubmissionQueue] = {}
         self.cqs: dict[int, CompletionQueue] = {}
         self._interrupts = Interrupts(self.config, self.msix, self.features)
-        self.dma = DmaEngine()
+        self._trace: Final = trace or off()
+        self.dma = DmaEngine(self._trace)
         self.transfers = Transfers(self)
         self.memory = staging
         self._resetting = False
@@ -338,7 +348,8 @@ class Controller:
             sq.count += count
             self.tasks += count
             bad = partial(self._fatal, f"submission queue {sq.qid} cannot be read")
-            self.dma.add([Unit(items, partial(self._fetched, sq, position, count), bad)])
+            tag = (Purpose.SUBMISSION, sq.qid, NO_COMMAND)
+            self.dma.add([Unit(items, partial(self._fetched, sq, position, count), bad, tag)])
 
     def _fetched(self, sq: SubmissionQueue, position: int, count: int) -> None:
         size = spec.SQE_SIZE
@@ -349,6 +360,8 @@ class Controller:
         sq.head = (sq.head + count) % sq.size
         start = self._io.start if sq.qid else self._admin.start
         for command in commands:
+            if self._trace.on[0]:
+                note_fetched(self._trace, sq.qid, command)
             task = Task(sq, command)
             if command.cid in sq.active:
                 self.complete(task, Status.CID_CONFLICT)
@@ -473,7 +486,8 @@ class Controller:
                     room -= len(items)
                     if room < 0:
                         break
-                    units.append(Unit(items, _nothing, partial(self._data_failed, task)))
+                    tag = (Purpose.DATA, task.sq.qid, task.command.cid)
+                    units.append(Unit(items, _nothing, partial(self._data_failed, task), tag))
                 self._completing.popleft()
                 by_queue.setdefault(task.sq.cq.qid, []).append(task)
                 count += 1
@@ -484,11 +498,12 @@ class Controller:
                 items = self._entries(cq, tasks, position)
                 position += spec.CQE_SIZE * len(tasks)
                 bad = partial(self._fatal, f"completion queue {qid} cannot be written")
-                units.append(Unit(items, partial(self._posted, cq, tasks), bad))
+                tag = (Purpose.COMPLETION, tasks[0].sq.qid, tasks[0].command.cid)
+                units.append(Unit(items, partial(self._posted, cq, tasks), bad, tag))
                 if cq.enabled and self._interrupts.at_once(cq.vector):
                     vectors += self._interrupts.raise_vector(cq.vector)
             last = units[-1]
-            units[-1] = Unit(last.items, partial(self._page_free, last.ok, page), last.bad)
+            units[-1] = Unit(last.items, partial(self._page_free, last.ok, page), last.bad, last.tag)
             self.dma.add(units, vectors)
 
     def _entries(self, cq: CompletionQueue, tasks: list[Task], position: int) -> list[Item]:
@@ -521,6 +536,8 @@ class Controller:
         """Entries are in the driver's memory: the commands are over."""
         for task in tasks:
             sq = task.sq
+            if self._trace.on[0]:
+                self._trace.add(Kind.POSTED, sq.qid, 0, task.command.cid, task.status)
             if task.position >= 0:
                 self.staging.release(task.position)
             if task.registered:

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from bus.trace import Kind, Purpose, Trace, off
+
 Item = tuple[int, int, bool, int]
 """(I/O virtual address, bytes, to memory?, position in the staging memory), as in `bus.messages.device.Dma`."""
 
@@ -33,9 +35,17 @@ class DmaBatch(NamedTuple):
 class Unit:
     """Items that belong together: at most MAX_ITEMS. Exactly one of `ok` and `bad` is called, unless a reset comes first."""
 
-    __slots__ = ("bad", "items", "ok")
+    __slots__ = ("bad", "items", "ok", "tag")
 
-    def __init__(self, items: list[Item], ok: Callable[[], None], bad: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        items: list[Item],
+        ok: Callable[[], None],
+        bad: Callable[[], None],
+        tag: tuple[Purpose, int, int],
+    ) -> None:
+        """`tag`: what for, and for which command (queue, identifier; several: the first): for the trace."""
+        self.tag = tag
         self.items = items
         self.ok = ok
         self.bad = bad
@@ -70,7 +80,8 @@ def merge(segments: list[tuple[int, int]], to_memory: bool, position: int) -> li
 class DmaEngine:
     """Units in, batches out."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
+        self._trace = trace or off()
         self._tokens = itertools.count(1)
         self._groups: deque[tuple[list[Unit], list[int], bool]] = deque()
         self._flying: dict[int, _Batch] = {}
@@ -114,12 +125,25 @@ class DmaEngine:
                 if alone:
                     break
             token = next(self._tokens)
+            if self._trace.on[0]:
+                self._note(token, units)
             self._flying[token] = _Batch(units, vectors)
             out.append(DmaBatch(token, items, vectors))
         return out
 
+    def _note(self, token: int, units: list[Unit]) -> None:
+        index = 0
+        for unit in units:
+            purpose, queue, command = unit.tag
+            for iova, length, write, _ in unit.items:
+                place = index << 1 | write
+                self._trace.add(Kind.REQUEST, queue, 0, token, place, iova, length, command, purpose)
+                index += 1
+
     def done(self, token: int, fault: int) -> bool:
         """The answer to a batch (DmaDone). False: it was of before a reset, or unknown."""
+        if self._trace.on[0]:
+            self._trace.add(Kind.ANSWER, 0, 0, token, fault)
         batch = self._flying.pop(token, None)
         if batch is None or batch.dead:
             return False

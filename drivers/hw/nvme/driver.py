@@ -16,10 +16,19 @@ from enum import Enum
 from typing import Final, Protocol
 
 from bus.abi.io.ring import full_barrier
+from bus.trace import Kind, Trace, off
 from drivers.block.ports import Command
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.driver_io import Namespace, entries, errno_of
-from drivers.hw.nvme.driver_queue import MAX_PRP_PAGES, DmaMemory, Entry, Finished, QueueFault, QueuePair
+from drivers.hw.nvme.driver_queue import (
+    MAX_PRP_PAGES,
+    PAGE,
+    DmaMemory,
+    Entry,
+    Finished,
+    QueueFault,
+    QueuePair,
+)
 
 SECOND: Final = 1_000_000_000
 ADMIN_DEPTH: Final = 16
@@ -94,9 +103,12 @@ class NvmeDriver:
         vectors: int = 1,
         nsid: int = 1,
         timeout: int = 30 * SECOND,
+        on_full: Callable[[int], None] = lambda count: None,
+        trace: Trace | None = None,
+        unit: int = 0,
     ) -> None:
-        """`on_complete` gets (token, successful). Queue pair q interrupts by vector q % vectors. `timeout`: nanoseconds
-        that a command may take. ValueError for counts that make no sense."""
+        """`on_complete` gets (token, successful), `on_full` how many commands have to wait for room in the queues. Queue pair q interrupts by vector q % vectors. `timeout`: nanoseconds
+        that a command may take. `unit`: the device's number in trace records. ValueError for counts that make no sense."""
         if not 1 <= queues <= 64 or not 2 <= depth <= 4096 or not 1 <= vectors <= 2048:
             raise ValueError(f"{queues} queues of {depth}, {vectors} vectors")
         self.port: Final = port
@@ -108,6 +120,9 @@ class NvmeDriver:
         self._vectors: Final = vectors
         self._nsid: Final = nsid
         self._timeout: Final = timeout
+        self._on_full: Final = on_full
+        self._trace: Final = trace or off()
+        self._unit: Final = unit
         self.state = State.OFF
         self.reason = ""
         self.now = 0
@@ -143,6 +158,7 @@ class NvmeDriver:
         calls `poll` once after each round)."""
         if self.state is not State.READY or self.namespace is None:
             return
+        waiting = len(self._pending)
         for command in commands:
             made = entries(command, self.namespace)
             if isinstance(made, int):
@@ -154,7 +170,10 @@ class NvmeDriver:
                 whole = _Whole(command.token, len(made))
                 for entry in made:
                     self._pending.append((whole, entry))
+        fresh = len(self._pending) - waiting
         self._push()
+        if self._pending and fresh:
+            self._on_full(min(len(self._pending), fresh))
 
     @property
     def wants_poll(self) -> bool:
@@ -175,11 +194,27 @@ class NvmeDriver:
             full = 0
             while pending and queue.room:  # a batch to one queue: one doorbell
                 whole, entry = pending.popleft()
-                self._flying[queue.qid, queue.put(entry)] = (whole, self.now)
+                cid = queue.put(entry)
+                self._flying[queue.qid, cid] = (whole, self.now)
+                if self._trace.on[0]:
+                    self._note(queue, cid, whole, entry)
             rung[queue.qid] = queue.tail
         if rung:
             full_barrier()
             self.port.doorbells([(self._doorbell(qid, 0), tail) for qid, tail in rung.items()])
+
+    def _note(self, queue: QueuePair, cid: int, whole: _Whole, entry: Entry) -> None:
+        """Step 1: the pseudophysical addresses that the controller is given."""
+        trace, unit, pages = self._trace, self._unit, entry.pages
+        block = entry.cdw10 | entry.cdw11 << 32
+        blocks = (entry.cdw12 & 0xFFFF) + 1 if pages else 0
+        where = queue.list_of(cid) if len(pages) > 2 or entry.ranges else 0
+        trace.add(Kind.SUBMIT, queue.qid, unit, cid, whole.token, entry.opcode, block, blocks, where)
+        left = blocks * self.block_size
+        for number, address in enumerate(pages):
+            length = min(left, PAGE - address % PAGE)
+            trace.add(Kind.PRP, queue.qid, unit, cid, number, address, length)
+            left -= length
 
     def _doorbell(self, qid: int, which: int) -> int:
         return spec.DOORBELL_OFFSET + (2 * qid + which) * self._stride
@@ -222,6 +257,8 @@ class NvmeDriver:
                     continue
                 for cid, status, _ in found:
                     whole, _ = self._flying.pop((queue.qid, cid))
+                    if self._trace.on[0]:
+                        self._trace.add(Kind.COMPLETED, queue.qid, self._unit, cid, status)
                     whole.left -= 1
                     whole.status = whole.status or status
                     if not whole.left:

@@ -123,6 +123,10 @@ class QueuePair:
         self.tail = (self.tail + 1) % self.depth
         return cid
 
+    def list_of(self, cid: int) -> int:
+        """I/O virtual address of a command's list page; 0 if there are none."""
+        return self._lists.iova + cid * PAGE if self._lists is not None else 0
+
     def _list(self, cid: int, data: bytes) -> int:
         if self._lists is None or len(data) > PAGE:
             raise ValueError(f"{len(data)} bytes of list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bus.trace import Kind, Trace
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.spec import Command, Status
 
@@ -133,3 +134,10 @@ class Task:
     def lba(self) -> int:
         """Starting LBA of a read, write, compare or write zeroes."""
         return self.command.cdw10 | self.command.cdw11 << 32
+
+
+def note_fetched(trace: Trace, queue: int, command: Command) -> None:
+    """For the trace: what the controller found in its submission queue."""
+    block, blocks = command.cdw10 | command.cdw11 << 32, (command.cdw12 & 0xFFFF) + 1
+    prps = (command.prp1, command.prp2)
+    trace.add(Kind.FETCHED, queue, 0, command.cid, command.opcode, *prps, block, blocks)

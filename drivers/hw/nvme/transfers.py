@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from bus.trace import Purpose
 from drivers.hw.nvme import prp
 from drivers.hw.nvme.dma import Unit, merge
 from drivers.hw.nvme.queues import Task
@@ -68,7 +69,8 @@ class Transfers:
             task.prp_done(task)
             return
         item = (step.address, step.entries * prp.ENTRY, False, task.position)
-        self._c.dma.add([Unit([item], partial(self._list_read, task, step), partial(self._no_data, task))])
+        ok, bad = partial(self._list_read, task, step), partial(self._no_data, task)
+        self._c.dma.add([Unit([item], ok, bad, (Purpose.LIST, task.sq.qid, task.command.cid))])
 
     def _list_read(self, task: Task, step: prp.ListStep) -> None:
         try:
@@ -85,7 +87,8 @@ class Transfers:
     def fetch_data(self, task: Task, then: Callable[[Task], None]) -> None:
         """Have the data from the driver's memory in the buffer; then go on."""
         items = merge(task.segments, False, task.position)
-        self._c.dma.add([Unit(items, partial(then, task), partial(self._no_data, task))])
+        ok, bad = partial(then, task), partial(self._no_data, task)
+        self._c.dma.add([Unit(items, ok, bad, (Purpose.DATA, task.sq.qid, task.command.cid))])
 
     def buffer(self, task: Task) -> memoryview:
         """The task's data."""

@@ -21,7 +21,6 @@ from hypervisor.core.hypercalls import Dispatcher
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.scheduler import CreditScheduler, State
 from hypervisor.core.scheduler_calls import SchedulerCalls
-from hypervisor.core.trace import Trace
 from hypervisor.shell.leases import Leases, cpu_clock
 
 SPUN_UNTIL = 400
@@ -60,7 +59,7 @@ class Host:
     def __init__(self) -> None:
         config = MachineConfig(pcpus=1)
         self.domains = DomainTable(config)
-        dispatcher = Dispatcher(HYPERCALLS, self.domains, Outbox(16), Trace(16))
+        dispatcher = Dispatcher(HYPERCALLS, self.domains, Outbox(16))
         self.calls = SchedulerCalls(CreditScheduler(1), self.domains, config, dispatcher)
         self.pids: dict[DomId, int] = {}
         self.fds: list[int] = []

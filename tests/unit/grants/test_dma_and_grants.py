@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bus.abi.grant_table import GNTMAP_device_map, GNTMAP_readonly
 from bus.addresses import Bdf, DomId, Gfn, Mfn
+from bus.trace import MAGIC, NOBODY, ON_WORD, RECORD_SIZE, RING_AT, Trace, TraceReader
 from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import (
     FAULT_EPOCH,
@@ -124,6 +125,28 @@ def test_dma_moves_bytes_both_ways() -> None:
     assert m.staging.data[:8] == b"56781234"
     device = m.iommu.device(BDF)
     assert (device.requests, device.bytes_read, device.bytes_written) == (4, 8, 8)
+
+
+def test_the_trace_has_each_piece_and_each_fault() -> None:
+    """What `domicile trace --dma` shows as steps 2 and 3; nothing while nobody watches."""
+    m = Machine("pv")
+    memory = memoryview(bytearray(RING_AT + 64 * RECORD_SIZE))
+    memory[:8] = MAGIC.to_bytes(8, "little")
+    trace, reader = Trace(memory, lambda: 9), TraceReader(memory)
+    m.service = DmaService(m.iommu, m.grants, m.dma_written.append, trace=trace, owner=lambda mfn: ONE)
+    assert m.request((0x1FFE, 4, True)) == [DONE]
+    assert reader.take() == []
+    trace.words[ON_WORD] = 1
+    assert m.request((0x1FFE, 4, True)) == [DONE]
+    (refused,) = m.request((0x3000, 4, False), (0x7FFF000, 4, True))
+    ram = m.doms[ONE].ram
+    assert [(record.subject, record.values[1:]) for record in reader.take()] == [
+        (BDF, (1, 0x1FFE, 2, (ram[1] << 12) + 0xFFE, ONE)),
+        (BDF, (1, 0x2000, 2, ram[2] << 12, ONE)),
+        (BDF, (0, 0x3000, 4, ram[3] << 12, ONE)),
+        (BDF, (3, 0x7FFF000, 4, 0, FaultReason.NO_WRITE_PERMISSION << 16 | NOBODY)),
+    ]
+    assert refused.fault == 1
 
 
 def test_a_fault_moves_no_byte_of_its_item_and_ends_the_batch() -> None:

@@ -1,4 +1,4 @@
-"""Proves: console, sysctl, platform, HVM parameters, interrupts, I/O permissions, CPU policy and trace do
+"""Proves: console, sysctl, platform, HVM parameters, interrupts, I/O permissions, and CPU policy do
 what the table
 says, each for those who may."""
 
@@ -30,7 +30,6 @@ from bus.abi.xen import (
 from bus.addresses import Bdf, DomId
 from hypervisor.core.console import ConsoleRing
 from hypervisor.core.effects import Order, Raise
-from hypervisor.core.trace import Trace
 
 
 @pytest.fixture
@@ -323,7 +322,7 @@ def test_io_ports_are_told_to_the_process(machine: Machine) -> None:
     assert machine.domctl(domctl.XEN_DOMCTL_ioport_permission, domid, bad).rc == -EINVAL
 
 
-# -- CPU policy, trace, counters
+# -- CPU policy, counters
 
 
 @pytest.mark.parametrize(
@@ -350,21 +349,6 @@ def test_what_a_process_says_of_its_cpu_is_checked(machine: Machine, data: bytes
     assert machine.replies[token].rc == error
     if not error:
         assert Answer(command, machine.replies[token]).payload.nr_leaves == 1
-
-
-def test_trace_is_off_until_it_is_on_and_bounded(machine: Machine) -> None:
-    domid = machine.create()
-    write(machine, domid, b"x\n")
-    assert machine.core.trace.take() == []
-    machine.core.trace.enabled = True
-    write(machine, domid, b"x\n")
-    (record,) = machine.core.trace.take()
-    assert (record.domain, record.kind, record.args) == (domid, "hypercall", (HYPERVISOR_console_io, 0))
-    trace = Trace(3)
-    trace.enabled = True
-    for step in range(5):
-        trace.add(step, 0, 0, "x")
-    assert (trace.dropped, [r.time_ns for r in trace.take()]) == (2, [2, 3, 4])
 
 
 def test_calls_are_counted_by_domain_and_forgotten_with_it(machine: Machine) -> None:

@@ -1,0 +1,95 @@
+"""`domicile trace --dma` on a real machine: GRUB reads a file of its disk, and each step of its requests is told as it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.machines import RunningMachine, running_machine
+from toolstack.guestfetch import fetch
+
+pytestmark = pytest.mark.timeout(120)
+XVDA = 51712
+
+
+@contextmanager
+def tracing(machine: RunningMachine, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`domicile trace` beside the test, watching already when the block begins."""
+    command = [
+        sys.executable,
+        "-m",
+        "toolstack.cli",
+        "-M",
+        machine.machine.runtime.root.name,
+        "trace",
+        *words,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        machine.watched()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """Its output, when it ended by itself."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    return out
+
+
+@pytest.fixture
+def grub(tmp_path: Path) -> Iterator[RunningMachine]:
+    """GRUB with a disk of which sector n is full of the byte n."""
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"".join(bytes([number & 0xFF]) * 512 for number in range(4096)))
+    with running_machine() as machine:
+        fd = disk.open("rb+")
+        with fd:
+            kernel = fetch("grub").kernel
+            machine.create("g", kernel, memory_mb=64)
+            machine.client.request(
+                "block-attach",
+                {"domain": "g", "disk": {"vdev": "xvda", "format": "raw", "target": str(disk)}},
+                [fd.fileno()],
+            )
+        machine.expect("g", "grub> ", 60.0)
+        yield machine
+
+
+def test_each_request_has_its_three_steps(grub: RunningMachine) -> None:
+    """A read of GRUB's: the grant is mapped for the device, that address is in the PRP, the device asks for it, and the IOMMU gives
+    a machine address that the hypervisor's own tables have for it."""
+    with tracing(grub, "--dma", "-d", "g", "-n", "1", "--json") as process:
+        grub.type("g", "hexdump (xen/xvda)0+8 -s 0 -n 512\n")
+        line = finished(process)
+    request = json.loads(line.splitlines()[0])
+    assert (request["name"], request["disk"], request["operation"], request["status"]) == (
+        "g", "xvda", "READ", "OKAY",
+    )  # fmt: skip
+    total = 512 * request["sectors"]
+    assert sum(segment["length"] for segment in request["segments"]) == total > 0
+    pseudophysical = [prp["address"] for command in request["commands"] for prp in command["prps"]]
+    assert pseudophysical == [segment["iova"] for segment in request["segments"]]
+    data = [dma for dma in request["dma"] if dma["purpose"] == "data"]
+    assert {dma["direction"] for dma in data} == {"to memory"}
+    assert sum(dma["length"] for dma in data) == total
+    pieces = [piece for dma in data for piece in dma["machine"]]
+    assert {piece["owner"] for piece in pieces} == {request["domain"]}
+    assert all(dma["fault"] is None for dma in data)
+    # Inside the frames that the granter owns: its extent, as the hypervisor says.
+    assert all(piece["address"] & 0xFFF == piece["iova"] & 0xFFF for piece in pieces)
+    assert (
+        request["slot_time_ns"]
+        < request["commands"][0]["time_ns"]
+        < data[0]["time_ns"]
+        < request["answered_ns"]
+    )

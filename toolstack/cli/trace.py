@@ -1,0 +1,68 @@
+"""`domicile trace`: watching until it is enough."""
+
+from __future__ import annotations
+
+import json as json_module
+import select
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from toolstack.cli.output import warn
+from toolstack.cli.state import connect
+from toolstack.errors import MachineError
+from toolstack.trace.dma import Request, RequestJoiner, loose_text, request_text
+from toolstack.trace.session import Entry, TraceSession
+
+POLL_S: Final = 0.05
+
+
+def watched(session: TraceSession, seconds: float) -> Iterator[list[Entry]]:
+    """Records in order of time, until the time is over, the machine is gone, or ^C."""
+    deadline = time.monotonic() + seconds if seconds else None
+    try:
+        while not session.gone and (deadline is None or time.monotonic() < deadline):
+            yield session.poll()
+            select.select([], [], [], POLL_S)
+    except KeyboardInterrupt:
+        pass
+    yield session.poll(last=True)
+
+
+def follow_dma(domain: str, count: int, seconds: float, *, json: bool) -> None:
+    """`trace --dma`. MachineError."""
+    session = TraceSession(connect())
+    try:
+        if domain and domain not in session.names.values() and not _number(domain, session):
+            raise MachineError(f"domain {domain!r} does not exist: `domicile list` shows those that do")
+        joiner = RequestJoiner()
+        shown = 0
+        for entries in watched(session, seconds):
+            for found in joiner.feed(entries):
+                if isinstance(found, Request):
+                    name = session.names.get(found.domain, "")
+                    if domain and domain not in (name, str(found.domain)):
+                        continue
+                    text = (
+                        json_module.dumps(found.plain(name)) if json else request_text(found, session.names)
+                    )
+                    shown += 1
+                else:
+                    text = json_module.dumps(found.plain()) if json else loose_text(found, session.names)
+                print(text, flush=True)
+                if count and shown >= count:
+                    return
+        _tell_losses(session, joiner.forgotten)
+    finally:
+        session.close()
+
+
+def _number(domain: str, session: TraceSession) -> bool:
+    return domain.isdigit() and int(domain) in session.names
+
+
+def _tell_losses(session: TraceSession, forgotten: int = 0) -> None:
+    if session.dropped:
+        warn(f"trace: {session.dropped} records were written over before they were read")
+    if forgotten:
+        warn(f"trace: of {forgotten} requests no answer was seen")

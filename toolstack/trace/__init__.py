@@ -1,0 +1,1 @@
+"""Looking into a running machine: records of all its processes, joined to requests and to a timeline."""
