@@ -60,7 +60,7 @@ def main() -> None:
             core.views.frame_written(owner, mfn)
 
     def interrupt(now: int, entry: InterruptEntry) -> None:
-        core.events.raise_pirq(entry.domain, entry.pirq)
+        devices.interrupt(now, entry)
 
     dma = DmaService(iommu, grants, written, interrupt, trace=traces.own, owner=core.frames.owner)
     devices = DeviceService(iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher)

@@ -290,10 +290,10 @@ class Machine:
             if delay:
                 self.scheduler.after(delay, lambda: self._raise(entry))
             else:
-                self.core.events.raise_pirq(entry.domain, entry.pirq)
+                self.devices.interrupt(self.now, entry)
 
     def _raise(self, entry: InterruptEntry) -> None:
-        self.core.events.raise_pirq(entry.domain, entry.pirq)
+        self.devices.interrupt(self.now, entry)
         self.apply()
 
     # ------------------------------------------------------------------ lives of processes

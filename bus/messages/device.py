@@ -113,6 +113,18 @@ class DeviceAccess(Message):
     value: U64 = 0
 
 
+class DeviceVector(Message):
+    """The process of an HVM domain takes (`on`) or gives back an MSI-X vector of a device that its guest owns: it delivers the guest's
+    message itself, and hears of the interrupt by the order `msi`. Answered by `HypercallReply`: -EPERM for another's device, -EINVAL
+    for a vector that the device does not have, or in the process of another kind of domain (PHYSDEVOP_map_pirq is theirs)."""
+
+    KIND: ClassVar[str] = "device_vector"
+    token: U64
+    bdf: U32
+    entry: Annotated[int, Field(ge=0, le=2047)]
+    on: bool
+
+
 class Plug(Message):
     """The control domain plugs a device in (its process is started by the warden, with the descriptors that were deposited there
     under `name`), or pulls it out. Answered by `HypercallReply`. A device that is plugged in again keeps its owner."""
@@ -138,5 +150,5 @@ class Inspect(Message):
 
 FROM_DEVICE = registry(DeviceHello, Dma, AccessDone)
 TO_DEVICE = registry(Attach, Access, DmaDone, Refused)
-FROM_ANY_DOMAIN = {**FROM_DOMAIN, **registry(DeviceAccess, Plug, Inspect)}
+FROM_ANY_DOMAIN = {**FROM_DOMAIN, **registry(DeviceAccess, DeviceVector, Plug, Inspect)}
 """All that may come from a domain's process."""

@@ -9,22 +9,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from errno import EINVAL, ENODEV
+from errno import EINVAL, ENODEV, EPERM
 from typing import Final
 
 from bus.abi import domctl as abi
 from bus.abi.xen import HYPERVISOR_domctl
 from bus.addresses import Bdf, DomId
-from bus.messages.device import Access, AccessDone, Attach, DeviceAccess, DeviceHello, Dma, DmaDone
+from bus.messages.device import (
+    Access,
+    AccessDone,
+    Attach,
+    DeviceAccess,
+    DeviceHello,
+    DeviceVector,
+    Dma,
+    DmaDone,
+)
 from bus.messages.envelope import Message
-from hypervisor.core.domains import Domain, DomainTable, Dying
-from hypervisor.core.effects import Reply, ToDevice
+from hypervisor.core.domains import Domain, DomainTable, Dying, Kind
+from hypervisor.core.effects import Order, Reply, ToDevice
 from hypervisor.core.errors import XenError
 from hypervisor.core.event_channels import EventChannels
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
 from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaBatch, DmaItem, DmaResult, DmaService, Staging
+from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import P2mType
 from hypervisor.core.physdev import PhysdevOps
@@ -72,6 +82,8 @@ class DeviceService(DomainHooks):
         self._outbox = outbox
         self._tokens = itertools.count(1)
         self._plugged: dict[Bdf, _Plugged] = {}
+        self._delivered: dict[tuple[DomId, int], tuple[Bdf, int]] = {}
+        """Vectors that an HVM domain's process delivers, by the PIRQ that stands for each."""
         physdev.device_owner = self._owner
         physdev.device_exists = lambda bdf: bdf in {device.bdf for device in iommu.devices()}
         physdev.msi_listener = self
@@ -236,6 +248,36 @@ class DeviceService(DomainHooks):
                 if bdf == plugged.bdf:
                     self.iommu.msi_mapped(bdf, entry, owner, pirq)
 
+    # -- vectors of HVM domains -----------------------------------------------------------------------------------
+
+    def domain_vector(self, now: int, domid: DomId, request: DeviceVector) -> None:
+        """The process of an HVM domain takes or gives back a vector of its guest's device."""
+        rc = 0
+        try:
+            self._vector(domid, Bdf(request.bdf), request.entry, on=request.on)
+        except XenError as error:
+            rc = -error.errno
+        self._outbox.emit(Reply(domid, request.token, rc, b""))
+
+    def _vector(self, domid: DomId, bdf: Bdf, entry: int, *, on: bool) -> None:
+        domain = self._domains.get(domid)
+        if domain is None or domain.kind is not Kind.HVM:
+            raise XenError(EINVAL)
+        if self._owner(bdf) != domid:
+            raise XenError(EPERM)
+        if not on:
+            self._physdev.unmap_msi(domid, bdf, entry)
+            return
+        self._delivered[domid, self._physdev.map_msi(domain, bdf, entry)] = (bdf, entry)
+
+    def interrupt(self, now: int, entry: InterruptEntry) -> None:
+        """A device's interrupt for a domain: by event channel, or by its process where that delivers it."""
+        source = self._delivered.get((entry.domain, entry.pirq))
+        if source is None:
+            self._events.raise_pirq(entry.domain, entry.pirq)
+            return
+        self._outbox.emit(Order(entry.domain, 0, "msi", {"bdf": source[0], "entry": source[1]}))
+
     # -- assignment -----------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -309,6 +351,7 @@ class DeviceService(DomainHooks):
 
     def msi_unmapped(self, bdf: Bdf, entry: int, domain: DomId, pirq: int) -> None:
         """The reverse."""
+        self._delivered.pop((domain, pirq), None)
         self.iommu.msi_unmapped(bdf, entry, domain, pirq)
 
     # -- lives of domains -----------------------------------------------------------------------------------------

@@ -95,6 +95,9 @@ _KINDS = (
     OrderKind("wallclock", False, "ns_at_system_time_0", "Dom0 set the wall clock: ns since 1970"),
     OrderKind("hvm_param", False, "index, value", "somebody else set an HVM parameter of the domain"),
     OrderKind("io_ports", False, "ranges: [[first, end), ...]", "I/O ports that the domain may use"),
+    OrderKind(
+        "msi", False, "bdf, entry", "a device of an HVM guest raised that MSI-X vector: deliver its message"
+    ),
     OrderKind("drop_code", False, "frames (MFNs)", "the hypervisor wrote to them: translated code is stale"),
 )
 

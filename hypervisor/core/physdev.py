@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from errno import EBUSY, EINVAL, ENODEV, ENOSPC, EPERM
+from errno import EBUSY, EINVAL, ENODEV, ENOENT, ENOSPC, EPERM
 from typing import Protocol
 
 from bus.abi import physdev as abi
@@ -126,24 +126,36 @@ class PhysdevOps(DomainHooks):
             raise XenError(ENODEV)
         if self.device_owner(bdf) != domain.domid:
             raise XenError(EPERM)
+        return self.map_msi(domain, bdf, op.entry_nr, op.pirq)
+
+    def map_msi(self, domain: Domain, bdf: Bdf, entry: int, wanted: int = -1) -> int:
+        """Give the domain the interrupt of an MSI-X entry of its own device as a PIRQ (`wanted`, or a free one for -1); the PIRQ.
+        EBUSY, EINVAL, ENOSPC."""
         pirqs = self._of(domain.domid)
-        if (bdf, op.entry_nr) in self._by_source:
+        if (bdf, entry) in self._by_source:
             raise XenError(EBUSY)
-        if op.pirq < 0:
+        if wanted < 0:
             pirq = self._free_pirq(domain.domid)
-        elif op.pirq >= self._config.max_pirqs:
+        elif wanted >= self._config.max_pirqs:
             raise XenError(EINVAL)
         else:
-            pirq = op.pirq
+            pirq = wanted
             if pirq in pirqs.msi or pirq in self._events.ports_of(domain.domid).pirqs_permitted:
                 raise XenError(EBUSY)
         if self.msi_listener is not None:
-            self.msi_listener.msi_mapped(bdf, op.entry_nr, domain.domid, pirq)
+            self.msi_listener.msi_mapped(bdf, entry, domain.domid, pirq)
         pirqs.reserved.discard(pirq)
-        pirqs.msi[pirq] = (bdf, op.entry_nr)
-        self._by_source[bdf, op.entry_nr] = (domain.domid, pirq)
+        pirqs.msi[pirq] = (bdf, entry)
+        self._by_source[bdf, entry] = (domain.domid, pirq)
         self._events.permit_pirq(domain.domid, pirq, allowed=True)
         return pirq
+
+    def unmap_msi(self, domid: DomId, bdf: Bdf, entry: int) -> None:
+        """Take it away. ENOENT if the domain does not have it."""
+        owner, pirq = self._by_source.get((bdf, entry), (None, -1))
+        if owner != domid:
+            raise XenError(ENOENT)
+        self._unmap(domid, pirq)
 
     def _unmap(self, domid: DomId, pirq: int) -> None:
         source = self._of(domid).msi.pop(pirq)

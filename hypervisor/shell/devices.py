@@ -124,7 +124,13 @@ class DeviceShell:
                 owner.order(
                     0,
                     "device_attached",
-                    {"bdf": attach.bdf, "epoch": attach.epoch, "doorbells": ranges},
+                    {
+                        "bdf": attach.bdf,
+                        "epoch": attach.epoch,
+                        "doorbells": ranges,
+                        "bars": [[bar.index, bar.size] for bar in hello.bars],
+                        "vectors": hello.vectors,
+                    },
                     shared,
                 )
         finally:

@@ -16,7 +16,7 @@ from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
 from bus.log import Logger
-from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, Inspect, Plug
+from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, DeviceVector, Inspect, Plug
 from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
 from bus.messages.envelope import Message
 from bus.packets import close_all
@@ -240,6 +240,8 @@ class Server:
             self.core.order_done(now, peer.domain, message.order, message.rc, message.data)
         elif isinstance(message, DeviceAccess):
             self.devices.domain_access(now, peer.domain, message)
+        elif isinstance(message, DeviceVector):
+            self.devices.domain_vector(now, peer.domain, message)
         elif isinstance(message, Plug):
             self._plug(peer, message)
         elif isinstance(message, Inspect):
