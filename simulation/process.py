@@ -13,8 +13,9 @@ from bus.doorbell import Doorbell
 from bus.link import CALL_TIMEOUT_S, DomainLink, HypervisorGone
 from bus.messages.domain import Hypercall, HypercallReply, Order, OrderDone
 from bus.messages.envelope import Message
+from domains.device_bell import DeviceBell
 from domains.granting import Granting
-from domains.native.domain import DeviceBell, NativeDomain, _Channel
+from domains.native.domain import NativeDomain, _Channel
 from domains.native.reactor import Callback, Reactor
 from simulation.memory import SimHostMemory
 from simulation.scheduler import Killed, Thread

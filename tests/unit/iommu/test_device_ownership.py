@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from errno import EBUSY, ENODEV, EPERM
+from errno import EBUSY, EINVAL, ENODEV, ENOENT, EPERM
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from bus.abi import domctl, physdev
 from bus.abi.hypercalls import HYPERCALLS
 from bus.abi.xen import DOMID_SELF, HYPERVISOR_physdev_op
 from bus.addresses import Bdf, DomId, Mfn
-from bus.messages.device import Access, AccessDone, DeviceAccess, DeviceHello
+from bus.messages.device import Access, AccessDone, DeviceAccess, DeviceHello, DeviceVector
 from hypervisor.core.devices import DeviceService
-from hypervisor.core.effects import Reply, ToDevice
+from hypervisor.core.effects import Order, Reply, ToDevice
 from hypervisor.core.grants import GrantTables
-from hypervisor.core.iommu import Iommu
+from hypervisor.core.iommu import DmaFault, Iommu
 from hypervisor.core.iommu_dma import DmaService
 from hypervisor.core.pool import XenPool
 
@@ -37,7 +37,7 @@ class World(Machine):
         limit = core.config.mfn_limit
         iommu = Iommu(self.memory, XenPool(self.memory, Mfn(limit), 256))
         grants = GrantTables(core.frames, core.views, self.memory, core.outbox, iommu)
-        dma = DmaService(iommu, grants, lambda mfn: None, lambda entry: None)
+        dma = DmaService(iommu, grants, lambda mfn: None, lambda now, entry: None)
         self.devices = DeviceService(
             iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher
         )
@@ -64,6 +64,21 @@ class World(Machine):
         self.run()
         reply: Reply = self.replies.pop(self._token)
         return int.from_bytes(reply.data, "little")
+
+    def vector(self, domid: int, entry: int = 0, *, on: bool = True) -> int:
+        """The domain's process takes a vector of BDF, or gives it back."""
+        self._token += 1
+        request = DeviceVector(token=self._token, bdf=BDF, entry=entry, on=on)
+        self.devices.domain_vector(self.now, DomId(domid), request)
+        self.run()
+        return self.replies.pop(self._token).rc
+
+    def raised(self, entry: int = 0) -> list[dict[str, Any]]:
+        """The device raises an entry; the `msi` orders that come of it. DmaFault."""
+        iommu = self.devices.iommu
+        found = iommu.raise_vector(self.now, BDF, iommu.device(BDF).epoch, entry)
+        self.devices.interrupt(self.now, found)
+        return [{"to": e.domain, **e.body} for e in self.run() if isinstance(e, Order) and e.kind == "msi"]
 
     def assign(self, cmd: int, domid: int) -> int:
         """XEN_DOMCTL_*assign_device of BDF."""
@@ -147,3 +162,48 @@ def test_a_destroyed_owners_device_is_nobodys(world: World, pair: tuple[int, int
     world.advance(5)
     assert world.devices.owner(BDF) is None
     assert world.register(owner) == world.register(other) == 0xFFFFFFFF
+
+
+def test_an_hvm_guests_process_hears_of_the_vectors_that_it_took(world: World, pair: tuple[int, int]) -> None:
+    owner, _ = pair
+    with pytest.raises(DmaFault):
+        world.raised(1)
+    assert world.vector(owner, 1) == 0
+    assert world.raised(1) == [{"to": owner, "bdf": BDF, "entry": 1}]
+    assert world.vector(owner, 1) == -EBUSY
+    assert world.vector(owner, 1, on=False) == 0
+    assert world.vector(owner, 1, on=False) == -ENOENT
+    with pytest.raises(DmaFault):
+        world.raised(1)
+    assert world.vector(owner, 1) == 0
+
+
+def test_vectors_of_anothers_device_or_that_it_does_not_have_are_refused(
+    world: World, pair: tuple[int, int]
+) -> None:
+    owner, other = pair
+    pv = world.create()
+    world.start(pv)
+    assert world.vector(other) == -EPERM
+    assert world.vector(owner, 4) == -EINVAL, "it has four"
+    assert world.vector(pv) == world.vector(0) == world.vector(999) == -EINVAL
+
+
+def test_vectors_go_with_the_device_and_come_back_with_its_process(
+    world: World, pair: tuple[int, int]
+) -> None:
+    owner, other = pair
+    assert world.vector(owner, 2) == 0
+    world.devices.unplug(BDF)
+    with pytest.raises(DmaFault):
+        world.raised(2)
+    world.devices.plug(BDF, Staging())
+    world.devices.receive(world.now, BDF, DeviceHello(pid=2, bars=[], vectors=4))
+    world.run()
+    assert world.raised(2) == [{"to": owner, "bdf": BDF, "entry": 2}]
+    assert world.assign(domctl.XEN_DOMCTL_deassign_device, owner) == 0
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, other) == 0
+    with pytest.raises(DmaFault):
+        world.raised(2)
+    assert world.vector(other, 2) == 0
+    assert world.raised(2) == [{"to": other, "bdf": BDF, "entry": 2}]
