@@ -6,6 +6,7 @@ import array
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Sequence
 
 from bus.messages.envelope import MAX_DESCRIPTORS, MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
@@ -19,6 +20,16 @@ class LinkClosed(ConnectionError):
 
 class LinkFull(BlockingIOError):
     """The other end does not read: the packet was not sent."""
+
+
+_UCRED = struct.Struct("3i")
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of whoever connected (or listened, for the one that connected), as the kernel recorded it (SO_PEERCRED). The
+    pid is 0 for a process that this pid namespace does not show."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

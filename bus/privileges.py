@@ -47,11 +47,13 @@ def _prctl(option: int, argument: int, third: int = 0) -> None:
 
 
 def drop(uid: int | None, limits: Limits = Limits(), death_signal: int | None = None) -> bool:  # frozen
-    """Become `uid` (None: keep the own one) and give up everything else. True if the uid is now one of its own.
+    """Become `uid` (None: keep the own one) and give up everything else. True if the uid is now one of its own: also when it is
+    the present one, which means that nobody else on this host has it (a container's).
 
     OSError if a step is refused: the caller must not go on.
     """
-    own = uid is not None and uid != os.getuid()
+    own = uid is not None
+    changes = own and uid != os.getuid()
     for kind, value in (
         (resource.RLIMIT_AS, limits.address_space),
         (resource.RLIMIT_NOFILE, limits.open_files),
@@ -62,10 +64,11 @@ def drop(uid: int | None, limits: Limits = Limits(), death_signal: int | None = 
             resource.setrlimit(kind, (value, value))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if own:
-        assert uid is not None
         if limits.processes is not None:
             resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
         os.umask(0o077)
+    if changes:
+        assert uid is not None
         for capability in range(CAP_LAST + 1):
             if _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
                 break  # beyond the last one that this kernel knows, or not allowed to: setresuid drops the rest

@@ -26,8 +26,20 @@ LINKS: tuple[tuple[str, str, Registry], ...] = (
     ("The hypervisor to the warden", "SOCK_SEQPACKET pair", warden.TO_WARDEN),
     ("The warden to the hypervisor", "the same pair", warden.FROM_WARDEN),
     ("The warden to a process it starts", "SOCK_SEQPACKET pair, inherited", warden.TO_PROCESS),
-    ("Dom0 to the warden", "the same pair as its `begin`", warden.FROM_DOM0),
+    ("Dom0 to the warden", "SOCK_SEQPACKET pair (descriptor `warden` of its `begin`)", warden.FROM_DOM0),
     ("The warden to Dom0", "the same pair", warden.TO_DOM0),
+    (
+        "An agent (the warden of one container) to the machine's warden",
+        "SOCK_SEQPACKET socket that this agent's gid alone can reach",
+        warden.FROM_AGENT,
+    ),
+    ("The machine's warden to an agent", "the same connection", warden.TO_AGENT),
+    (
+        "An operator to the machine's warden",
+        "SOCK_SEQPACKET socket, for operators' gid alone",
+        warden.FROM_OPERATOR,
+    ),
+    ("The machine's warden to an operator", "the same connection", warden.TO_OPERATOR),
     (
         "The command to Dom0's toolstack",
         "SOCK_SEQPACKET socket of the machine, for its owner alone",

@@ -8,6 +8,8 @@ from bus import privileges
 from bus.abi import sched, xen
 from bus.addresses import DomId
 from bus.log import Logger
+from bus.messages.warden import TO_DOM0
+from bus.packets import PacketLink
 from bus.process import begin
 from domains.dom0.toolstack.disks import Disks
 from domains.dom0.toolstack.manager import Manager
@@ -36,7 +38,8 @@ def main() -> None:
     store.mkdir("/tool")
     store.mkdir("/vm")
     store.attach_socket(socket.socket(fileno=start.fds["xenstored"]))
-    disks = Disks(host, store, xc, start.warden, Logger("dom0", part="disks").info)
+    warden = PacketLink(socket.socket(fileno=start.fds["warden"]), TO_DOM0)
+    disks = Disks(host, store, xc, warden, Logger("dom0", part="disks").info)
     manager = Manager(host, store, xc, disks, console_directory(start.settings["consoles"]))
     info = {"isolated": start.own_uid, "doorbells": bool(start.settings.get("doorbells", True))}
     server = ToolstackServer(host, manager, socket.socket(fileno=start.fds["control"]), info, traces)

@@ -3,7 +3,7 @@
 The hot path has no message: a domain whose lease stands runs, blocks and wakes by itself. It rings when it wants a lease, and
 when it gives up one that ends. What it writes is believed only where believing it costs nobody else: that it does not want the
 CPU, or has stopped; the CPU time that it uses is read from the kernel (the process's CPU clock, which counts all its threads and
-may be read across uids).
+may be read across uids; of a process in another container, its files in /proc that came with it).
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class _Lease:
     page: lp.LeasePage
     to_domain: Doorbell | None
     to_us: Doorbell | None
-    pid: int = 0
-    base: int = 0
+    base: int | None = None
     used: int = 0
     stopped: bool = False
     enabled: bool = False
@@ -50,7 +49,8 @@ class _Lease:
 
 
 class Leases:
-    """All leases of a machine. `signal`, `pid_of`, `ring` (by message), `crash` and `log` act on a domain."""
+    """All leases of a machine. `signal`, `cpu_of` (ns that its process used, None while it has none), `ring` (by message), `crash` and
+    `log` act on a domain."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Leases:
         *,
         doorbells: bool,
         signal: Callable[[DomId, str], None],
-        pid_of: Callable[[DomId], int],
+        cpu_of: Callable[[DomId], int | None],
         ring: Callable[[DomId], None],
         crash: Callable[[DomId, str], None],
         log: Callable[[str, str, DomId], None],
@@ -68,7 +68,7 @@ class Leases:
         self._scheduler = calls.scheduler
         self._doorbells = doorbells
         self._signal = signal
-        self._pid_of = pid_of
+        self._cpu_of = cpu_of
         self._ring_by_message = ring
         self._crash = crash
         self._log = log
@@ -150,18 +150,19 @@ class Leases:
 
     def measure_native(self, domain: DomId, *, running: bool) -> None:
         """The same for a domain without a lease."""
-        pid = self._pid_of(domain)
-        if pid:
-            used = cpu_clock(pid)
+        used = self._cpu_of(domain)
+        if used is not None:
             base = self._natives.setdefault(domain, used)
             self._calls.measured(domain, used - base, wants=running, current=0)
 
     def _measure(self, lease: _Lease) -> None:
-        if not lease.pid:
-            lease.pid = self._pid_of(lease.domain)
-            lease.base = cpu_clock(lease.pid) if lease.pid else 0
+        counted = self._cpu_of(lease.domain)
+        if counted is None:
             return
-        used = cpu_clock(lease.pid) - lease.base
+        if lease.base is None:
+            lease.base = counted
+            return
+        used = counted - lease.base
         if used <= lease.used:
             return
         self._scheduler.charge(lease.domain, used - lease.used)

@@ -14,6 +14,9 @@ from bus.messages.device import FROM_ANY_DOMAIN
 from bus.messages.envelope import BadMessage, Registry
 from bus.messages.warden import FROM_WARDEN, Ended, Halt, Signal, Spawn, Started
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
+from bus.process_view import ProcessView
+from hypervisor.shell.heartbeat import is_stopped
+from hypervisor.shell.leases import cpu_clock
 from hypervisor.shell.peers import Peer
 
 
@@ -30,6 +33,18 @@ class Running:
     process: int
     pid: int = 0
     uid: int = 0
+    view: ProcessView | None = None
+    """Where it runs in another pid namespace: what there is to see of it from here."""
+
+    def cpu_ns(self) -> int | None:
+        """CPU time of all its threads; None before it is known to run."""
+        if self.view is not None:
+            return self.view.cpu_ns()
+        return cpu_clock(self.pid) if self.pid else None
+
+    def stopped(self) -> bool:
+        """It is stopped by a signal."""
+        return self.view.stopped() if self.view is not None else is_stopped(self.pid)
 
 
 class Processes:
@@ -60,6 +75,7 @@ class Processes:
         name: str = "",
         kinds: Registry = FROM_ANY_DOMAIN,
         trace: int | None = None,
+        kind: str = "",
     ) -> Peer:
         """Start its process; the returned peer queues until the process says hello. WardenGone.
 
@@ -89,6 +105,7 @@ class Processes:
                     fds=list(given),
                     settings=settings,
                     endpoint="" if listener else endpoint,
+                    kind=kind,
                 ),
                 list(given.values()),
             )
@@ -126,13 +143,27 @@ class Processes:
             if isinstance(message, Started) and message.id in self._by_id:
                 running = self._by_id[message.id]
                 running.pid, running.uid = message.pid, message.uid
-                return running, None, socket.socket(fileno=fds[0]) if fds else None
+                return running, None, self._take(running, dict(zip(message.fds, fds, strict=False)), fds)
             close_all(fds)
             if isinstance(message, Ended) and message.id in self._by_id:
                 running = self._by_id.pop(message.id)
+                if running.view is not None:
+                    running.view.close()
                 if self._by_domain.get(running.domain) is running:
                     del self._by_domain[running.domain]
                 return running, message, None
+
+    def _take(self, running: Running, named: dict[str, int], fds: list[int]) -> socket.socket | None:
+        """The descriptors that came with `Started`: its listening socket, and what shows the process."""
+        listener = socket.socket(fileno=named["listener"]) if "listener" in named else None
+        if "stat" in named and "schedstat" in named and running.view is None:
+            try:
+                running.view = ProcessView(named["stat"], named["schedstat"])
+            except ValueError:  # its number means nothing here: nothing is known of it
+                running.pid = 0
+        else:
+            close_all([fd for fd in fds if listener is None or fd != listener.fileno()])
+        return listener
 
     def _send(self, message: Spawn | Signal | Halt, fds: list[int] | None = None) -> None:
         try:

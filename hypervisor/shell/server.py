@@ -29,7 +29,7 @@ from hypervisor.core.domains import Kind
 from hypervisor.core.errors import XenError
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
-from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats, is_stopped
+from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats
 from hypervisor.shell.inspection import iommu_view
 from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
@@ -75,12 +75,12 @@ class Server:
         self._lost: list[tuple[DomId, str]] = []
         self._stopped: str | None = None
         self._settings: dict[str, Any] = {"doorbells": doorbells}
-        self._heartbeats = Heartbeats(lambda peer: is_stopped(self._pid_of(peer)))
+        self._heartbeats = Heartbeats(self._is_stopped)
         self.leases = Leases(
             scheduler,
             doorbells=doorbells,
             signal=processes.signal,
-            pid_of=self._pid_of,
+            cpu_of=self._cpu_of,
             ring=self._ring_lease,
             crash=lambda domain, why: core.crash_domain(time.monotonic_ns(), domain, why),
             log=self.log,
@@ -147,9 +147,13 @@ class Server:
             self.processes.signal(peer, "kill")
         self._apply()
 
-    def _pid_of(self, domain: DomId) -> int:
+    def _cpu_of(self, domain: DomId) -> int | None:
         running = self.processes.of(domain)
-        return running.pid if running is not None else 0
+        return running.cpu_ns() if running is not None else None
+
+    def _is_stopped(self, peer: DomId) -> bool:
+        running = self.processes.of(peer)
+        return running is not None and running.stopped()
 
     def _ring_lease(self, domain: DomId) -> None:
         peer = self.peers.get(domain)
@@ -414,7 +418,9 @@ class Server:
         if isinstance(effect, fx.StartProcess):
             self.log("info", f"process {effect.role} is started", effect.domain)
             trace = self.traces.page(effect.domain, effect.role, "")
-            peer = self.processes.start(effect.domain, effect.role, self._settings, trace=trace)
+            domain = self.core.domains.get(effect.domain)
+            kind = domain.kind.value if domain is not None else ""
+            peer = self.processes.start(effect.domain, effect.role, self._settings, trace=trace, kind=kind)
             self._add_peer(peer)
             self._open_lease(peer)
             if effect.domain == 0:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from toolstack.warden import warden
+from toolstack.warden import children
 from toolstack.warden.__main__ import main
 
 if __name__ == "__main__":
     role = os.environ.get("DOMICILE_HOSTILE_ROLE", "nvme")
-    warden.MODULES[role] = {"nvme": "tests.support.hostile_device", "domio": "tests.support.hostile_domio"}[
+    children.MODULES[role] = {"nvme": "tests.support.hostile_device", "domio": "tests.support.hostile_domio"}[
         role
     ]
-    plain = warden._environment
-    warden._environment = lambda: {**plain(), "PYTHONPATH": str(Path(__file__).parents[2])}
+    plain = children._environment
+    children._environment = lambda: {**plain(), "PYTHONPATH": str(Path(__file__).parents[2])}
     main()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolstack.warden import warden
+from toolstack.warden import children
 from toolstack.warden.__main__ import main
 
 if __name__ == "__main__":
-    warden.MODULES["domu"] = "tests.support.hostile"
-    plain = warden._environment
-    warden._environment = lambda: {**plain(), "PYTHONPATH": str(Path(__file__).parents[2])}
+    children.MODULES["domu"] = "tests.support.hostile"
+    plain = children._environment
+    children._environment = lambda: {**plain(), "PYTHONPATH": str(Path(__file__).parents[2])}
     main()

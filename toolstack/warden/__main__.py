@@ -14,7 +14,7 @@ import sys
 from bus import privileges
 from bus.log import Logger
 from toolstack.warden.runtime import RuntimeDirectory
-from toolstack.warden.warden import Warden
+from toolstack.warden.warden import LocalWarden
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     own_uids = os.getuid() == 0 and settings.pop("own_uids", True)
     settings["bus"] = str(runtime.bus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warden = Warden(runtime, own_uids=own_uids, listeners=listeners)
+    warden = LocalWarden(runtime, own_uids=own_uids, listeners=listeners)
 
     def terminate(_number: int, _frame: object) -> None:
         warden.ending = "terminated"

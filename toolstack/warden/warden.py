@@ -1,7 +1,8 @@
 """Starting, stopping and ending processes on the hypervisor's order, and reporting their ends.
 
-The warden is small and looks at no guest's data. It alone may signal the others where each has a uid of its own. It ends with
-its owner (the command, for `domicile run`) or on `Halt`, and takes every process with it.
+The warden is small and looks at no guest's data. `Warden` is what it does for the hypervisor and for Dom0, wherever processes run;
+`LocalWarden` is their parent and alone may signal them, where each has a uid of its own; `toolstack.warden.central` has them run in
+containers. It ends with its owner (the command, for `domicile run`) or on `Halt`, and takes every process with it.
 """
 
 from __future__ import annotations
@@ -9,22 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from bus.log import Logger
-from bus.messages.envelope import BadMessage
+from bus.messages.envelope import BadMessage, Message
 from bus.messages.warden import (
     FROM_DOM0,
     TO_WARDEN,
-    Begin,
     Deposit,
     Deposited,
     Ended,
@@ -34,174 +30,148 @@ from bus.messages.warden import (
     Started,
 )
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
+from toolstack.warden import children
+from toolstack.warden.children import MODULES, Child
 from toolstack.warden.runtime import RuntimeDirectory
 from toolstack.warden.uids import UidBlock
 
 LOG: Final = Logger("warden")
-MODULES: Final = {
-    "hypervisor": "hypervisor",
-    "dom0": "domains.dom0",
-    "domio": "domains.domio",
-    "domu": "domains.domu",
-    "nvme": "domains.devices.nvme",
-}
-"""Python module of each role that can be started."""
-
 PRESTARTED: Final = {"dom0": 1, "domu": 1}
 """How many processes of a role load their code before anybody asks for them: what `domicile run` will need."""
 
-KILL_WAIT_S: Final = 5.0
 MAX_DEPOSITS: Final = 256
+BURST: Final = 64
+"""Messages taken from one link at a time."""
 UID_LOCKS: Final = Path("/run/domicile/.uids")
 """Blocks of user ids are locked here, in one place for all machines of the host, wherever their directories are."""
+HYPERVISOR_ID: Final = 0
 
 
-@dataclass(slots=True)
-class Child:
-    """A process, waiting for `Begin` or running."""
+class Warden(ABC):
+    """The machine's process table, as the hypervisor and Dom0 see it."""
 
-    role: str
-    process: subprocess.Popen[bytes]
-    link: PacketLink
-    uid: int | None
-    pidfd: int
-    log: str
-    id: int | None = None
-    domain: int = -1
-
-
-class Warden:
-    """The machine's process table."""
-
-    def __init__(
-        self, runtime: RuntimeDirectory, *, own_uids: bool, listeners: dict[str, socket.socket]
-    ) -> None:
-        """`own_uids`: give each process a uid of its own (needs root). `listeners` go to Dom0."""
+    def __init__(self, runtime: RuntimeDirectory, listeners: dict[str, socket.socket]) -> None:
+        """`listeners` go to Dom0."""
         self.runtime = runtime
-        self._uids = UidBlock(UID_LOCKS) if own_uids else None
         self._listeners = listeners
         self._selector = selectors.DefaultSelector()
-        self._ready: dict[str, list[Child]] = {}
-        self._children: dict[int, Child] = {}
         self._hypervisor: PacketLink | None = None
-        self._hypervisor_child: Child | None = None
-        self._serial = 0
+        self._dom0: PacketLink | None = None
         self._deposits: dict[str, tuple[Deposit, list[int]]] = {}
         self.ending: str | None = None
 
-    # ------------------------------------------------------------------ processes
+    # ------------------------------------------------------------------ where processes run
 
-    def _start(self, role: str) -> Child:
-        """A process of that role that will wait for its `Begin`."""
-        ours, theirs = pair()
-        uid = self._uids.take() if self._uids else None
-        self._serial += 1
-        log_path = str(self.runtime.logs / f"{role}-{self._serial}.log")
-        log = os.open(log_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        command = [sys.executable, "-P", "-m", MODULES[role], f"domicile-{role}", str(theirs.fileno())]
-        if uid is not None:
-            command.append(str(uid))
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                cwd="/",
-                env=_environment(),
-                start_new_session=True,
-            )
-        finally:
-            os.close(log)
-            theirs.close()
-        child = Child(role, process, PacketLink(ours, {}), uid, os.pidfd_open(process.pid), log_path)
-        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
-        return child
+    @abstractmethod
+    def _spawn(self, order: Spawn, descriptors: Sequence[int]) -> None:
+        """Have that process run; the descriptors stay the caller's. `_started` and `_ended` tell of it. BadMessage."""
 
-    def prestart(self) -> None:
-        """Have the usual processes load their code now."""
-        for role, count in PRESTARTED.items():
-            waiting = self._ready.setdefault(role, [])
-            while len(waiting) < count:
-                waiting.append(self._start(role))
+    @abstractmethod
+    def _signal(self, order: Signal) -> None:
+        """Send a signal to a process, if it runs."""
 
-    def spawn(self, order: Spawn, descriptors: Sequence[int]) -> Child:
-        """Start (or wake) a process and send it its `Begin`. The descriptors stay the caller's."""
-        if order.role not in MODULES:
-            raise BadMessage(f"no such role: {order.role}")
-        if order.id in self._children:
-            raise BadMessage(f"process id {order.id} is in use")
-        waiting = self._ready.get(order.role, [])
-        child = waiting.pop(0) if waiting else self._start(order.role)
-        child.id, child.domain = order.id, order.domain
-        self._children[order.id] = child
-        settings = dict(order.settings)
-        names, fds = list(order.fds), list(descriptors)
-        if order.name in self._deposits:
-            deposit, deposited = self._deposits[order.name]
-            names += deposit.fds
-            fds += deposited
-            settings = {**settings, **deposit.settings}
-        if order.role == "dom0":
-            child.link = PacketLink(child.link.detach(), FROM_DOM0)
-            self._selector.register(child.link, selectors.EVENT_READ, ("dom0", child))
-            for name, listener in self._listeners.items():
-                names.append(name)
-                fds.append(listener.fileno())
-            settings["consoles"] = str(self.runtime.consoles)
-            settings["state"] = str(self.runtime.state)
-            if child.uid is not None:
-                for path in (self.runtime.consoles, self.runtime.state):
-                    os.chown(path, child.uid, child.uid)
-        begin = Begin(role=order.role, name=order.name, domain=order.domain, fds=names, settings=settings)
-        with contextlib.suppress(LinkClosed):  # it died at once: its end is reported like any other
-            child.link.send(begin, fds)
-        return child
+    @abstractmethod
+    def _admit(self, path: Path, owner: int) -> None:
+        """Have that process's uid, and nobody else but this one, reach a socket."""
+
+    @abstractmethod
+    def _dom0_directories(self) -> dict[str, str]:
+        """Directories that Dom0's process may write: 'consoles' and 'state'."""
+
+    @abstractmethod
+    def _end_all(self) -> None:
+        """End every process, within a bound."""
+
+    def _idle(self) -> float:
+        """Do what is due; seconds until something may be due again."""
+        return 60.0
+
+    # ------------------------------------------------------------------ what the hypervisor wants
 
     def start_hypervisor(self, settings: dict[str, Any]) -> None:
         """The first process of a machine."""
         ours, theirs = pair()
         self._hypervisor = PacketLink(ours, TO_WARDEN)
         order = Spawn(
-            id=0, role="hypervisor", name="hypervisor", domain=0xFFFFFFFF, fds=["warden"], settings=settings
+            id=HYPERVISOR_ID,
+            role="hypervisor",
+            name="hypervisor",
+            domain=0xFFFFFFFF,
+            fds=["warden"],
+            settings=settings,
         )
-        self._hypervisor_child = self.spawn(order, [theirs.fileno()])
+        self._spawn(order, [theirs.fileno()])
         theirs.close()
-        self._selector.register(self._hypervisor, selectors.EVENT_READ, "hypervisor")
+        self._register(self._hypervisor, self._serve)
 
     def watch(self, fd: int) -> None:
         """End the machine when this descriptor reports an end: the owner went away."""
-        self._selector.register(fd, selectors.EVENT_READ, "owner")
 
-    # ------------------------------------------------------------------ events
+        def gone() -> None:
+            self.ending = "the owner went away"
+
+        self._register(fd, gone)
+
+    def _register(self, fd: int | PacketLink | socket.socket, handler: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, handler)
 
     def run(self) -> str:
         """Serve until the machine ends; why it ended. All processes are gone then."""
         try:
             while self.ending is None:
-                for key, _ in self._selector.select(60.0):
-                    if isinstance(key.data, Child):
-                        self._ended(key.data)
-                    elif isinstance(key.data, tuple):
-                        self._deposit(key.data[1])
-                    elif key.data == "owner":
-                        self.ending = "the owner went away"
-                    else:
-                        self._serve()
+                for key, _ in self._selector.select(self._idle()):
+                    if key.fd in self._selector.get_map():  # not taken out by a handler before
+                        key.data()
         finally:
             self._end_all()
+            for listener in self._listeners.values():
+                listener.close()
+            for _, fds in self._deposits.values():
+                close_all(fds)
+            self._selector.close()
         return self.ending
 
-    def _deposit(self, dom0: Child) -> None:
+    def complete(self, order: Spawn, descriptors: Sequence[int]) -> tuple[Spawn, list[int], list[int]]:
+        """The order with all that this process is to be given: (order, descriptors, those of them to close afterwards)."""
+        settings = dict(order.settings)
+        names, fds = list(order.fds), list(descriptors)
+        own: list[int] = []
+        if order.name in self._deposits:
+            deposit, deposited = self._deposits[order.name]
+            names += deposit.fds
+            fds += deposited
+            settings = {**settings, **deposit.settings}
+        if order.role == "dom0":
+            ours, theirs = pair()
+            self._close_dom0()
+            self._dom0 = PacketLink(ours, FROM_DOM0)
+            self._register(self._dom0, self._deposit)
+            own.append(theirs.detach())
+            names.append("warden")
+            fds += own
+            for name, listener in self._listeners.items():
+                names.append(name)
+                fds.append(listener.fileno())
+            settings |= self._dom0_directories()
+        return order.model_copy(update={"fds": names, "settings": settings}), fds, own
+
+    def _close_dom0(self) -> None:
+        if self._dom0 is not None:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(self._dom0)
+            self._dom0.close()
+            self._dom0 = None
+
+    def _deposit(self) -> None:
         """Keep what Dom0 gives for a device's process."""
+        assert self._dom0 is not None
         try:
-            packet = dom0.link.receive()
+            packet = self._dom0.receive()
         except BadMessage as error:
             LOG.warning(f"refused: {error}")
             return
         except LinkClosed:
-            self._selector.unregister(dom0.link)
+            self._close_dom0()
             return
         if packet is None:
             return
@@ -216,11 +186,11 @@ class Warden:
         if fds:
             self._deposits[message.name] = (message, fds)
         with contextlib.suppress(LinkClosed, LinkFull):
-            dom0.link.send(Deposited(name=message.name))
+            self._dom0.send(Deposited(name=message.name))
 
     def _serve(self) -> None:
         assert self._hypervisor is not None
-        for _ in range(64):
+        for _ in range(BURST):
             try:
                 packet = self._hypervisor.receive()
             except BadMessage as error:
@@ -228,7 +198,7 @@ class Warden:
                 continue
             except LinkClosed:
                 self._selector.unregister(self._hypervisor)
-                return  # its pidfd tells the rest
+                return  # that its process ended is told otherwise
             if packet is None:
                 return
             message, fds = packet
@@ -239,58 +209,23 @@ class Warden:
             finally:
                 close_all(fds)
 
-    def _obey(self, message: object, fds: list[int]) -> None:
+    def _obey(self, message: Message, fds: list[int]) -> None:
         if isinstance(message, Spawn):
-            child = self.spawn(message, fds)
-            uid = os.getuid() if child.uid is None else child.uid
-            listener = self._listen(message.endpoint, uid) if message.endpoint else None
-            self._tell(
-                Started(id=message.id, pid=child.process.pid, uid=uid),
-                [listener.fileno()] if listener is not None else [],
-            )
-            if listener is not None:
-                listener.close()
+            self._spawn(message, fds)
         elif isinstance(message, Signal):
-            child_or_none = self._children.get(message.id)
-            if child_or_none is not None and child_or_none.process.returncode is None:
-                number = {"stop": signal.SIGSTOP, "cont": signal.SIGCONT, "kill": signal.SIGKILL}[
-                    message.what
-                ]
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child_or_none.process.pid, number)
+            self._signal(message)
         elif isinstance(message, Halt):
             self.ending = message.reason or "halt"
 
-    def _ended(self, child: Child) -> None:
-        status = child.process.wait()
-        self._selector.unregister(child.pidfd)
-        os.close(child.pidfd)
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(child.link)
-        child.link.close()
-        if child.uid is not None and self._uids is not None:
-            self._uids.give_back(child.uid)
-        if child is self._hypervisor_child:
-            tail = _tail(child.log)
-            self.ending = f"the hypervisor ended with status {status}" + (f": {tail}" if tail else "")
-        elif child.id is None:
-            self._ready[child.role].remove(child)
-            if self.ending is None:
-                self.ending = (
-                    f"a {child.role} process ended before it began (status {status}): {_tail(child.log)}"
-                )
-        else:
-            del self._children[child.id]
-            self._tell(Ended(id=child.id, status=status, text=_tail(child.log)))
+    # ------------------------------------------------------------------ what the hypervisor is told
 
-    def _listen(self, endpoint: str, uid: int) -> socket.socket:
-        """The listening socket of a domain's endpoint, which that domain's uid alone can reach."""
+    def listen(self, endpoint: str, owner: int) -> socket.socket:
+        """The listening socket of a domain's endpoint, which that domain's process alone can reach."""
         path = self.runtime.bus / endpoint
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         path.chmod(0o600)
-        if uid != os.getuid():
-            os.chown(path, uid, uid)
+        self._admit(path, owner)
         listener.listen(4)
         return listener
 
@@ -303,39 +238,95 @@ class Warden:
         except LinkFull:
             self.ending = "the hypervisor does not listen"
 
+
+class LocalWarden(Warden):
+    """All processes are children of this one."""
+
+    def __init__(
+        self, runtime: RuntimeDirectory, *, own_uids: bool, listeners: dict[str, socket.socket]
+    ) -> None:
+        """`own_uids`: give each process a uid of its own (needs root)."""
+        super().__init__(runtime, listeners)
+        self._uids = UidBlock(UID_LOCKS) if own_uids else None
+        self._ready: dict[str, list[Child]] = {}
+        self._children: dict[int, Child] = {}
+        self._serial = 0
+        self._dom0_uid: int | None = None
+
+    def _start(self, role: str) -> Child:
+        """A process of that role that will wait for its `Begin`."""
+        uid = self._uids.take() if self._uids else None
+        self._serial += 1
+        child = children.start(role, str(self.runtime.logs / f"{role}-{self._serial}.log"), uid)
+        self._register(child.pidfd, lambda: self._ended(child))
+        return child
+
+    def prestart(self) -> None:
+        """Have the usual processes load their code now."""
+        for role, count in PRESTARTED.items():
+            waiting = self._ready.setdefault(role, [])
+            while len(waiting) < count:
+                waiting.append(self._start(role))
+
+    def _spawn(self, order: Spawn, descriptors: Sequence[int]) -> None:
+        if order.role not in MODULES:
+            raise BadMessage(f"no such role: {order.role}")
+        if order.id in self._children:
+            raise BadMessage(f"process id {order.id} is in use")
+        waiting = self._ready.get(order.role, [])
+        child = waiting.pop(0) if waiting else self._start(order.role)
+        self._children[order.id] = child
+        if order.role == "dom0":
+            self._dom0_uid = child.uid
+        full, fds, own = self.complete(order, descriptors)
+        child.begin(full, full.settings, fds)
+        close_all(own)
+        if order.id == HYPERVISOR_ID:
+            return
+        uid = os.getuid() if child.uid is None else child.uid
+        listener = self.listen(order.endpoint, uid) if order.endpoint else None
+        started = Started(
+            id=order.id, pid=child.process.pid, uid=uid, fds=["listener"] if listener is not None else []
+        )
+        self._tell(started, [listener.fileno()] if listener is not None else [])
+        if listener is not None:
+            listener.close()
+
+    def _signal(self, order: Signal) -> None:
+        child = self._children.get(order.id)
+        if child is not None:
+            child.signal(order.what)
+
+    def _admit(self, path: Path, owner: int) -> None:
+        if owner != os.getuid():
+            os.chown(path, owner, owner)
+
+    def _dom0_directories(self) -> dict[str, str]:
+        for path in (self.runtime.consoles, self.runtime.state):
+            if self._dom0_uid is not None:
+                os.chown(path, self._dom0_uid, self._dom0_uid)
+        return {"consoles": str(self.runtime.consoles), "state": str(self.runtime.state)}
+
+    def _ended(self, child: Child) -> None:
+        self._selector.unregister(child.pidfd)
+        status, tail = child.reap()
+        if child.uid is not None and self._uids is not None:
+            self._uids.give_back(child.uid)
+        if child.id == HYPERVISOR_ID:
+            self.ending = f"the hypervisor ended with status {status}" + (f": {tail}" if tail else "")
+            del self._children[HYPERVISOR_ID]
+        elif child.id is None:
+            self._ready[child.role].remove(child)
+            if self.ending is None:
+                self.ending = f"a {child.role} process ended before it began (status {status}): {tail}"
+        else:
+            del self._children[child.id]
+            self._tell(Ended(id=child.id, status=status, text=tail))
+
     def _end_all(self) -> None:
         every = [*self._children.values(), *(child for waiting in self._ready.values() for child in waiting)]
         # The hypervisor goes first: nothing then reacts to the others' ends.
-        every.sort(key=lambda child: child is not self._hypervisor_child)
-        for child in every:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + KILL_WAIT_S
-        for child in every:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            child.link.close()
-        for listener in self._listeners.values():
-            listener.close()
-        for _, fds in self._deposits.values():
-            close_all(fds)
+        every.sort(key=lambda child: child.id != HYPERVISOR_ID)
+        children.end_all(every)
         if self._uids:
             self._uids.close()
-        self._selector.close()
-
-
-def _environment() -> dict[str, str]:
-    """What a process of the machine sees of its starter's environment."""
-    kept = {name: value for name, value in os.environ.items() if name.startswith("DOMICILE_")}
-    return {**kept, "PATH": os.defpath, "LANG": "C.UTF-8", "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _tail(path: str, size: int = 3000) -> str:
-    """The end of a process's log."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
-            return file.read().decode("utf-8", "replace").strip()
-    except OSError:
-        return ""

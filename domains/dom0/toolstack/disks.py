@@ -21,7 +21,7 @@ from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId, Port
 from bus.messages.device import Inspect
 from bus.messages.domain import Order
-from bus.messages.warden import TO_DOM0, Deposit, Deposited
+from bus.messages.warden import Deposit, Deposited
 from bus.packets import PacketLink
 from domains.dom0.toolstack.images import ForeignMemory
 from domains.dom0.toolstack.vdev import number_of
@@ -74,7 +74,7 @@ class Disks:
         self._host = host
         self._store = store
         self._xc = xc
-        self._warden = PacketLink(warden.detach(), TO_DOM0)
+        self._warden = warden
         self._log = log
         self.domio: DomId | None = None
         self.disks: dict[str, Disk] = {}

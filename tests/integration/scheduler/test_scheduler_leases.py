@@ -70,7 +70,7 @@ class Host:
             self.calls,
             doorbells=True,
             signal=self._signal,
-            pid_of=lambda domain: self.pids.get(domain, 0),
+            cpu_of=lambda domain: cpu_clock(self.pids[domain]) if domain in self.pids else None,
             ring=lambda domain: None,
             crash=lambda domain, why: self.crashed.append(domain),
             log=lambda level, text, domain: None,
