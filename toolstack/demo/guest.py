@@ -16,6 +16,7 @@ from typing import Any, Final
 from toolstack.errors import MachineError
 from toolstack.guestfetch import FetchError, Guest, debian, fetch
 from toolstack.guestfetch.debs import run
+from toolstack.guestfetch.images import root_disk
 
 DISK_MB: Final = 32
 FILE_KB: Final = 64
@@ -71,6 +72,56 @@ def get_files(directory: Path) -> Files:
     except FetchError as error:
         raise MachineError(str(error)) from None
     return Files(linux, grub, disk)
+
+
+SWITCH: Final = """
+i=0; while [ ! -b /dev/xvda ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done
+mount -t ext4 /dev/xvda /mnt || { echo "no root file system on /dev/xvda"; poweroff -f; }
+umount /proc /sys /dev/pts
+mount --move /dev /mnt/dev
+echo SWITCHING
+exec switch_root /mnt /sbin/init
+"""
+"""In the ramdisk: the modules are loaded; the root file system is on the disk."""
+ROOT_WRITER: Final = f"""
+echo "ROOT $(grep ' / ' /proc/mounts | tail -n 1)"
+(read -r word </dev/hvc0; touch /dev/enough) &
+n=0
+while [ ! -e /dev/enough ] && [ $n -lt {MAX_FILES} ]; do
+    set -- $(head -c {FILE_KB << 10} /dev/urandom | tee /dev/new | sha256sum)
+    dd if=/dev/new of=/f$n bs={FILE_KB}k conv=fsync 2>/dev/null && echo "ACK $n $1" || echo "FAILED write $n"
+    n=$((n+1))
+done
+echo "IO-ERRORS $(dmesg | grep -ci 'i/o error')"
+mount -o remount,ro / && echo UNMOUNTED
+poweroff -f
+"""
+"""On the disk: as WRITER, but the disk is the root file system."""
+TICKER: Final = """
+n=0
+while true; do echo "TICK $n"; n=$((n+1)); sleep 1; done
+"""
+"""For a guest that has nothing to do with the disk: it is to notice nothing."""
+
+
+@dataclass(slots=True)
+class RootedFiles:
+    """A guest whose root is on a disk, and one without a disk."""
+
+    rooted: Guest
+    ticker: Guest
+    disk: Path
+
+
+def get_rooted(directory: Path) -> RootedFiles:
+    """As `get_files`, for the story in containers. MachineError."""
+    try:
+        rooted = debian(modules=MODULES, extra={"etc/rc.guest": SWITCH.encode()})
+        ticker = debian(extra={"etc/rc.guest": TICKER.encode()})
+        disk = root_disk(directory / "root.ext4", DISK_MB, extra={"etc/rc.guest": ROOT_WRITER.encode()})
+    except FetchError as error:
+        raise MachineError(str(error)) from None
+    return RootedFiles(rooted, ticker, disk)
 
 
 def _tool(name: str) -> str:

@@ -8,76 +8,24 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from toolstack.cli.images import Images, make_config
-from toolstack.demo.guest import CMDLINE, DISK_MB, GREETING, Files, Watched, get_files, look_at_disk
+from toolstack.demo.guest import CMDLINE, DISK_MB, GREETING, Files, get_files
 from toolstack.demo.machine import DemoMachine, Process
 from toolstack.demo.rogue import MARK
 from toolstack.demo.show import Show
-from toolstack.errors import MachineError
+from toolstack.demo.telling import MORE_WRITES, STEP_S, Record, StepFailed, Telling
 
 BOOT_S: Final = 120.0
-STEP_S: Final = 40.0
-MORE_WRITES: Final = 4
-"""How many further writes must be acknowledged after each blow before the guest counts as going on."""
-T = TypeVar("T")
-RECORD_VERSION: Final = 1
 
 
-class StepFailed(Exception):
-    """What was promised did not happen."""
-
-
-@dataclass(slots=True)
-class Step:
-    """A step that is over: ok None is one that was left out."""
-
-    name: str
-    ok: bool | None
-    seconds: float
-    detail: str
-
-
-@dataclass(slots=True)
-class Record:
-    """What happened, for --json."""
-
-    steps: list[Step] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        """Every step did what it promised."""
-        return bool(self.steps) and all(step.ok is not False for step in self.steps)
-
-    def as_json(self) -> dict[str, Any]:
-        """Keys: version, ok, seconds, root, steps, and what each step found."""
-        steps = [
-            {"name": s.name, "ok": s.ok, "seconds": round(s.seconds, 3), "detail": s.detail}
-            for s in self.steps
-        ]
-        return {
-            "version": RECORD_VERSION,
-            "ok": self.ok,
-            "root": os.getuid() == 0,
-            "steps": steps,
-            **self.facts,
-        }
-
-
-class Story:
+class Story(Telling):
     """One run of the demo."""
 
     def __init__(self, show: Show) -> None:
-        self.show = show
-        self.record = Record()
-        self.record.facts["blows"] = []
-        self._guests: dict[str, Watched] = {}
+        super().__init__(show)
         self._machine: DemoMachine
 
     def run(self) -> Record:
@@ -96,51 +44,11 @@ class Story:
                 )
                 self._step("a DMA attack is stopped at the IOMMU", self._attack)
                 self._step("the guest ends, and every process with it", self._end)
-                self._step("the host finds every acknowledged write", lambda: self._look(files))
+                self._step("the host finds every acknowledged write", lambda: self._look(files.disk))
             except StepFailed:
                 pass
         self.record.facts["seconds"] = round(self.show.elapsed(), 3)
         return self.record
-
-    def _step(self, name: str, work: Callable[[], tuple[T, str]]) -> T:
-        begin = time.monotonic()
-        try:
-            result, detail = work()
-        except (StepFailed, MachineError, OSError) as error:
-            text = str(error)
-            self.record.steps.append(Step(name, False, time.monotonic() - begin, text.splitlines()[0][:200]))
-            self.show.line(f"FAILED: {name}: {text}", "bad")
-            raise StepFailed(name) from None
-        self.record.steps.append(Step(name, True, time.monotonic() - begin, detail))
-        return result
-
-    # ------------------------------------------------------------------ waiting
-
-    def _wait(self, what: str, done: Callable[[], bool], timeout: float, guest: str = "debian") -> None:
-        """Take notices until `done`. StepFailed with the console's tail."""
-        deadline = time.monotonic() + timeout
-        with self.show.waiting(what) as waiting:
-            while not done():
-                watched = self._guests.get(guest)
-                if time.monotonic() > deadline or (watched is not None and watched.ended is not None):
-                    why = f"the guest ended: {watched.ended}" if watched and watched.ended else "not in time"
-                    raise StepFailed(f"{what}: {why}\n{watched.tail() if watched else ''}")
-                self._poll(0.1)
-                waiting.tick(watched.lines[-1][:50] if watched and watched.lines else "")
-
-    def _poll(self, timeout: float) -> None:
-        notice = self._machine.client.notice(timeout)
-        if notice is not None and notice.body.get("name") in self._guests:
-            self._guests[notice.body["name"]].take(notice.what, notice.body)
-
-    def _create(self, name: str, **fields: Any) -> None:
-        self._guests[name] = Watched(name)
-        with Images() as images:
-            config = make_config({"name": name, "on_reboot": "destroy", **fields}, images)
-            self._machine.client.request("create", {"config": config, "attach": True}, images.descriptors)
-
-    def _type(self, name: str, text: str) -> None:
-        self._machine.client.request("type", {"domain": name, "data": text.encode()})
 
     def _tell_processes(self) -> None:
         for one in self._machine.processes():
@@ -161,6 +69,7 @@ class Story:
         self.show.line("A machine: a warden, a hypervisor and Dom0, ordinary processes", "head")
         with self.show.waiting("starting"):
             self._machine = stack.enter_context(DemoMachine())
+        self.client = self._machine.client
         processes = self._machine.processes()
         self.record.facts["processes_before"] = [one.record() for one in processes]
         self._tell_processes()
@@ -213,22 +122,6 @@ class Story:
             f"    {len(debian.acknowledged)} files written, fsync came back, checksums noted", "good"
         )
         return None, f"{len(debian.acknowledged)} writes acknowledged"
-
-    def _goes_on(self, what: str) -> tuple[int, float]:
-        """Wait for writes that began after now; how many there are, and the seconds up to the first."""
-        debian = self._guests["debian"]
-        before, begin, first = max(debian.acknowledged, default=-1), time.monotonic(), 0.0
-
-        def more() -> bool:
-            nonlocal first
-            # The file after the last acknowledged one may have been on its way: it does not count.
-            count = max(debian.acknowledged, default=-1) - before - 1
-            if count >= 1 and not first:
-                first = time.monotonic() - begin
-            return count >= MORE_WRITES
-
-        self._wait(f"{what}; the guest writes on", more, STEP_S)
-        return max(debian.acknowledged) - before - 1, first
 
     def _kill(self, role: str, title: str) -> tuple[None, str]:
         old = self._process(role)
@@ -306,22 +199,6 @@ class Story:
             raise StepFailed(f"processes are left: {left}")
         self.show.line("    it saw no I/O error, unmounted, powered off; all processes are gone", "good")
         return None, f"power-off, no I/O error seen, {len(pids)} processes gone"
-
-    def _look(self, files: Files) -> tuple[None, str]:
-        self.show.line("The host looks into the disk's file", "head")
-        debian = self._guests["debian"]
-        verdict = look_at_disk(files.disk, debian.acknowledged)
-        self.record.facts["writes"] = {
-            "acknowledged": verdict.checked, "verified": verdict.checked - len(verdict.wrong), "wrong": verdict.wrong,
-        }  # fmt: skip
-        self.record.facts["e2fsck"] = {"status": verdict.fsck_status, "says": verdict.fsck_says}
-        if verdict.wrong:
-            raise StepFailed(f"acknowledged, but not there: files {verdict.wrong}")
-        if verdict.fsck_status or not verdict.checked:
-            raise StepFailed(f"e2fsck ends with status {verdict.fsck_status}: {verdict.fsck_says}")
-        text = f"{verdict.checked} of {verdict.checked} files have their checksums; e2fsck finds nothing"
-        self.show.line(f"    {text}", "good")
-        return None, text
 
 
 def _disk(files: Files) -> dict[str, Any]:

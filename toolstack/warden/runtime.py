@@ -44,13 +44,13 @@ class RuntimeDirectory:
                 f"{self.root}: path too long for Unix sockets (set DOMICILE_RUN to a shorter one)"
             )
 
-    def create(self) -> None:
-        """Make the directories afresh. Traversable by the machine's own uids, readable by the owner alone."""
+    def create(self, *, shared: bool = False) -> None:
+        """Make the directories afresh. Traversable by the machine's own uids (by all if `shared`), readable by the owner alone."""
         base = self.root.parent
         base.mkdir(mode=0o711, parents=True, exist_ok=True)
         if self.root.exists():
             shutil.rmtree(self.root)
-        mode = 0o711 if os.getuid() == 0 else 0o700
+        mode = 0o711 if shared or os.getuid() == 0 else 0o700
         for directory in (self.root, self.bus, self.logs, self.consoles, self.state):
             directory.mkdir()
             directory.chmod(mode)
