@@ -288,8 +288,7 @@ class ContainerStory(ContainerTelling):
 
         def refused() -> int:
             total: int = self.client.request("iommu", {})["faults_total"]
-
-        return total - before
+            return total - before
 
         self._wait("it attacks", lambda: refused() >= asked, STEP_S)
         count, _ = self._goes_on("the attack is over")
