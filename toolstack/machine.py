@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -129,6 +130,9 @@ class Machine:
         said = [line.strip() for line in lines if line.strip() and not line.startswith(("  ", "Traceback"))]
         return said[-1] if said else ""
 
+    def owns(self, guest: str) -> None:
+        """This guest goes with the machine, as all do."""
+
     def close(self) -> None:
         """Take the machine down and wait until every process of it is gone. A detached one goes on."""
         if hasattr(self, "client"):
@@ -152,6 +156,37 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class JoinedMachine:
+    """A machine that somebody else started: `close` takes down what is one's own on it."""
+
+    def __init__(self, name: str) -> None:
+        """MachineError if it does not run."""
+        from toolstack.client import ControlClient
+
+        self.client = ControlClient(runtime_directory(name).control)
+        self._guests: list[str] = []
+        try:
+            self.client.request("follow")
+        except MachineError:
+            self.client.close()
+            raise
+
+    def owns(self, guest: str) -> None:
+        """A guest to end in `close`, if it has not ended by then."""
+        self._guests.append(guest)
+
+    def errors(self) -> str:
+        """Its warden belongs to somebody else."""
+        return ""
+
+    def close(self) -> None:
+        """End the guests, leave the machine."""
+        for guest in self._guests:
+            with contextlib.suppress(MachineError):
+                self.client.request("destroy", {"domain": guest})
+        self.client.close()
 
 
 def warden_pidfd(runtime: RuntimeDirectory) -> int | None:

@@ -38,10 +38,10 @@ CONTAINERS = {
 class AgentMachine(Consoles):
     """A running machine: `operator`, and what RunningMachine has."""
 
-    def __init__(self, containers: dict[str, str], agent_module: str, settings: dict[str, Any]) -> None:
+    def __init__(self, containers: dict[str, str], modules: dict[str, str], settings: dict[str, Any]) -> None:
         self.runtime = RuntimeDirectory(f"agents-{os.getpid()}-{secrets.token_hex(3)}")
         self._uids = UidBlock(UID_LOCKS) if os.getuid() == 0 else None
-        self._agent_module = agent_module
+        self._modules = modules
         self._containers = containers
         self.uids = {name: self._uids.take() if self._uids else os.getuid() for name in containers}
         self.logs: dict[str, Any] = {}
@@ -51,7 +51,8 @@ class AgentMachine(Consoles):
         command += ["--settings", json.dumps(machine), "--scratch", self._scratch()]
         for name, role in containers.items():
             command += ["--agent", f"{name}:{os.getuid()}:{self.uids[name]}:{role}"]
-        self._start("warden", command)
+        self._warden_command = command
+        self.start_warden()
         for name in containers:
             self.start_agent(name)
 
@@ -74,16 +75,26 @@ class AgentMachine(Consoles):
             start_new_session=True,
         )
 
-    def start_agent(self, name: str, module: str = "") -> None:
+    def start_warden(self) -> None:
+        """The machine's warden comes up (again)."""
+        self._start("warden", self._warden_command)
+
+    def start_agent(self, name: str) -> None:
         """The container of that name comes up (again)."""
         role = self._containers[name].partition("=")[0]
-        command = [module or self._agent_module, "domicile-agent", self.runtime.name, name, role]
+        command = [
+            self._modules.get(name, "toolstack.warden.agent"),
+            "domicile-agent",
+            self.runtime.name,
+            name,
+            role,
+        ]
         command += ["--with-parent"]
         command += ["--child-uid", str(self.uids[name])] if self._uids else ["--shared-uid"]
         self._start(name, command)
 
     def kill_container(self, name: str) -> None:
-        """SIGKILL to its agent, as `docker kill` does it."""
+        """SIGKILL to its agent (or to the warden), as `docker kill` does it."""
         self.processes[name].kill()
         self.processes[name].wait(BOUND_S)
 
@@ -147,10 +158,10 @@ class AgentMachine(Consoles):
 
 @contextmanager
 def agent_machine(
-    containers: dict[str, str] = CONTAINERS, agent_module: str = "toolstack.warden.agent", **settings: Any
+    containers: dict[str, str] | None = None, modules: dict[str, str] | None = None, **settings: Any
 ) -> Iterator[AgentMachine]:
     """A machine of agents, which is down when the block ends."""
-    machine = AgentMachine(containers, agent_module, settings)
+    machine = AgentMachine(containers or CONTAINERS, modules or {}, settings)
     try:
         machine.connect()
         yield machine

@@ -107,6 +107,13 @@ def run(
         int,
         typer.Option(metavar="N", min=0, max=64, help="Physical processors of the machine; 0: the host's."),
     ] = 0,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join",
+            help="On the machine that runs already (`domicile up`, compose.yaml); only the guest is taken down.",
+        ),
+    ] = False,
 ) -> None:
     r"""Boot one guest on a machine of its own, its console here, and take all down.
 
@@ -139,6 +146,7 @@ def run(
         json=json_,
         json_file=json_file,
         cpus=cpus,
+        join=join,
     )
     raise typer.Exit(status)
 

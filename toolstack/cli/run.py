@@ -26,7 +26,7 @@ from toolstack.errors import (
 )
 
 if TYPE_CHECKING:
-    from toolstack.machine import Machine
+    from toolstack.machine import JoinedMachine, Machine
 
 MACHINE_SPARE_MB: Final = 256
 """Machine memory beside the guest's."""
@@ -61,6 +61,8 @@ class RunRequest:
     json: bool = False
     json_file: str = ""
     cpus: int = 0
+    join: bool = False
+    """On the machine that `--machine` names, and that runs already."""
 
 
 @dataclass(slots=True)
@@ -92,7 +94,8 @@ class Run:
 
     def execute(self) -> int:
         """The exit status. InputError before anything was started; MachineError if the machine did not come up."""
-        from toolstack.machine import Machine
+        from toolstack.cli.state import state
+        from toolstack.machine import JoinedMachine, Machine
 
         request = self.request
         with Images() as images, _signals():
@@ -105,7 +108,11 @@ class Run:
                     if disk["target"]:
                         os.close(open_image(disk["target"], "disk", writable=not disk["readonly"]))
                 memory = max(MACHINE_MEMORY_MB, request.domain["memory_mb"] + MACHINE_SPARE_MB)
-                machine = Machine(memory_mb=memory, cpus=request.cpus)
+                machine: Machine | JoinedMachine
+                if request.join:
+                    machine = JoinedMachine(state.machine)
+                else:
+                    machine = Machine(memory_mb=memory, cpus=request.cpus)
                 try:
                     self._machine_up = time.monotonic()
                     config = make_config(request.domain, images)
@@ -119,11 +126,12 @@ class Run:
         self._tell()
         return self.outcome.status
 
-    def _guest(self, machine: Machine, config: Any, images: Images) -> None:
+    def _guest(self, machine: Machine | JoinedMachine, config: Any, images: Images) -> None:
         outcome = self.outcome
         try:
             arguments = {"config": config, "attach": True}
             outcome.domid = machine.client.request("create", arguments, images.descriptors)
+            machine.owns(self._name)
         except MachineGone:
             outcome.reason, outcome.details = "machine", machine.errors()
             return
@@ -149,7 +157,7 @@ class Run:
 
     # ------------------------------------------------------------------ while it runs
 
-    def _attend(self, machine: Machine, terminal: RawTerminal) -> None:
+    def _attend(self, machine: Machine | JoinedMachine, terminal: RawTerminal) -> None:
         client, request = machine.client, self.request
         poller = select.poll()
         poller.register(client.fileno(), select.POLLIN)
@@ -179,7 +187,7 @@ class Run:
             return None
         return max(0.0, self._start + self.request.timeout - time.monotonic())
 
-    def _output(self, machine: Machine, data: bytes) -> None:
+    def _output(self, machine: Machine | JoinedMachine, data: bytes) -> None:
         if not self.request.quiet:
             left = self._left()
             write_all(data, timeout=WRITE_S if left is None else min(WRITE_S, left))
@@ -188,7 +196,7 @@ class Run:
         if typed:
             self._type(machine, typed)
 
-    def _type(self, machine: Machine, data: bytes) -> None:
+    def _type(self, machine: Machine | JoinedMachine, data: bytes) -> None:
         try:
             machine.client.request("type", {"domain": self._name, "data": data})
         except MachineGone:
@@ -196,7 +204,7 @@ class Run:
         except MachineError:
             pass  # the guest ended meanwhile: its notice says so
 
-    def _input(self, machine: Machine, terminal: RawTerminal, poller: select.poll) -> bool:
+    def _input(self, machine: Machine | JoinedMachine, terminal: RawTerminal, poller: select.poll) -> bool:
         """Keys of the user; False if they want out."""
         keys = terminal.read()
         if not keys:
@@ -209,6 +217,8 @@ class Run:
 
     def _ended(self, body: dict[str, Any]) -> bool:
         """A notice about a domain's end; True if that ends the run."""
+        if body["name"] != self._name:  # somebody else's guest, on a machine that was joined
+            return False
         outcome, reason = self.outcome, body["reason"]
         outcome.details, outcome.stats = body["details"], body.get("stats") or {}
         if reason == "restarted":
@@ -219,7 +229,7 @@ class Run:
             outcome.status = EXIT_OK
         return True
 
-    def _collect(self, machine: Machine) -> None:
+    def _collect(self, machine: Machine | JoinedMachine) -> None:
         """The counters of a guest that still runs."""
         if not (self.request.json or self.request.json_file):
             return

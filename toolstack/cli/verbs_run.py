@@ -27,6 +27,7 @@ def run_verb(
     json: bool,
     json_file: str,
     cpus: int,
+    join: bool = False,
 ) -> int:
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
@@ -54,9 +55,18 @@ def run_verb(
     }
     from toolstack.doctor import require_quick
 
-    require_quick(domain["memory_mb"])
+    if not join:
+        require_quick(domain["memory_mb"])
     return Run(
         RunRequest(
-            domain, script, timeout, reboot=reboot, quiet=quiet, json=json, json_file=json_file, cpus=cpus
+            domain,
+            script,
+            timeout,
+            reboot=reboot,
+            quiet=quiet,
+            json=json,
+            json_file=json_file,
+            cpus=cpus,
+            join=join,
         )
     ).execute()

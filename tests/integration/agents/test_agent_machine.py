@@ -2,23 +2,205 @@
 
 from __future__ import annotations
 
+import os
+import select
+import socket
+from pathlib import Path
+
 import pytest
 
-from tests.support.agents import agent_machine
+from tests.support.agents import BOUND_S, CONTAINERS, AgentMachine, agent_machine
+from toolstack.cli.images import Images, make_config
+from toolstack.demo.guest import GREETING, get_files
+from toolstack.errors import MachineError
 from toolstack.guestfetch import fetch
 
 pytestmark = pytest.mark.timeout(180)
 
 
-def test_grub_boots_in_its_container() -> None:
-    """A PV guest's process runs where its agent is; the hypervisor counts its CPU time without seeing its process id."""
+def grub(machine: AgentMachine, name: str, **fields: object) -> None:
+    """A guest that is at its prompt."""
+    with Images() as images:
+        given = {"name": name, "kernel": str(fetch("grub").kernel), "memory_mb": 64, "on_reboot": "destroy"}
+        config = make_config({**given, **fields}, images)
+        machine.client.request("create", {"config": config, "attach": True}, images.descriptors)
+    machine.expect(name, "grub>")
+
+
+def is_prompt(machine: AgentMachine, name: str) -> None:
+    """The guest still answers."""
+    machine.type(name, "\r")
+    machine.expect(name, "grub>")
+
+
+def test_a_guest_runs_where_its_kind_belongs() -> None:
+    """In its container; the hypervisor counts its CPU time without its process id meaning anything to it; each is given back."""
     with agent_machine() as machine:
-        grub = fetch("grub")
-        machine.create("grub", grub.kernel, memory_mb=64)
-        machine.expect("grub", "grub>")
+        grub(machine, "grub")
         agents = machine.operator.agents()
         assert agents["domu-pv"].role == "domu"
         assert not agents["domu-pvh"].role
-        assert agents["domu-pv"].domain == machine.domains()["grub"]["domid"]
-        assert machine.domains()["grub"]["time_s"] > 0.1
+        row = machine.domains()["grub"]
+        assert agents["domu-pv"].domain == row["domid"]
+        assert row["time_s"] > 0.1
         machine.check()
+        machine.client.request("destroy", {"domain": "grub"})
+        machine.wait(lambda: not machine.operator.agents()["domu-pv"].role, "its process is gone")
+        grub(machine, "again")
+        assert machine.operator.agents()["domu-pv"].begun == 2
+
+
+def test_a_guest_reads_its_disk_while_driver_domain_and_device_are_killed_stopped_and_taken_away(
+    tmp_path: Path,
+) -> None:
+    """By an operator's order, and by the end of their containers, which come back."""
+    with agent_machine() as machine:
+        disk = str(get_files(tmp_path).disk)
+        grub(machine, "grub", disks=[{"vdev": "xvda", "format": "raw", "readonly": True, "target": disk}])
+        name, text = GREETING
+        for agent, what in (
+            ("", ""),
+            ("domio", "kill"),
+            ("domio", "stop"),
+            ("domio", "container"),
+            ("nvme", "container"),
+            ("nvme", "kill"),
+        ):
+            if agent:
+                begun = machine.operator.agents()[agent].begun
+                if what == "container":
+                    machine.kill_container(agent)
+                    machine.start_agent(agent)
+                else:
+                    machine.operator.strike(agent, what)
+                machine.wait(
+                    lambda agent=agent, begun=begun: machine.operator.agents()[agent].begun > begun,  # type: ignore[misc]
+                    f"{what} {agent}: another takes its place",
+                )
+            machine.type("grub", f"cat (xen/xvda)/{name}\r")
+            machine.expect("grub", text)
+        assert machine.operator.agents()["domio"].enrolled == 2
+        machine.check()
+
+
+LIES = {
+    "garbage": "said what is no message",
+    "death of others": "is not in this container",
+    "own death": "and lives",
+    "twice": "enrolled twice",
+    "descriptors": "without a pidfd",
+}
+
+
+def test_an_agent_that_lies_harms_its_own_container_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its domain goes; the machine and another guest go on."""
+    monkeypatch.setenv("DOMICILE_LIE", "nothing yet")
+    with agent_machine(modules={"domu-pvh": "tests.support.liar_agent"}) as machine:
+        grub(machine, "honest")
+        pvh = str(fetch("grub").pvh_kernel)
+        for number, (lie, found) in enumerate(LIES.items()):
+            monkeypatch.setenv("DOMICILE_LIE", lie)
+            enrolled = machine.operator.agents()["domu-pvh"].enrolled
+            machine.kill_container("domu-pvh")
+            machine.start_agent("domu-pvh")
+            machine.wait(
+                lambda enrolled=enrolled: machine.operator.agents()["domu-pvh"].enrolled > enrolled,  # type: ignore[misc]
+                "the liar enrols",
+            )
+            name = f"victim{number}"
+            with Images() as images:
+                fields = {"name": name, "type": "pvh", "kernel": pvh, "memory_mb": 64}
+                request = {"config": make_config(fields, images), "attach": True}
+                try:
+                    machine.client.request("create", request, images.descriptors)
+                except MachineError:
+                    pass  # it ended while it was built
+                else:
+                    machine.wait(lambda name=name: name in machine.ended, f"{lie}: the liar's domain ends")  # type: ignore[misc]
+            assert found in machine.said("warden"), lie
+            is_prompt(machine, "honest")
+        machine.check()
+
+
+def test_nobody_takes_an_agents_place() -> None:
+    """A second connection is refused while the first lives; so is one of another uid, whatever it could reach."""
+    with agent_machine() as machine:
+        path = machine.runtime.root / "agents" / "domio"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(path))
+            assert select.select([sock], [], [], BOUND_S)[0]
+            assert not sock.recv(100)
+        machine.wait(lambda: "a second agent while the first lives" in machine.said("warden"), "it is said")
+        assert machine.operator.agents()["domio"].enrolled == 1
+        with pytest.raises(MachineError, match="no container 'x'"):
+            machine.operator.strike("x", "kill")
+        if os.getuid() != 0:
+            return
+        assert as_uid(machine.uids["nvme"], path) == "PermissionError"
+        path.chmod(0o666)
+        machine.kill_container("domio")
+        machine.wait(lambda: not machine.operator.agents()["domio"].connected, "it is gone")
+        assert as_uid(machine.uids["nvme"], path) == ""
+        machine.wait(
+            lambda: f"refused: uid {machine.uids['nvme']}" in machine.said("warden"), "the uid is refused"
+        )
+        assert not machine.operator.agents()["domio"].connected
+
+
+def as_uid(uid: int, path: Path) -> str:
+    """What a process of that uid finds when it connects there: the exception's name, or what it reads ('': the end)."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.settimeout(BOUND_S)
+                sock.connect(str(path))
+                os.write(write, sock.recv(100))
+        except OSError as error:
+            os.write(write, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, encoding="ascii") as file:
+        said = file.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def test_the_machine_ends_with_its_hypervisor_and_with_its_warden_and_comes_back() -> None:
+    """Every process goes; agents stay, and serve the next machine."""
+    with agent_machine() as machine:
+        grub(machine, "grub")
+        machine.kill_container("warden")
+        ended = "the link to the machine's warden is over"
+        for name in CONTAINERS:
+            wait_said(machine, name, ended)
+        reconnect(machine)
+        grub(machine, "grub")
+        machine.kill_container("hypervisor")
+        assert machine.processes["warden"].wait(BOUND_S) == 1
+        assert "the hypervisor ended with signal 9" in machine.said("warden")
+        machine.start_agent("hypervisor")
+        reconnect(machine)
+        grub(machine, "grub")
+
+
+def wait_said(machine: AgentMachine, name: str, text: str) -> None:
+    """Until it was said. AssertionError."""
+    for _ in range(int(BOUND_S / 0.05)):
+        if text in machine.said(name):
+            return
+        select.select([], [], [], 0.05)
+    raise AssertionError(f"{name}: {text!r} was not said: {machine.said(name)[-1000:]}")
+
+
+def reconnect(machine: AgentMachine) -> None:
+    """A new warden, a new machine."""
+    machine.client.close()
+    machine.operator.close()
+    machine.start_warden()
+    machine.connect()
