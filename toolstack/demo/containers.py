@@ -23,7 +23,7 @@ from typing import Final
 
 from bus.messages.warden import AgentStatus
 from toolstack.client import ControlClient
-from toolstack.demo.guest import CMDLINE, DISK_MB, RootedFiles, get_rooted
+from toolstack.demo.guest import CMDLINE, ROOT_MB, RootedFiles, get_rooted
 from toolstack.demo.rogue import targets
 from toolstack.demo.show import Show
 from toolstack.demo.telling import MORE_WRITES, STEP_S, Record, StepFailed, Telling
@@ -248,7 +248,7 @@ class ContainerStory(ContainerTelling):
     def _files(self, directory: Path) -> tuple[RootedFiles, str]:
         with self.show.waiting("making the disk"):
             files = get_rooted(directory)
-        text = f"Linux {files.rooted.version}, {DISK_MB} MB of ext4 with its root"
+        text = f"Linux {files.rooted.version}, {ROOT_MB} MB of ext4 with its root"
         self.show.line(f"    {text}")
         return files, text
 

@@ -83,14 +83,17 @@ echo SWITCHING
 exec switch_root /mnt /sbin/init
 """
 """In the ramdisk: the modules are loaded; the root file system is on the disk."""
+ROOT_MB: Final = 64
+ROOT_FILES: Final = 500
 ROOT_WRITER: Final = f"""
 echo "ROOT $(grep ' / ' /proc/mounts | tail -n 1)"
 (read -r word </dev/hvc0; touch /dev/enough) &
 n=0
-while [ ! -e /dev/enough ] && [ $n -lt {MAX_FILES} ]; do
+while [ ! -e /dev/enough ] && [ $n -lt {ROOT_FILES} ]; do
     set -- $(head -c {FILE_KB << 10} /dev/urandom | tee /dev/new | sha256sum)
     dd if=/dev/new of=/f$n bs={FILE_KB}k conv=fsync 2>/dev/null && echo "ACK $n $1" || echo "FAILED write $n"
     n=$((n+1))
+    sleep 0.1
 done
 echo "IO-ERRORS $(dmesg | grep -ci 'i/o error')"
 mount -o remount,ro / && echo UNMOUNTED
@@ -118,7 +121,7 @@ def get_rooted(directory: Path) -> RootedFiles:
     try:
         rooted = debian(modules=MODULES, extra={"etc/rc.guest": SWITCH.encode()})
         ticker = debian(extra={"etc/rc.guest": TICKER.encode()})
-        disk = root_disk(directory / "root.ext4", DISK_MB, extra={"etc/rc.guest": ROOT_WRITER.encode()})
+        disk = root_disk(directory / "root.ext4", ROOT_MB, extra={"etc/rc.guest": ROOT_WRITER.encode()})
     except FetchError as error:
         raise MachineError(str(error)) from None
     return RootedFiles(rooted, ticker, disk)
