@@ -35,6 +35,8 @@ UP_S: Final = 120.0
 BOOT_S: Final = 240.0
 BACK_S: Final = 60.0
 """For a container to be back: its engine waits longer from time to time."""
+NEEDED: Final = ("hypervisor", "dom0", "nvme", "domio", "domu-pv", "domu-pvh")
+"""Containers without which there is no story; compose.yaml has more in its profiles."""
 IMAGES: Final = Path(os.environ.get("DOMICILE_IMAGES", "/images"))
 
 
@@ -94,16 +96,16 @@ class ContainerTelling(Telling):
         return None, text
 
     def _everybody(self) -> dict[str, AgentStatus]:
-        """All containers, once each has enrolled."""
+        """All containers that are there, once those that are needed have enrolled."""
         agents: dict[str, AgentStatus] = {}
 
         def there() -> bool:
             nonlocal agents
             agents = self.operator.agents()
-            return all(row.connected for row in agents.values())
+            return all(name in agents and agents[name].connected for name in NEEDED)
 
         self._wait("containers come up", there, BACK_S, "")
-        return agents
+        return {name: row for name, row in agents.items() if row.connected}
 
     def _boot(self, files: RootedFiles) -> tuple[None, str]:
         self.show.line(

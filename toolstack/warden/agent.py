@@ -183,7 +183,8 @@ class Agent:
             self._link = None
             sock.close()
             if not self._waits:
-                self._say(f"waits for the machine's warden ({error})")
+                missing = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+                self._say("waits for the machine's warden" + ("" if missing else f": {error}"))
                 self._waits = True
             return
         self._waits = False
@@ -236,7 +237,10 @@ class Agent:
             raise Gone(
                 f"asked for a {order.role} while {'one runs' if child.id is not None else f'this is for a {self._role}'}"
             )
-        files = open_files(child.process.pid)
+        try:
+            files = open_files(child.process.pid)
+        except OSError:
+            raise Gone(f"the {self._role} that was to begin has ended") from None
         try:
             child.begin(order, order.settings, fds)
             self._say(

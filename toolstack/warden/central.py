@@ -19,11 +19,12 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from bus import privileges
+from bus.abi.xen import DOMID_FIRST_RESERVED
 from bus.messages.envelope import BadMessage, Message
 from bus.messages.warden import (
     FROM_AGENT,
@@ -78,12 +79,6 @@ class _Wanted:
     pidfd: int | None = None
 
 
-@dataclass(slots=True)
-class _Operator:
-    link: PacketLink
-    waiting: list[Message] = field(default_factory=list)
-
-
 class CentralWarden(Warden):
     """Processes run where agents are."""
 
@@ -128,9 +123,7 @@ class CentralWarden(Warden):
             close_all(wanted.fds)
             raise BadMessage(str(lie)) from None
         self._wanted[order.id] = wanted
-        if actions and isinstance(actions[0], Over):
-            pass
-        elif not actions:
+        if not actions:
             _say(f"{order.role} waits for its container")
         self._carry_out(actions)
 
@@ -253,11 +246,8 @@ class CentralWarden(Warden):
         self._register(wanted.pidfd, lambda: self._dead(message.id))
         close_all(wanted.fds)
         wanted.fds = []
-        _say(
-            f"{seat.spec.name}: {process.role} begins (domain {process.domain})"
-            if process.domain < 0x7FF0
-            else f"{seat.spec.name}: {process.role} begins"
-        )
+        whose = f" (domain {process.domain})" if process.domain < DOMID_FIRST_RESERVED else ""
+        _say(f"{seat.spec.name}: {process.role} begins{whose}")
         if message.id == HYPERVISOR_ID:
             return
         order = wanted.order
@@ -270,8 +260,9 @@ class CentralWarden(Warden):
 
     def _dead(self, number: int) -> None:
         """A pidfd is readable."""
-        wanted = self._wanted[number]
-        assert wanted.pidfd is not None
+        wanted = self._wanted.get(number)
+        if wanted is None or wanted.pidfd is None or not _is_dead(wanted.pidfd):
+            return  # another handler saw to it in the same round
         self._selector.unregister(wanted.pidfd)  # readable for good
         process = self.roster.processes.get(number)
         if process is not None and process.agent is not None:
@@ -286,8 +277,7 @@ class CentralWarden(Warden):
         self._selector.unregister(seat.link)
         seat.link.close()
         seat.link, seat.deadline = None, None
-        if why:
-            self._close_for_a_while(seat)
+        self._close_for_a_while(seat)
         if seat.enrolled:
             seat.enrolled = False
             process = self.roster.agents[seat.spec.name].process
@@ -315,6 +305,10 @@ class CentralWarden(Warden):
         full, fds, own = self.complete(wanted.order, wanted.fds)
         try:
             self._send(self._seats[give.agent], full.model_copy(update={"endpoint": ""}), fds)
+        except BadMessage as error:  # what Dom0 or the hypervisor gave for it is too much: it never begins
+            self._carry_out(
+                self.roster.ended(time.monotonic(), give.agent, give.id, 1, str(error), dead=True)
+            )
         finally:
             close_all(own)
 
@@ -450,7 +444,6 @@ def main() -> int:
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--scratch", default="/tmp")
     options = parser.parse_args()
-    # Now: for each agent `_SPEC` gave the pattern, and sockets are made once and for all.
     runtime = RuntimeDirectory(options.machine)
     runtime.create(shared=True)
     runtime.pid.write_text(str(os.getpid()), encoding="ascii")

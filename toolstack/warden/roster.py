@@ -22,6 +22,8 @@ BEGIN_S: Final = 30.0
 LOST_S: Final = 1.0
 """How long a process of which there is no pidfd is given to die with its container."""
 _SPEC: Final = re.compile(r"([a-z0-9-]{1,32}):(\d{1,10}):(\d{1,10}):([a-z0-9]{1,16})(?:=([a-z]{1,16}))?")
+SAY_S: Final = 5.0
+"""How long an agent may take to say how its process ended, of which the kernel says that it did."""
 KILLED: Final = -9
 
 
@@ -216,9 +218,11 @@ class Roster:
     def dead(self, now: float, number: int) -> list[Action]:
         """The kernel says that a process ended. While its agent is there, the agent says how."""
         process = self.processes.get(number)
-        if process is None or process.state is not State.LOST:
-            return []
-        return self._over(now, process, KILLED, "its container ended")
+        if process is not None and process.state is State.LOST:
+            return self._over(now, process, KILLED, "its container ended")
+        if process is not None and process.state is State.RUNNING:
+            process.deadline = now + SAY_S
+        return []
 
     def _own(self, name: str, number: int) -> Process:
         process = self.processes.get(number)
@@ -245,7 +249,10 @@ class Roster:
             elif process.state is State.GIVEN:
                 assert process.agent is not None
                 actions.append(Drop(process.agent.spec.name, f"did not begin process {process.id}"))
-            elif process.state is State.LOST:
+            elif process.state is State.RUNNING:
+                assert process.agent is not None
+                actions.append(Drop(process.agent.spec.name, f"did not say how process {process.id} ended"))
+            else:
                 actions += self._over(now, process, KILLED, "its container ended before it began")
         return actions
 

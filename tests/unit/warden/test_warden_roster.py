@@ -12,6 +12,7 @@ from toolstack.warden.roster import (
     BEGIN_S,
     LOST_S,
     PLACE_S,
+    SAY_S,
     AgentSpec,
     Drop,
     Give,
@@ -134,6 +135,16 @@ def test_an_agent_that_does_not_begin_is_dropped() -> None:
     assert made.tick(BEGIN_S + LOST_S / 2) == []
     (over,) = made.tick(BEGIN_S + LOST_S)
     assert isinstance(over, Over)
+
+
+def test_an_agent_that_does_not_say_how_its_process_ended_is_dropped() -> None:
+    """Within a bound: the hypervisor is not left with a process that is dead."""
+    made = running()
+    assert made.dead(0.0, 1) == []
+    assert made.tick(SAY_S - 1) == []
+    assert made.tick(SAY_S) == [Drop("domio", "did not say how process 1 ended")]
+    made.lost(SAY_S, "domio")
+    assert made.dead(SAY_S, 1) == [Over(1, -9, "its container ended")]
 
 
 def test_signals_go_to_the_agent() -> None:
