@@ -174,3 +174,16 @@ def test_the_whole_run_of_a_small_guest_is_quick(domicile: Domicile, guest_progr
         assert domicile("run", kernel).returncode == 0
         times.append(time.monotonic() - start)
     assert min(times) < 3.0, times
+
+
+def test_a_guest_joins_a_machine_that_runs_already(domicile: Domicile, machine: str, grub: str) -> None:
+    """Its own guest is taken down at the end, whatever the end; the machine and others' guests stay."""
+    done = domicile(
+        "-M", machine, "run", "--join", grub, "--until", "grub>", "--name", "mine", "-q", "--timeout", "30"
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    done = domicile("-M", machine, "list")
+    assert [line.split()[0] for line in done.stdout.decode().splitlines()[1:]] == ["Domain-0"]
+    done = domicile("-M", "nobody", "run", "--join", grub)
+    assert done.returncode == 1
+    assert b"no machine runs" in done.stderr
