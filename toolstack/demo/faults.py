@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import tomllib
+from functools import partial
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -135,9 +136,7 @@ class Chaos(ContainerTelling):
             self._until(begin + fault.at_ms / 1000)
             target = fault.target
             # A container that an earlier blow took away is waited for: a fault is to meet something.
-            self._wait(
-                f"{target} is there", lambda target=target: bool(self.operator.agents()[target].role), BACK_S
-            )  # type: ignore[misc]
+            self._wait(f"{target} is there", partial(self._is_there, target), BACK_S)
             self.show.line(f"{fault.what}: {target}", "head")
             if fault.what == "freeze":
                 self.operator.strike(target, "stop")
@@ -147,6 +146,12 @@ class Chaos(ContainerTelling):
                 self.operator.strike(target, "kill" if fault.what == "kill" else "leave")
             self.record.facts["blows"].append(fault.model_dump())
         return None, ", ".join(f"{fault.what} {fault.target}" for fault in self._plan)
+
+    def _is_there(self, target: str) -> bool:
+        row = self.operator.agents().get(target)
+        if row is None:
+            raise StepFailed(f"the plan names {target!r}, and this machine has no such container")
+        return bool(row.role)
 
     def _until(self, moment: float) -> None:
         while time.monotonic() < moment:
