@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+MAX_RECORD: Final = 16 << 10
+"""Bytes of a line that is looked at (a record of bus.log is no longer)."""
 MAX_LINE: Final = 500
+"""Characters of a line that is said."""
+MAX_LAST_READS: Final = 16
 LINES_A_SECOND: Final = 100
 BURST: Final = 400
 _KEPT: Final = 3000
@@ -61,12 +66,12 @@ class Output:
         except OSError:
             return False
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE or not data:
+        if len(self._rest) > MAX_RECORD or not data:
             lines.append(self._rest)
             self._rest = b""
         for line in lines:
             if line.strip():
-                self._line(line[:MAX_LINE].decode("utf-8", "replace").rstrip())
+                self._line(readable(line[:MAX_RECORD].decode("utf-8", "replace").rstrip())[:MAX_LINE])
         return bool(data)
 
     def _line(self, line: str) -> None:
@@ -84,7 +89,7 @@ class Output:
         if self._dropped:
             self._say(f"({self._dropped} lines left out)")
             self._dropped = 0
-        self._say(readable(line).replace("\x1b", "?"))
+        self._say(line.replace("\x1b", "?"))
 
     def tail(self) -> str:
         """The last lines."""
@@ -92,13 +97,11 @@ class Output:
 
     def close(self) -> None:
         """Take what is left, and close."""
-        while self.pump():
-            if not self._more():
+        for _ in range(MAX_LAST_READS):  # whoever still has the other end may go on writing
+            if not self.pump() or not self._more():
                 break
         with contextlib.suppress(OSError):
             os.close(self.fd)
 
     def _more(self) -> bool:
-        import select
-
         return bool(select.select([self.fd], [], [], 0)[0])
