@@ -119,7 +119,8 @@ class Agent:
         self._say(
             f"{self._role} (process {child.process.pid}) was {how}" if status < 0 else f"{self._role} {how}"
         )
-        self._send(Ended(id=number, status=status, text=text[-3900:]))
+        # What one says before SIGKILL is not why it ended.
+        self._send(Ended(id=number, status=status, text="" if status == -signal.SIGKILL else text[-3900:]))
 
     def _clear(self) -> tuple[int, str]:
         """The child is gone: nothing that it started is left either. Its status and last words."""
@@ -188,7 +189,7 @@ class Agent:
                 self._waits = True
             return
         self._waits = False
-        self._say(f"enrolled with the machine's warden: waits for {self._role} to be wanted")
+        self._say(f"enrolled with the machine's warden; {self._role} is loaded, and waits until it is wanted")
         self._selector.register(self._link, selectors.EVENT_READ, self._hear)
 
     def _hear(self) -> None:

@@ -183,7 +183,7 @@ class CentralWarden(Warden):
                 sock.close()
                 self._close_for_a_while(seat)
                 why = f"uid {uid}" if uid != seat.spec.uid else "a second agent while the first lives"
-                _say(f"{seat.spec.name}: refused: {why}")
+                _say(f"container {seat.spec.name}: refused: {why}")
                 return
             seat.link, seat.enrolled = PacketLink(sock, FROM_AGENT), False
             seat.deadline = time.monotonic() + ENROL_S
@@ -224,7 +224,10 @@ class CentralWarden(Warden):
             actions = self.roster.enrolled(now, name)
             seat.enrolled, seat.deadline = True, None
             again = self.roster.agents[name].enrolled
-            _say(f"{name} is there (uid {seat.spec.uid})" + (f", for the {again}. time" if again > 1 else ""))
+            _say(
+                f"container {name} is there (uid {seat.spec.uid})"
+                + (f", for the {again}. time" if again > 1 else "")
+            )
             self._carry_out(actions)
             return
         if not seat.enrolled:
@@ -246,8 +249,8 @@ class CentralWarden(Warden):
         self._register(wanted.pidfd, lambda: self._dead(message.id))
         close_all(wanted.fds)
         wanted.fds = []
-        whose = f" (domain {process.domain})" if process.domain < DOMID_FIRST_RESERVED else ""
-        _say(f"{seat.spec.name}: {process.role} begins{whose}")
+        what = f"domain {process.domain}" if process.domain < DOMID_FIRST_RESERVED else process.role
+        _say(f"{what} begins in container {seat.spec.name}")
         if message.id == HYPERVISOR_ID:
             return
         order = wanted.order
@@ -273,7 +276,7 @@ class CentralWarden(Warden):
         """The link to an agent is over."""
         if seat.link is None:
             return
-        _say(f"{seat.spec.name}: {why or 'its container is gone'}")
+        _say(f"container {seat.spec.name}: {why or 'it is gone'}")
         self._selector.unregister(seat.link)
         seat.link.close()
         seat.link, seat.deadline = None, None
@@ -330,9 +333,8 @@ class CentralWarden(Warden):
                 self._selector.unregister(wanted.pidfd)
             os.close(wanted.pidfd)
         how = f"signal {-over.status}" if over.status < 0 else f"status {over.status}"
-        _say(
-            f"{wanted.order.role} ended ({how}{': ' + over.text.splitlines()[-1][:200] if over.text else ''})"
-        )
+        why = f": {over.text.splitlines()[-1][:200]}" if over.text else ""
+        _say(f"a process of {wanted.order.role} ended with {how}{why}")
         if over.id == HYPERVISOR_ID:
             self.ending = f"the hypervisor ended with {how}" + (f": {over.text}" if over.text else "")
         else:
@@ -387,13 +389,13 @@ class CentralWarden(Warden):
         if seat.link is None or not seat.enrolled:
             return f"{name}: its agent is not there"
         if what == "leave":
-            _say(f"{name}: told to end its container, by an operator")
+            _say(f"an operator has container {name} end")
             self._send(seat, Leave())
             return ""
         process = self.roster.agents[name].process
         if process is None:
             return f"{name}: nothing runs in it"
-        _say(f"{name}: {what} of {process.role}, by an operator")
+        _say(f"an operator sends {what.upper()} to the process in container {name}")
         self._carry_out(self.roster.signal(time.monotonic(), process.id, what))
         return ""
 
@@ -430,7 +432,7 @@ def _listening(path: Path, gid: int | None) -> socket.socket:
 
 
 def _say(text: str) -> None:
-    print(f"warden: {text}", flush=True)
+    print(text, flush=True)
 
 
 def main() -> int:
