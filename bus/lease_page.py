@@ -36,6 +36,8 @@ SEEN: Final = 10
 """The last EPOCH that it has obeyed."""
 CURRENT: Final = 11
 """The vCPU that ran last."""
+YIELDS: Final = 12
+"""Counts how often it let others go first. The hypervisor answers each by an EPOCH of its own, whatever it decides."""
 VCPU_TIME: Final = 16
 """From here on, for each vCPU: ns on a CPU."""
 

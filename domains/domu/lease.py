@@ -88,6 +88,25 @@ class Lease:
             self._asked = epoch
             self._ring()
 
+    def yielded(self) -> bool:
+        """Its vCPU gives the CPU up for a moment (SCHEDOP_yield): if the lease ends, somebody may be waiting, and the hypervisor
+        decides who goes on. True: run nothing before `may_run` after the next word of the hypervisor."""
+        if self._page is None:
+            return False
+        words = self._page.words
+        if words[lp.STATE] != lp.GRANTED:
+            return False
+        words[lp.RUNNING] = 0
+        words[lp.SEEN] = words[lp.EPOCH]
+        words[lp.YIELDS] += 1
+        self._ring()
+        return True
+
+    @property
+    def answered(self) -> bool:
+        """The hypervisor has decided since `yielded`."""
+        return self._page is None or bool(self._page.words[lp.EPOCH] != self._page.words[lp.SEEN])
+
     def _ring(self) -> None:
         if self._theirs is not None:
             self._theirs.ring()

@@ -36,6 +36,7 @@ from domains.vcpu.unicorn_vcpu import UnicornVcpu
 MAX_MFN: Final = 1 << 24
 """The machine-to-physical table covers this many frames (hypervisor.core.config.MachineConfig.mfn_limit)."""
 IDLE_S: Final = 60.0
+YIELD_BOUND_NS: Final = 10_000_000
 Handler = Callable[[Order, list[int]], tuple[int, bytes]]
 
 
@@ -129,10 +130,20 @@ class PvProcess:
             began = time.thread_time_ns()
             outcome = domain.run_slice()
             lease.ran(domain.cpu.current.id, time.thread_time_ns() - began)
-            if not outcome.runnable and not domain.finished:
+            if outcome.yielded and not domain.finished:
+                if lease.yielded():
+                    self._wait_for_turn()
+            elif not outcome.runnable and not domain.finished:
                 lease.sleeping()
                 self._ear.set_deadline(self._monotonic(outcome.deadline))
                 self._wait(IDLE_S)
+
+    def _wait_for_turn(self) -> None:
+        """After a yield: until the hypervisor has said who goes on, which it does at once; not longer than a scheduler's slice."""
+        until = time.monotonic_ns() + YIELD_BOUND_NS
+        while not self._lease.answered and (left := until - time.monotonic_ns()) > 0:
+            self._ear.set_deadline(0)
+            self._wait(left / 1e9)
 
     def _monotonic(self, deadline: int | None) -> int:
         """The guest's system time as CLOCK_MONOTONIC ns."""

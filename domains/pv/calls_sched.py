@@ -56,6 +56,7 @@ class SchedCalls:
         if cmd == SCHEDOP_block:
             return self._block()
         if cmd == SCHEDOP_yield:
+            self._cpu.yielded = True
             self._cpu.vcpu.request_stop()
             return 0
         if cmd == SCHEDOP_poll:

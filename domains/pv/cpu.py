@@ -18,7 +18,7 @@ CR4_HARDWARE: Final = 0x10620
 """CR4 that the guest's code really runs with: PAE, OSFXSR, OSXMMEXCPT, FSGSBASE."""
 GDT_LIMIT: Final = 0xEFFF
 """Limit of every GDT: the guest's 14 pages and Xen's own descriptors behind them."""
-CR0_HARDWARE: Final = 0x80010033
+CR0_HARDWARE: Final = 0x80050033
 FLAT_LIMIT: Final = 0xFFFFFFFF
 CODE64_ATTRIBUTES: Final = 0xA0FB
 DATA_ATTRIBUTES: Final = 0xC0F3
@@ -48,7 +48,18 @@ RFLAGS_DROP: Final = 0x23000
 class Cpu:
     """See the module. `mmu`, and `vcpu` by `attach`, are set once those exist: each needs this object first."""
 
-    __slots__ = ("assists", "base", "crash_reason", "current", "mmu", "octets", "regs", "vcpu", "words")
+    __slots__ = (
+        "assists",
+        "base",
+        "crash_reason",
+        "current",
+        "mmu",
+        "octets",
+        "regs",
+        "vcpu",
+        "words",
+        "yielded",
+    )
 
     mmu: PagingApi
     vcpu: Vcpu
@@ -62,6 +73,8 @@ class Cpu:
         self.assists = 0
         """Bitmap of VMASST_TYPE_* that are on, of the whole domain."""
         self.crash_reason: str | None = None
+        self.yielded = False
+        """The current vCPU made SCHEDOP_yield in this slice."""
 
     def attach(self, vcpu: Vcpu) -> None:
         """The vCPU object, which is built around the traps and so comes last."""
@@ -229,6 +242,7 @@ class Cpu:
         root = state.kernel_root if state.kernel_mode else state.user_root
         self.regs.cr3 = (root or 0) << PAGE_SHIFT
         self.apply_ts()
+        self.apply_cr4()
         self.load_descriptor_tables()
         self.vcpu.flush_tlb()
 
@@ -263,6 +277,11 @@ class Cpu:
             return True
         self.vcpu.load_segment(name, selector & 3 if selector < 4 else 0, 0, FLAT_LIMIT, DATA_ATTRIBUTES)
         return selector < 4
+
+    def apply_cr4(self) -> None:
+        """Give the hardware the guest's bits of CR4: TSD traps RDTSC (in the guest kernel too, for which it is emulated), and
+        RDFSBASE and its like are #UD without FSGSBASE."""
+        self.regs.cr4 = self.current.cr4
 
     def apply_ts(self) -> None:
         """Give the hardware the guest's CR0.TS."""

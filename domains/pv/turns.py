@@ -27,6 +27,8 @@ class Slice(NamedTuple):
     """While not runnable: system time (ns) of the next timer; None: only an event can wake the domain."""
     bell: bool
     """The bell rang, and is cleared already: the caller looks what for."""
+    yielded: bool = False
+    """The vCPU let others go first (SCHEDOP_yield), and none of this domain's wants to: other domains may."""
 
 
 State = TypeVar("State", bound=VcpuState)
@@ -97,7 +99,10 @@ class Turns(ABC, Generic[State]):
             return Slice(False, None, bell)
         self._expire_all()
         runnable = any(other.runnable for other in self._states)
-        return Slice(runnable, None if runnable else self.next_deadline(), bell)
+        yielded, self._cpu.yielded = self._cpu.yielded, False
+        if yielded and any(other.runnable for other in self._states if other is not state):
+            yielded = False
+        return Slice(runnable, None if runnable else self.next_deadline(), bell, yielded)
 
     def next_deadline(self) -> int | None:
         """System time (ns) of the next timer of any vCPU that is up."""

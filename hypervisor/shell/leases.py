@@ -46,6 +46,7 @@ class _Lease:
     stopped: bool = False
     enabled: bool = False
     offences: int = 0
+    yields: int = 0
 
 
 class Leases:
@@ -78,6 +79,7 @@ class Leases:
         self._by_fd: dict[int, _Lease] = {}
         self._natives: dict[DomId, int] = {}
         self._rung = False
+        self._yielded: list[_Lease] = []
         self._sample_at: int | None = None
         self._began = time.monotonic_ns()
         self.turns = 0
@@ -188,6 +190,10 @@ class Leases:
         self._patrol(now)
         for change in self._scheduler.schedule(now):
             self._change(now, change)
+        for lease in self._yielded:
+            lease.page.words[lp.EPOCH] += 1  # the answer: it goes on if a lease was left, or given, to it
+            self._ring(lease)
+        self._yielded.clear()
         self._sample_at = now + INTERVAL if self._needs_patrol() else None
 
     def _look(self, now: int, lease: _Lease, unit: Unit) -> None:
@@ -204,7 +210,11 @@ class Leases:
             scheduler.blocked(now, lease.domain)
             return
         scheduler.woke(now, lease.domain)
-        if not words[lp.RUNNING]:
+        if words[lp.YIELDS] != lease.yields:
+            lease.yields = words[lp.YIELDS]
+            scheduler.yielded(now, lease.domain)
+            self._yielded.append(lease)
+        elif not words[lp.RUNNING]:
             scheduler.returned(now, lease.domain)
 
     def _change(self, now: int, change: Change) -> None:

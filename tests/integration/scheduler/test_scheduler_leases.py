@@ -53,6 +53,25 @@ def obey(fds: list[int]) -> None:
                 lease.take(ours)
 
 
+def polite(fds: list[int]) -> None:
+    """An honest process whose guest does nothing but SCHEDOP_yield."""
+    words = lp.LeasePage(fds[0]).words
+    lease = Lease(lambda: None)
+    ours = lease.attach([os.dup(fd) for fd in fds])
+    assert ours is not None
+    while True:
+        if lease.may_run():
+            lease.running()
+            words[SPUN_UNTIL] += 1
+            if lease.yielded():
+                while not lease.answered:
+                    select.select([ours], [], [], 0.01)
+        else:
+            lease.ask()
+        if select.select([ours], [], [], 0 if lease.may_run() else 0.01)[0]:
+            lease.take(ours)
+
+
 class Host:
     """The hypervisor's part: the scheduler of one CPU, and the leases of processes that this one forks."""
 
@@ -202,3 +221,21 @@ def test_a_page_that_is_not_sealed_is_refused() -> None:
     os.ftruncate(fd, lp.SIZE)
     with pytest.raises(ValueError, match="sealed"):
         lp.map_page(fd)
+
+
+def test_a_domain_that_yields_lets_others_run_and_goes_on_itself() -> None:
+    """Two busy domains would share the CPU; of one that only yields, the other has nearly all of it. Alone, it runs on."""
+    with host() as it:
+        yielder = it.add(1, polite)
+        it.run(0.2)
+        alone = it.last_ran(yielder)
+        assert alone > 100
+        busy = it.add(2, obey)
+        it.run(0.2)
+        before = {domain: cpu_clock(it.pids[domain]) for domain in (yielder, busy)}
+        turns = it.last_ran(yielder)
+        it.run(1.0)
+        used = {domain: cpu_clock(it.pids[domain]) - start for domain, start in before.items()}
+        assert it.last_ran(yielder) > turns, "it never ran again"
+        assert used[busy] > 3 * used[yielder], used
+        assert not it.signals

@@ -370,7 +370,7 @@ def test_pause(rig: Rig) -> None:
     rig.put(CODE, b"\xeb\xfe")
     rig.regs.rip = CODE
     rig.domain.pause()
-    assert rig.domain.run_slice() == (False, None, False)
+    assert rig.domain.run_slice() == (False, None, False, False)
     rig.domain.unpause()
     assert rig.domain.run_slice().runnable
     rig.domain.ring()
