@@ -44,7 +44,7 @@ class GuestProcess(PvProcess):
                     "memory": self._hvm_memory,
                     "set_vcpu_context": lambda order, fds: (-XEN_EOPNOTSUPP, b""),
                     "set_hvm_context": self._set_hvm_context,
-                    "get_hvm_context": lambda order, fds: (-XEN_EOPNOTSUPP, b""),
+                    "get_hvm_context": self._get_hvm_context,
                     "hvm_param": self._hvm_param,
                     "trigger": self._trigger,
                     "drop_code": self._hvm_drop_code,
@@ -111,6 +111,10 @@ class GuestProcess(PvProcess):
         # It has what the inherited loop and orders use of a PvDomain.
         self.domain = cast(PvDomain, domain)
         return 0, b""
+
+    def _get_hvm_context(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """XEN_DOMCTL_gethvmcontext. A domain that was not started has no vCPU to show."""
+        return (-XEN_EINVAL, b"") if self.hvm is None else (0, self.hvm.context())
 
     def _trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         """XEN_DOMCTL_SENDTRIGGER_NMI (0). Buttons need ACPI devices, which this guest does not have."""

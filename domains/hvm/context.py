@@ -1,10 +1,13 @@
-"""The first state of an HVM domain's vCPU 0 from its HVM context (XEN_DOMCTL_sethvmcontext): records of hvm/save.h.
+"""HVM contexts: records of hvm/save.h.
 
-Read: HEADER, the CPU record of instance 0, END. Records of other types (MTRR, local APIC ...) are skipped: their state is
-that after reset. Contexts of running domains (migration) are not built: get_hvm_context is refused.
+XEN_DOMCTL_sethvmcontext gives vCPU 0 its first state. Read: HEADER, the CPU record of instance 0, END; records of other types
+(MTRR, local APIC ...) are skipped: their state is that after reset. XEN_DOMCTL_gethvmcontext shows the registers of every vCPU
+that was started, and nothing else: it is for those who look at a guest, not for migration.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from bus.abi.hvm import save
 from bus.abi.hvm.save import HVM_HW_CPU, HVM_SAVE_DESCRIPTOR, HVM_SAVE_HEADER, TYPECODES, hvm_hw_cpu
@@ -75,7 +78,64 @@ def load_cpu(vcpu: UnicornHvmVcpu, cpu: hvm_hw_cpu) -> None:
     for name in REGISTERS:
         setattr(regs, name, getattr(cpu, name))
     regs.rflags = cpu.rflags | 2
+    regs.cr2, regs.kernel_gs_base, regs.tsc_aux = cpu.cr2, cpu.shadow_gs, cpu.msr_tsc_aux
+    regs.star, regs.lstar, regs.fmask = cpu.msr_star, cpu.msr_lstar, cpu.msr_syscall_mask
+    regs.sysenter_cs, regs.sysenter_esp, regs.sysenter_eip = (
+        cpu.sysenter_cs & 0xFFFFFFFF,
+        cpu.sysenter_esp,
+        cpu.sysenter_eip,
+    )
     regs.gdtr_base, regs.gdtr_limit = cpu.gdtr_base, cpu.gdtr_limit
     regs.idtr_base, regs.idtr_limit = cpu.idtr_base, cpu.idtr_limit
     if cpu.flags & FPU_INITIALISED:
         vcpu.load_extended(cpu.fpu_regs)
+
+
+def save_cpu(vcpu: UnicornHvmVcpu) -> hvm_hw_cpu:
+    """The state of the vCPU as a CPU record."""
+    regs = vcpu.regs
+    fields: dict[str, int] = {name: getattr(regs, name) for name in REGISTERS}
+    for name in SEGMENTS:
+        segment = regs.segment(name)
+        fields[f"{name}_sel"], fields[f"{name}_base"] = segment.selector, segment.base
+        fields[f"{name}_limit"] = segment.limit
+        fields[f"{name}_arbytes"] = segment.attributes & 0xFF | segment.attributes >> 4 & 0xF00
+    for register, value in zip((0, 1, 2, 3, 6, 7), vcpu.debug_registers(), strict=True):
+        fields[f"dr{register}"] = value
+    return HVM_HW_CPU.zero()._replace(
+        fpu_regs=vcpu.save_extended(),
+        rflags=regs.rflags,
+        cr0=regs.cr0,
+        cr2=regs.cr2,
+        cr3=regs.cr3,
+        cr4=regs.cr4,
+        idtr_base=regs.idtr_base,
+        idtr_limit=regs.idtr_limit,
+        gdtr_base=regs.gdtr_base,
+        gdtr_limit=regs.gdtr_limit,
+        sysenter_cs=regs.sysenter_cs,
+        sysenter_esp=regs.sysenter_esp,
+        sysenter_eip=regs.sysenter_eip,
+        shadow_gs=regs.kernel_gs_base,
+        msr_lstar=regs.lstar,
+        msr_star=regs.star,
+        msr_syscall_mask=regs.fmask,
+        msr_efer=regs.efer,
+        msr_tsc_aux=regs.tsc_aux,
+        tsc=vcpu.guest_tsc(),
+        flags=FPU_INITIALISED,
+        **fields,
+    )
+
+
+def record(kind: str, instance: int, body: bytes) -> bytes:
+    """A record with its descriptor."""
+    return HVM_SAVE_DESCRIPTOR.pack(save.hvm_save_descriptor(TYPECODES[kind], instance, len(body))) + body
+
+
+def context_of(cpus: Iterable[tuple[int, hvm_hw_cpu]], signature: int, khz: int) -> bytes:
+    """A whole context of CPU records by vCPU number. `signature`: CPUID leaf 1, EAX."""
+    header = save.hvm_save_header(save.HVM_FILE_MAGIC, save.HVM_FILE_VERSION, 0, signature, khz)
+    records = [record("HEADER", 0, HVM_SAVE_HEADER.pack(header))]
+    records += [record("CPU", number, HVM_HW_CPU.pack(cpu)) for number, cpu in cpus]
+    return b"".join((*records, record("END", 0, b"")))

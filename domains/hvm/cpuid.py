@@ -43,6 +43,12 @@ SHOWN_8_1_EDX: Final = _bits(11, 20, 26, 27, 29)  # SYSCALL NX 1-GiB pages RDTSC
 ARAT: Final = 1 << 2
 
 
+CR4_ALWAYS: Final = 0x7FF
+"""VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT."""
+CR4_BY_FEATURE: Final = ((7, 1, 0, 16), (1, 2, 26, 18), (7, 1, 7, 20), (7, 1, 20, 21))
+"""(leaf, register, bit, bit of CR4): FSGSBASE, XSAVE, SMEP, SMAP."""
+
+
 class HvmCpuid:
     """The leaves of one domain. `native` is the vCPU's own answer; it follows CR4 (OSXSAVE)."""
 
@@ -75,6 +81,14 @@ class HvmCpuid:
             a, b, c, d = (int.from_bytes(part[j : j + 4], "little") for j in range(0, 16, 4))
             fixed[(0x80000002 + i, -1)] = (a, b, c, d)
         self._fixed: Final = fixed
+
+    def cr4_bits(self) -> int:
+        """Bits that the guest may set in CR4: those of features that it is shown."""
+        return CR4_ALWAYS | sum(
+            1 << flag
+            for leaf, register, bit, flag in CR4_BY_FEATURE
+            if self.query(leaf, 0, 0)[register] >> bit & 1
+        )
 
     def query(self, leaf: int, subleaf: int, vcpu: int) -> Leaf:
         """EAX, EBX, ECX, EDX. Leaves that are not shown read as zeros."""

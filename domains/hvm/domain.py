@@ -26,7 +26,7 @@ from domains.hvm.calls import (
     HvmVersionCalls,
 )
 from domains.hvm.compat import hypercall_page
-from domains.hvm.context import BadContext, first_cpu, load_cpu
+from domains.hvm.context import BadContext, context_of, first_cpu, load_cpu, save_cpu
 from domains.hvm.cpu import HvmCpu
 from domains.hvm.cpuid import HvmCpuid
 from domains.hvm.dump import register_dump
@@ -39,9 +39,10 @@ from domains.hvm.physmap import PhysicalMap
 from domains.hvm.state import HvmState
 from domains.pv.calls import Handler
 from domains.pv.calls_version import Identity
+from domains.pv.cpuid import SIGNATURE
 from domains.pv.hypercalls import Hypercalls
 from domains.pv.life import Life
-from domains.pv.time import WALL_CLOCK_OFFSET, Timekeeper, count_nanoseconds, idle_runstate, timer_due
+from domains.pv.time import TSC_HZ, WALL_CLOCK_OFFSET, Timekeeper, count_nanoseconds, idle_runstate, timer_due
 from domains.pv.turns import SLICE_BLOCKS, Turns
 from domains.pv.upstream import Upstream
 from domains.pv.wire import Remote
@@ -103,6 +104,7 @@ class HvmDomain(Turns[HvmState]):
         self.triple_fault_reason = SHUTDOWN_reboot
         self.exits: Final = self._exits(table)
         self.vcpu: Final = UnicornHvmVcpu(self.exits)
+        self.vcpu.trap_control_writes(4)
         self.cpu.attach(self.vcpu)
         physmap.attach(self.vcpu)
         count_nanoseconds(self.vcpu, monotonic, START_NS)
@@ -257,6 +259,19 @@ class HvmDomain(Turns[HvmState]):
             self.vcpu.reset()
             self.vcpu.enter_startup(state.sipi)
             state.sipi = state.armed = None
+
+    def context(self) -> bytes:
+        """XEN_DOMCTL_gethvmcontext: the registers of each vCPU that was started. Between runs."""
+        cpus = []
+        current = self.cpu.current
+        for state in self.states:
+            if state.initialised or state is current:
+                assert isinstance(state, HvmState)
+                self._switch(state)
+                cpus.append((state.id, save_cpu(self.vcpu)))
+        assert isinstance(current, HvmState)
+        self._switch(current)
+        return context_of(cpus, SIGNATURE, TSC_HZ // 1000)
 
     def _run(self, state: HvmState) -> bool:
         self._switch(state)

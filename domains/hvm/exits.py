@@ -12,7 +12,7 @@ from domains.hvm.cpu import HvmCpu
 from domains.hvm.cpuid import HvmCpuid
 from domains.hvm.interrupts import Interrupts
 from domains.hvm.lapic import APIC_BASE, PAGE
-from domains.hvm.msr import MsrFault, Msrs
+from domains.hvm.msr import CPUID_FAULTING, MsrFault, Msrs
 from domains.hvm.state import HvmState
 from domains.pv.api import Continuation
 from domains.pv.calls import MASK64, NoResult
@@ -107,6 +107,8 @@ class Exits:
     def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """The policy."""
         self.counts["cpuid"] += 1
+        if self._cpu.current.misc_features & CPUID_FAULTING and self._cpu.hvm.regs.cpl:
+            self._cpu.hvm.raise_fault(GP)
         assert self.cpuid is not None
         return self.cpuid.query(leaf, subleaf, self._cpu.current.id)
 
@@ -138,7 +140,11 @@ class Exits:
         return self._now()
 
     def on_cr_write(self, register: int, value: int) -> int:
-        """Not asked for."""
+        """CR4 only: #GP for a bit of a feature that the guest is not shown, which the vCPU itself would take."""
+        self.counts["cr4"] += 1
+        assert self.cpuid is not None
+        if value & ~self.cpuid.cr4_bits():
+            self._cpu.hvm.raise_fault(GP)
         return value
 
     def on_invlpg(self, address: int) -> None:

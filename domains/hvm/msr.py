@@ -15,6 +15,8 @@ from domains.hvm.state import HvmState
 TSC, PLATFORM_ID, APIC_BASE, FEATURE_CONTROL, UCODE_REV = 0x10, 0x17, 0x1B, 0x3A, 0x8B
 PLATFORM_INFO, MTRR_CAP, MISC_FEATURES, MISC_ENABLE, DEBUGCTL = 0xCE, 0xFE, 0x140, 0x1A0, 0x1D9
 MTRR_DEFAULT: Final = 0x2FF
+CPUID_FAULTING: Final = 1
+"""In MISC_FEATURES: CPUID outside CPL 0 is #GP."""
 MTRR_CAPABILITIES: Final = 0x508
 """Eight variable ranges, fixed ranges, write combining."""
 VARIABLE: Final = range(0x200, 0x210)
@@ -24,9 +26,8 @@ READ_AS: Final = {
     PLATFORM_ID: 0,
     FEATURE_CONTROL: 1,  # locked, nothing enabled
     UCODE_REV: 0,
-    PLATFORM_INFO: 0,
+    PLATFORM_INFO: 1 << 31,  # CPUID faulting
     MTRR_CAP: MTRR_CAPABILITIES,
-    MISC_FEATURES: 0,
     MISC_ENABLE: 1 << 11 | 1 << 12,  # no branch trace store, no precise event sampling
     DEBUGCTL: 0,
     HYPERCALL_MSR: 0,
@@ -59,6 +60,8 @@ class Msrs:
             return self._tsc()
         if index == APIC_BASE:
             return state.apic.base
+        if index == MISC_FEATURES:
+            return state.misc_features
         if index in READ_AS:
             return READ_AS[index]
         if index in VARIABLE or index in FIXED or index == MTRR_DEFAULT:
@@ -81,7 +84,9 @@ class Msrs:
                 raise MsrFault
         elif index in VARIABLE or index in FIXED or index == MTRR_DEFAULT:
             self._write_mtrr(state, index, value)
-        elif index in (DEBUGCTL, MISC_FEATURES) and not value:
+        elif index == MISC_FEATURES and not value & ~CPUID_FAULTING:
+            state.misc_features = value
+        elif index == DEBUGCTL and not value:
             return
         elif index not in DROPPED:
             raise MsrFault

@@ -249,6 +249,19 @@ class UnicornHvmVcpu(Machine):
             add(self._uc, region.start, region.end - region.start, self._mmio[0], base, self._mmio[1], base)
         )
 
+    def debug_registers(self) -> tuple[int, ...]:
+        """DR0 to DR3, DR6, DR7."""
+        c = x86_const
+        numbers = (
+            c.UC_X86_REG_DR0,
+            c.UC_X86_REG_DR1,
+            c.UC_X86_REG_DR2,
+            c.UC_X86_REG_DR3,
+            c.UC_X86_REG_DR6,
+            c.UC_X86_REG_DR7,
+        )
+        return tuple(int(self._machine.reg_read(number)) for number in numbers)
+
     def trap_control_writes(self, *registers: int) -> None:
         """Send writes of these of CR0, CR3, CR4 to `on_cr_write`; of no other."""
         if not set(registers) <= {0, 3, 4}:

@@ -20,6 +20,7 @@ from bus.abi.xen import (
 )
 from domains.hvm.calls import HVM_FEATURES
 from domains.hvm.compat import hypercall_page
+from domains.hvm.context import first_cpu, load_cpu, save_cpu
 
 VMCALL, VMMCALL, HLT = "0f01c1", "0f01d9", "f4"
 
@@ -263,3 +264,54 @@ def test_the_map_follows_the_hypervisors_news() -> None:
     rig.domain.vcpu.regs.rip = CODE
     rig.run(2)
     assert rig.regs.rax == 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_bits_of_cr4_that_no_feature_backs_fault(bits: int) -> None:
+    """UMIP (11), VMXE (13), LA57 (12), PKE (22) are not shown by CPUID; PGE (7) and MCE (6) may be set."""
+    for bit in (11, 12, 13, 22):
+        rig = Rig(f"0f20e0 0d{struct.pack('<I', 1 << bit).hex()} 0f22e0 ebfe", bits=bits)
+        rig.run(2)
+        assert rig.word(DATA + 0xFF4) == 13, f"CR4 bit {bit}"
+        assert not rig.regs.cr4 >> bit & 1
+    rig = Rig("0f20e0 0dc0000000 0f22e0 ebfe", bits=bits)
+    rig.run(2)
+    assert rig.word(DATA + 0xFF4) == 0
+    assert rig.regs.cr4 & 0xC0 == 0xC0
+
+
+def test_cpuid_faulting_is_for_user_mode() -> None:
+    """PLATFORM_INFO offers it; MISC_FEATURES_ENABLES turns it on; the kernel's CPUID goes on."""
+    turn_on = mov("ecx", 0x140) + mov("eax", 1) + "31d2 0f30"
+    rig = Rig(mov("ecx", 0xCE) + "0f32 89c3" + turn_on + "31c0 0fa2 ebfe")
+    rig.run(2)
+    assert rig.word(DATA + 0xFF4) == 0
+    assert rig.regs.rbx == 0x756E6547  # of "GenuineIntel": CPUID was executed
+    for on, ends in (
+        (0, None),
+        (1, SHUTDOWN_reboot),
+    ):  # user mode has no stack for the kernel here: #GP is a triple fault
+        user = Rig("31c0 0fa2 ebfe", cpl=3)
+        user.domain.states[0].misc_features = on
+        user.run(1)
+        assert user.domain.life.shutdown_code == ends
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_the_context_shows_what_the_guest_left_in_its_registers(bits: int) -> None:
+    """XEN_DOMCTL_gethvmcontext: HEADER, CPU, END; what it gives is what `first_cpu` reads, and starts the same state."""
+    code = mov("ebx", 0x1234) + mov("eax", 0x55) + "0f23c0 0f22d0 ebfe"  # DR0 and CR2 as well
+    rig = Rig(code, bits=bits)
+    rig.run(2)
+    context = rig.domain.context()
+    cpu = first_cpu(context)
+    assert (cpu.rbx, cpu.dr0, cpu.cr2) == (0x1234, 0x55, 0x55)
+    assert cpu.rip == CODE + len(bytes.fromhex(code)) - 2
+    assert cpu.cr0 & 1
+    assert cpu.msr_efer == (0x500 if bits == 64 else 0)
+    assert (cpu.cs_sel, cpu.cs_arbytes & ~1) == ((8, 0xA9A) if bits == 64 else (0x18, 0xC9A))
+    assert (cpu.gdtr_base, cpu.gdtr_limit, cpu.rsp) == (GDT, 31, 0x8000)
+    again = Rig("ebfe", bits=bits)
+    load_cpu(again.domain.vcpu, cpu)
+    unlike = {"tsc": 0, "dr0": 0}  # of debug registers only reading is built
+    assert save_cpu(again.domain.vcpu)._replace(**unlike) == cpu._replace(**unlike)
