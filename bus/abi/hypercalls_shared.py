@@ -61,10 +61,10 @@ def _reservation(number: int, name: str, note: str) -> Command:
         name,
         memory.XEN_MEMORY_RESERVATION,
         NO_DOMAIN,
-        Error(errno.XEN_EINVAL, "continuation state in the command that does not fit the number of extents"),
         arrays=_RESERVATION,
         privilege=Privilege.TARGET,
-        note=f"{note}. {_RESERVATION_NOTE}. A caller without the right to the target gets -EPERM",
+        note=f"{note}. {_RESERVATION_NOTE}. A guest gets no errno, but 0 for what is refused as a whole: an argument that"
+        " cannot be read, another domain, an order over 9",
     )
 
 
@@ -96,14 +96,12 @@ _MEMORY: Final = (
         guests=Guests.PV,
         note="frames of the machine-to-physical table that the domain's process shows its guest",
     ),
-    local(
+    refused(
         memory.XENMEM_machphys_compat_mfn_list,
         "XENMEM_machphys_compat_mfn_list",
-        FAULT,
-        argument=memory.XEN_MACHPHYS_MFN_LIST,
+        errno.XEN_EOPNOTSUPP,
+        "no 32-bit PV guests",
         guests=Guests.PV,
-        state=State.PARTLY,
-        note="no 32-bit guests: an empty list",
     ),
     remote(
         memory.XENMEM_add_to_physmap,
@@ -113,7 +111,7 @@ _MEMORY: Final = (
         NOT_ALLOWED,
         Error(errno.XEN_EINVAL, "index beyond what the space has"),
         Error(errno.XEN_ENOSYS, "unknown space"),
-        Error(errno.XEN_EOPNOTSUPP, "the domain is not auto-translated"),
+        Error(errno.XEN_EACCES, "the domain is not auto-translated"),
         privilege=Privilege.TARGET,
         state=State.PARTLY,
         note="shared_info, grant_table (with the bit for status frames), gmfn, gmfn_range; gmfn_foreign by batch",
@@ -198,30 +196,16 @@ _MEMORY: Final = (
             (
                 memory.XENMEM_set_pod_target,
                 "XENMEM_set_pod_target",
-                errno.XEN_EOPNOTSUPP,
+                errno.XEN_EINVAL,
                 "no populate-on-demand",
                 Privilege.CONTROL,
             ),
             (
                 memory.XENMEM_get_pod_target,
                 "XENMEM_get_pod_target",
-                errno.XEN_EOPNOTSUPP,
+                errno.XEN_EINVAL,
                 "no populate-on-demand",
                 Privilege.CONTROL,
-            ),
-            (
-                memory.XENMEM_get_sharing_freed_pages,
-                "XENMEM_get_sharing_freed_pages",
-                errno.XEN_ENOSYS,
-                "built without memory sharing",
-                Privilege.ANY,
-            ),
-            (
-                memory.XENMEM_get_sharing_shared_pages,
-                "XENMEM_get_sharing_shared_pages",
-                errno.XEN_ENOSYS,
-                "built without memory sharing",
-                Privilege.ANY,
             ),
             (
                 memory.XENMEM_paging_op,
@@ -252,6 +236,12 @@ _MEMORY: Final = (
                 Privilege.TARGET,
             ),
         )
+    ),
+    local(
+        memory.XENMEM_get_sharing_freed_pages, "XENMEM_get_sharing_freed_pages", note="0: no page is shared"
+    ),
+    local(
+        memory.XENMEM_get_sharing_shared_pages, "XENMEM_get_sharing_shared_pages", note="0: no page is shared"
     ),
     local(
         memory.XENMEM_reserved_device_memory_map,

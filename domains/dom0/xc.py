@@ -6,6 +6,7 @@ Each raises `HypercallError` with Xen's errno.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import Any, Final
 
 from bus.abi import domctl as dc
@@ -23,6 +24,10 @@ POPULATE_BATCH: Final = 512
 """Extents of one populate_physmap call."""
 ORDER_2M: Final = 9
 CONSOLE_CHUNK: Final = 16384
+E820: Final = Struct("<QQI")
+E820_RAM: Final = 1
+MAX_EVENT_CHANNELS: Final = 1023
+"""The highest port of a guest: xl's default for max_event_channels."""
 XEN_SCHEDULER_CREDIT2: Final = 6
 """sched_id of xen_domctl_scheduler_op (domctl.h)."""
 
@@ -63,7 +68,7 @@ class ControlInterface:
             flags=flags,
             iommu_opts=0,
             max_vcpus=max_vcpus,
-            max_evtchn_port=0xFFFFFFFF,
+            max_evtchn_port=0xFFFFFFFF if ssidref else MAX_EVENT_CHANNELS,
             max_grant_frames=max_grant_frames,
             max_maptrack_frames=-1,
             grant_opts=2,
@@ -207,6 +212,14 @@ class ControlInterface:
         return layout.unpack(sysctl.XEN_SYSCTL.unpack(reply).u)
 
     # ------------------------------------------------------------------ others
+
+    def set_memory_map(self, domid: DomId, entries: Sequence[tuple[int, int, int]]) -> None:
+        """XENMEM_set_memory_map: what the domain gets from XENMEM_memory_map, as (address, bytes, E820 type)."""
+        layout = mem.XEN_FOREIGN_MEMORY_MAP
+        request = layout.pack(mem.xen_foreign_memory_map(domid, mem.xen_memory_map(len(entries), 1)))
+        request += b"".join(E820.pack(*entry) for entry in entries)
+        what = f"memory map of domain {domid}"
+        self._host.call(xen.HYPERVISOR_memory_op, mem.XENMEM_set_memory_map, request, what)
 
     def populate(self, domid: DomId, frames: Sequence[int]) -> list[Mfn]:
         """XENMEM_populate_physmap of single frames at these guest frame numbers; their MFNs (PV) or gfns.

@@ -24,8 +24,10 @@ from bus.abi.xen import (
 from bus.addresses import PAGE_SIZE, DomId
 from domains.hvm.cpu import HvmCpu
 from domains.hvm.state import HvmState
+from domains.pv.api import GuestFault
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.calls_events import CONTROL_BLOCK_ALIGNMENT, EventCalls
+from domains.pv.calls_memory import of_nothing
 from domains.pv.calls_other import OtherCalls
 from domains.pv.calls_sched import SchedCalls
 from domains.pv.calls_vcpu import VCPU_INFO_ALIGNMENT, VcpuCalls
@@ -191,23 +193,32 @@ class HvmMemoryCalls:
     def memory_op(self, cmd: int, arg: int, a3: int, a4: int, a5: int) -> Result:
         """Lists of extents are divided into messages; how many were done is the result, as on Xen."""
         start, number = (cmd & LOW32) >> EXTENT_SHIFT, cmd & (1 << EXTENT_SHIFT) - 1
+        nothing = of_nothing(self._cpu.mmu, number, arg)
+        if nothing is not None:
+            return nothing
         if number not in RESERVATIONS:
             return self._generic(cmd, arg, a3, a4, a5)
         memory, layout = self._cpu.mmu, mem.XEN_MEMORY_RESERVATION
-        item = layout.unpack(memory.read_virtual(arg, layout.size))
+        try:
+            item = layout.unpack(memory.read_virtual(arg, layout.size))
+        except GuestFault:
+            return start  # as whatever else is refused: none done
         if item.nr_extents > MAX_EXTENTS:
             return start
         width, done = 4 if self.guest32 else 8, start
         while done < item.nr_extents:
             count = min(EXTENTS, item.nr_extents - done)
-            raw = memory.read_virtual(item.extent_start + width * done, width * count)
+            try:
+                raw = memory.read_virtual(item.extent_start + width * done, width * count)
+            except GuestFault:
+                return done
             if self.guest32:
                 raw = b"".join(raw[i : i + 4] + bytes(4) for i in range(0, len(raw), 4))
             rc, _ = self._remote.raw(
                 HYPERVISOR_memory_op, number, layout.pack(item._replace(nr_extents=count)) + raw
             )
             if rc < 0:
-                return rc if done == start else done
+                return done
             done += rc
             if rc != count:
                 break

@@ -25,9 +25,13 @@ RFLAGS_RF: Final = 1 << 16
 RFLAGS_VM: Final = 1 << 17
 RFLAGS_AC: Final = 1 << 18
 
+TRAP_DB: Final = 1
 TRAP_UD: Final = 6
 TRAP_NMI: Final = 2
+TRAP_SS: Final = 12
 TRAP_PF: Final = 14
+PF_FETCH: Final = 16
+"""Error code of #PF: an instruction fetch."""
 VECTORS_WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21))
 TI_IF: Final = 4
 

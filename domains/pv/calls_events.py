@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from bus.abi import event_channel as ec
-from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS
+from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_EOPNOTSUPP
 from bus.abi.hypercalls_model import Command, State
 from bus.abi.xen import (
     DOMID_SELF,
@@ -84,6 +84,8 @@ class EventCalls:
         return 0
 
     def _unmask(self, port: int) -> int:
+        if port == 0:
+            return 0  # reserved, but a port of the domain: Xen unmasks nothing there
         if not self._events.known(port):
             return -XEN_EINVAL
         self._events.unmask(port)
@@ -117,6 +119,8 @@ class EventCalls:
         assert command.argument is not None
         cpu = self._cpu
         item = command.argument.unpack(cpu.mmu.read_virtual(arg, command.argument.size))
+        if cmd == ec.EVTCHNOP_expand_array and not self._events.fifo:
+            return -XEN_EOPNOTSUPP
         if cmd == ec.EVTCHNOP_init_control:
             mfn, offset = Mfn(item.control_gfn), item.offset
             if not self._events.has_vcpu(item.vcpu):

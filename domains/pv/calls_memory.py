@@ -23,16 +23,18 @@ from bus.abi.xen import (
     HYPERVISOR_update_va_mapping_otherdomain,
 )
 from bus.addresses import DomId, VcpuId
-from domains.pv.api import GuestFault
+from domains.pv.api import GuestFault, PagingApi
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
 from domains.pv.wire import Remote
 
+EXTENT_SHIFT: Final = 6
+"""MEMOP_EXTENT_SHIFT: bits of the command above it say where to go on."""
 CHUNK: Final = 1024
 """Extents of one message to the hypervisor."""
 MAX_ORDER: Final = 9
-EXTENT_SHIFT: Final = 6
-"""MEMOP_EXTENT_SHIFT: bits of the command above it say where to go on."""
+MAX_EXTENTS: Final = (1 << 64) - 1 >> EXTENT_SHIFT
+"""Beyond it the rest of the command could not say where to go on."""
 
 ARCH_COMMANDS: Final = frozenset(
     (
@@ -59,6 +61,20 @@ WHOLE_COMMANDS: Final = frozenset(
     )
 )
 """Commands common to all architectures that know none."""
+
+
+def of_nothing(memory: PagingApi, number: int, arg: int) -> int | None:
+    """Commands that count what a machine like this one has none of: shared pages, memory reserved for devices. None: another
+    command. The flags and the count begin the structure of 64-bit and of 32-bit callers alike."""
+    if number in (mem.XENMEM_get_sharing_freed_pages, mem.XENMEM_get_sharing_shared_pages):
+        return 0
+    if number != mem.XENMEM_reserved_device_memory_map:
+        return None
+    flags, _ = unpack("<II", memory.read_virtual(arg, 8))
+    if flags & ~mem.XENMEM_RDM_ALL:
+        return -XEN_EINVAL
+    memory.write_virtual(arg + 4, bytes(4))
+    return 0
 
 
 class MemoryCalls:
@@ -95,7 +111,11 @@ class MemoryCalls:
     def mmu_update(self, reqs: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
         """See PagingApi."""
         rc = self._cpu.mmu.mmu_update(reqs, count & LOW32, pdone, foreigndom & LOW32)
-        return self._refused(rc, foreigndom & LOW32) if rc == -XEN_EPERM else rc
+        if rc == -XEN_EPERM:
+            rc = self._refused(rc, foreigndom & LOW32)
+            if rc == -XEN_EPERM and not count & LOW32:
+                return 0  # the right is asked for with each update
+        return rc
 
     def mmuext_op(self, uops: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
         """See PagingApi."""
@@ -167,11 +187,18 @@ class MemoryCalls:
                 ),
             )
             return 0
-        if number in (mem.XENMEM_machphys_mfn_list, mem.XENMEM_machphys_compat_mfn_list):
+        if number == mem.XENMEM_machphys_mfn_list:
             return self._machphys_list(arg)
+        nothing = of_nothing(self._cpu.mmu, number, arg)
+        if nothing is not None:
+            return nothing
         command = self._commands(HYPERVISOR_memory_op, number)
         if command is None:
             return -XEN_ENOSYS
+        if command.argument is not None:
+            self._cpu.mmu.read_virtual(
+                arg, command.argument.size
+            )  # -EFAULT comes first, also of what is refused
         if command.state is State.REFUSED:
             return -command.refusal
         if number == mem.XENMEM_exchange:
@@ -198,19 +225,17 @@ class MemoryCalls:
         return 0
 
     def _reservation(self, number: int, start: int, arg: int) -> int:
-        """Returns how many extents, from the first, were done."""
+        """Returns how many extents, from the first, were done; what is refused, for whatever reason, is done for none."""
         layout = mem.XEN_MEMORY_RESERVATION
         memory = self._cpu.mmu
-        item = layout.unpack(memory.read_virtual(arg, layout.size))
-        total = item.nr_extents
-        if start > total or total >> 32:
-            return -XEN_EINVAL
-        if item.extent_order > MAX_ORDER:
+        try:
+            item = layout.unpack(memory.read_virtual(arg, layout.size))
+        except GuestFault:
             return start
-        if item.domid not in (DOMID_SELF, self._domain):
-            # EPERM; but of a domain that does not exist just nothing is done.
-            rc, _ = self._message(number, item, b"")
-            return min(rc, 0)
+        total = item.nr_extents
+        foreign = item.domid not in (DOMID_SELF, self._domain)
+        if start > total or total > MAX_EXTENTS or item.extent_order > MAX_ORDER or foreign:
+            return start
         done = start
         while done < total:
             count = min(CHUNK, total - done)
@@ -223,7 +248,7 @@ class MemoryCalls:
             except GuestFault:
                 return done
             if rc < 0:
-                return rc if done == start else done
+                return done
             done += step
             if step < count:
                 break
@@ -290,11 +315,11 @@ class MemoryCalls:
         memory = self._cpu.mmu
         item = layout.unpack(memory.read_virtual(arg, layout.size))
         given, wanted = item.in_, item.out
+        if max(given.extent_order, wanted.extent_order) > MAX_ORDER:
+            return -XEN_EPERM
         if (
             item.nr_exchanged
             or given.domid != wanted.domid
-            or given.extent_order > MAX_ORDER
-            or wanted.extent_order > MAX_ORDER
             or given.nr_extents << given.extent_order != wanted.nr_extents << wanted.extent_order
             or max(given.nr_extents, wanted.nr_extents) > CHUNK
         ):

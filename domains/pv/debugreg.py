@@ -14,6 +14,8 @@ from domains.pv.msr import canonical
 from domains.pv.state import VcpuState
 
 CR4_DE: Final = 1 << 3
+DR6_BS: Final = 1 << 14
+"""A single step."""
 DR6_RESERVED_ZERO: Final = 0x1000
 DR6_RESERVED_ONE: Final = 0xFFFF0FF0
 DR7_RESERVED_ZERO: Final = 0xD800

@@ -11,11 +11,22 @@ from typing import Final
 
 from bus.addresses import PAGE_SHIFT, Mfn
 from domains.pv.api import GuestFault
-from domains.pv.bounce import RFLAGS_RF, TRAP_UD, inject, inject_gp, inject_page_fault
+from domains.pv.bounce import (
+    PF_FETCH,
+    RFLAGS_RF,
+    RFLAGS_TF,
+    TRAP_DB,
+    TRAP_SS,
+    TRAP_UD,
+    inject,
+    inject_gp,
+    inject_page_fault,
+)
 from domains.pv.cpu import Cpu
-from domains.pv.debugreg import read_debugreg, set_debugreg
+from domains.pv.debugreg import DR6_BS, read_debugreg, set_debugreg
 from domains.pv.ioports import iopl_ok
-from domains.pv.msr import GeneralProtection, read_msr, write_msr
+from domains.pv.msr import GeneralProtection, canonical, read_msr, write_msr
+from domains.pv.stack_fault import by_stack_segment
 from domains.pv.state import CR0_BASE, CR0_TS, CR4_BASE, CR4_GUEST_MASK
 from domains.pv.time import Timekeeper
 
@@ -37,6 +48,17 @@ def fetch(cpu: Cpu, address: int, length: int) -> bytes:
         return cpu.mmu.read_virtual(address, here, user=user)
 
 
+def instruction_done(cpu: Cpu) -> None:
+    """An instruction was completed by emulation, RIP is behind it: RF is over, and TF gives its #DB now."""
+    r = cpu.regs
+    flags = r.rflags
+    if flags & RFLAGS_RF:
+        r.rflags = flags & ~RFLAGS_RF
+    if flags & RFLAGS_TF:
+        cpu.current.dr6 |= DR6_BS
+        inject(cpu, TRAP_DB)
+
+
 class Emulator:
     """Emulates the instruction at RIP. Holds what instructions reach beyond the vCPU."""
 
@@ -47,14 +69,19 @@ class Emulator:
         self._time = time
 
     def privileged(self) -> bool:
-        """#GP(0) was raised at RIP. True: the instruction was emulated, or another exception given to the guest instead.
+        """#GP(0) was raised at RIP. True: the instruction was emulated, or an exception given to the guest already.
         False: the #GP is the guest's."""
         cpu = self._cpu
         rip = cpu.regs.rip
+        if not canonical(rip):
+            return False
         try:
             code = fetch(cpu, rip, MAX_INSTRUCTION)
         except GuestFault as fault:
-            inject_page_fault(cpu, fault.va, 0)
+            inject_page_fault(cpu, fault.va, PF_FETCH)
+            return True
+        if by_stack_segment(code, cpu.regs) and cpu.code64(cpu.regs.cs):
+            inject(cpu, TRAP_SS, 0)
             return True
         position = 0
         rex = 0
@@ -79,6 +106,9 @@ class Emulator:
         position += 2
         if second == 0x31 or (second == 0x01 and third == 0xF9):
             return self._rdtsc(position, second == 0x01)
+        if second == 0x01 and third == 0xD1:  # xsetbv: there is no XSAVE
+            inject(cpu, TRAP_UD)
+            return True
         if not cpu.current.kernel_mode:
             return False
         if 0x20 <= second <= 0x23 and third >= 0:
@@ -90,20 +120,14 @@ class Emulator:
             cpu.apply_ts()
         elif second == 0x09:  # wbinvd: no device memory to write back to
             pass
-        elif second == 0x01 and third == 0xD1:  # xsetbv
-            inject(cpu, TRAP_UD)
-            return True
         else:
             return False
         self._done(position)
         return True
 
     def _done(self, length: int) -> None:
-        r = self._cpu.regs
-        r.rip += length
-        flags = r.rflags
-        if flags & RFLAGS_RF:
-            r.rflags = flags & ~RFLAGS_RF
+        self._cpu.regs.rip += length
+        instruction_done(self._cpu)
 
     def _rdtsc(self, position: int, with_aux: bool) -> bool:
         cpu = self._cpu
@@ -195,6 +219,7 @@ class Emulator:
             return self._new_cr3(Mfn(value >> PAGE_SHIFT & 0xFFFFFFFFFF))
         if number == 4:
             s.cr4 = CR4_BASE | value & CR4_GUEST_MASK
+            cpu.apply_cr4()
             return True
         return False
 

@@ -101,6 +101,9 @@ def write_msr(cpu: Cpu, index: int, value: int) -> None:
         if value & ~1:
             raise GeneralProtection(f"wrmsr {index:#x}: reserved bits {value:#x}")
         cpu.current.misc_features = value
+    elif index == MSR_EFER:
+        if value != EFER_HARDWARE:
+            raise GeneralProtection(f"wrmsr of EFER: {value:#x}")
     elif index == MSR_UCODE_REV:
         if value:
             raise GeneralProtection("wrmsr of a microcode revision")

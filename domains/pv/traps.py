@@ -9,7 +9,8 @@ from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from bus.addresses import VcpuId
 from domains.pv.api import Continuation, GuestFault
 from domains.pv.bounce import (
-    RFLAGS_RF,
+    PF_FETCH,
+    TRAP_DB,
     TRAP_UD,
     VECTORS_WITH_ERROR_CODE,
     deliver_events,
@@ -20,7 +21,8 @@ from domains.pv.bounce import (
 from domains.pv.calls import MASK64, NO_RESULT
 from domains.pv.cpu import Cpu
 from domains.pv.cpuid import CpuidPolicy
-from domains.pv.emulate import Emulator, fetch
+from domains.pv.debugreg import DR6_BS
+from domains.pv.emulate import Emulator, fetch, instruction_done
 from domains.pv.hypercalls import NUMBERS, Hypercalls, no_such_hypercall
 from domains.pv.ioports import IoPorts, access_ok
 from domains.pv.state import CR0_TS, VcpuState
@@ -28,19 +30,17 @@ from domains.pv.syscall import SYSCALL_LENGTH, software_interrupt, user_syscall,
 from domains.pv.time import Timekeeper
 from domains.vcpu.api import Trap
 
-DB: Final = 1
 NM: Final = 7
 GP: Final = 13
 PF: Final = 14
-DR6_BS: Final = 1 << 14
 PF_PRESENT: Final = 1
 PF_WRITE: Final = 2
 PF_RESERVED: Final = 8
-PF_FETCH: Final = 16
 EFAULT: Final = 14
 FORCED_EMULATION: Final = b"\x0f\x0bxen"
 """XEN_EMULATE_PREFIX (arch-x86/xen.h): UD2 and the letters; the instruction to emulate follows."""
 CPUID_OPCODE: Final = b"\x0f\xa2"
+RDPMC: Final = b"\x0f\x33"
 CR4_TSD: Final = 4
 _LOW32: Final = 0xFFFFFFFF
 
@@ -132,9 +132,9 @@ class Traps:
             cpu.current.cr0 &= ~CR0_TS
             cpu.apply_ts()
             inject(cpu, NM)
-        elif vector == DB:
+        elif vector == TRAP_DB:
             cpu.current.dr6 |= DR6_BS
-            inject(cpu, DB)
+            inject(cpu, TRAP_DB)
         else:
             inject(cpu, vector, trap.error_code if vector in VECTORS_WITH_ERROR_CODE else None)
         s = cpu.current
@@ -170,7 +170,10 @@ class Traps:
         try:
             code = fetch(cpu, r.rip, len(FORCED_EMULATION) + len(CPUID_OPCODE))
         except GuestFault as fault:
-            inject_page_fault(cpu, fault.va, 0)
+            inject_page_fault(cpu, fault.va, PF_FETCH)
+            return
+        if code[:2] == RDPMC:  # a counter that is not there; the vCPU does not know the instruction
+            inject_gp(cpu)
             return
         if code[:5] != FORCED_EMULATION or code[5:7] != CPUID_OPCODE:
             inject(cpu, TRAP_UD)
@@ -182,9 +185,7 @@ class Traps:
             return
         r.rax, r.rbx, r.rcx, r.rdx = self._policy.query(r.rax & _LOW32, r.rcx & _LOW32, s.id)
         r.rip += len(FORCED_EMULATION) + len(CPUID_OPCODE)
-        flags = r.rflags
-        if flags & RFLAGS_RF:
-            r.rflags = flags & ~RFLAGS_RF
+        instruction_done(cpu)
 
     # --- instructions
 

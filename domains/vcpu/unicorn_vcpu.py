@@ -17,15 +17,21 @@ from domains.vcpu.api import GuestFault, PvSysenter, PvTraps, Trap
 from domains.vcpu.machine import Machine
 from domains.vcpu.state import RAX, RBX, RCX, RDX
 
-PV_CR0: Final = 0x80010033
-"""PG, WP, NE, ET, MP, PE."""
-PV_CR4: Final = 0x10620
-"""FSGSBASE, OSXMMEXCPT, OSFXSR, PAE."""
+PV_CR0: Final = 0x80050033
+"""PG, AM, WP, NE, ET, MP, PE."""
+PV_CR4: Final = 0x620
+"""OSXMMEXCPT, OSFXSR, PAE. A guest's own bits are set by who virtualises CR4."""
 PV_EFER: Final = 0xD01
 """NXE, LMA, LME, SCE."""
 CODE64_DPL3: Final = 0xA0FB
 DATA_DPL3: Final = 0xC0F3
 FLAT_LIMIT: Final = 0xFFFFFFFF
+XEN_TSS_SELECTOR: Final = 0xE040
+TSS_LIMIT: Final = 0x67
+BUSY_TSS64: Final = 0x8B
+XEN_IDT: Final = 0xFFFF82D040440000
+"""Where SIDT says that the IDT is: in the range of Xen's own image."""
+IDT_LIMIT: Final = 0xFFF
 GP: Final = 13
 _UD: Final = 6
 
@@ -60,11 +66,14 @@ class UnicornVcpu(Machine):
             self.load_segment(name, 0, 0, FLAT_LIMIT, DATA_DPL3)
         self.load_segment("ss", 0xE02B, 0, FLAT_LIMIT, DATA_DPL3)
         self.load_segment("cs", 0xE033, 0, FLAT_LIMIT, CODE64_DPL3)
+        # What STR, SIDT and SGDT show is Xen's: nothing in here goes by the task register or the IDT.
+        self.load_segment("tr", XEN_TSS_SELECTOR, 0, TSS_LIMIT, BUSY_TSS64)
         regs = self.regs
         for number in range(16):
             regs.q[number] = 0
         regs.rflags = 0x202
         regs.rip = 0
+        regs.idtr_base, regs.idtr_limit = XEN_IDT, IDT_LIMIT
 
     def _install(self) -> None:
         env, control, found, page = self._env, self._control.address, self._found, self._code

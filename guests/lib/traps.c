@@ -20,6 +20,7 @@ void resume_kernel(struct frame *frame)
     frame->cs = (frame->cs & ~0xfffful) | (FLAT_KERNEL_CS & ~3);
     frame->ss = FLAT_KERNEL_SS;
     frame->rsp = (uint64_t)frame;
+    frame->rflags &= ~0x44500ul; /* TF, DF, NT, AC: the guarded code's own */
 }
 
 void trap_entry(struct frame *frame)

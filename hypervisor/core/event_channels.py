@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from errno import EEXIST, EINVAL, ENOENT, ENOSPC, EPERM, ESRCH
+from errno import EEXIST, EINVAL, ENOENT, ENOSPC, ENOSYS, EPERM, ESRCH
 from heapq import heappop, heappush
 from typing import Final
 
@@ -368,6 +368,8 @@ class EventChannels(DomainHooks):
 
     def set_priority(self, caller: Domain, port: int, priority: int) -> None:
         """EINVAL (port, priority), ENOSYS (2-level)."""
+        if port == 0 and self._ports[caller.domid].fifo is None:
+            raise XenError(ENOSYS)  # reserved, but a port of the domain
         channel = self._channel(caller, port)
         channel.priority = FifoState.check_priority(self._ports[caller.domid].fifo, priority)
 

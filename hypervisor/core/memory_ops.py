@@ -246,17 +246,17 @@ class MemoryOps:
     # -- the physical map
     # -----------------------------------------------------------------------------------------
 
-    def _translated(self, caller: Domain, domid: int, errno: int) -> Domain:
-        domain = self._domains.target(caller, domid)
-        if domain.p2m is None:
-            raise XenError(errno)
-        return domain
+    def _translated(self, caller: Domain, domid: int) -> Domain:
+        """ESRCH; EACCES if it is not auto-translated; then EPERM."""
+        if self._domains.by_id(caller, domid).p2m is None:
+            raise XenError(EACCES)
+        return self._domains.target(caller, domid)
 
     def _add_to_physmap(self, call: Call) -> Result:
         op: abi.xen_add_to_physmap = call.item
-        domain = self._translated(call.domain, op.domid, EACCES)
         if op.space == abi.XENMAPSPACE_gmfn_foreign:
             raise XenError(ENOSYS)
+        domain = self._translated(call.domain, op.domid)
         if op.space != abi.XENMAPSPACE_gmfn_range:
             self._physmap.add(call.domain, domain, op.space, op.idx, op.gpfn)
             return call.reply(0)
@@ -266,7 +266,7 @@ class MemoryOps:
 
     def _add_to_physmap_batch(self, call: Call) -> Result:
         op: abi.xen_add_to_physmap_batch = call.item
-        domain = self._translated(call.domain, op.domid, EACCES)
+        domain = self._translated(call.domain, op.domid)
         foreign: Domain | None = None
         if op.space == abi.XENMAPSPACE_gmfn_foreign:
             foreign = self._domains.target(call.domain, op.u)
@@ -287,7 +287,7 @@ class MemoryOps:
         return call.reply(0, arrays={"errs": errors.tobytes()})
 
     def _remove_from_physmap(self, call: Call) -> Result:
-        domain = self._translated(call.domain, call.item.domid, EOPNOTSUPP)
+        domain = self._translated(call.domain, call.item.domid)
         self._physmap.remove(domain, call.item.gpfn)
         return call.reply(0)
 
@@ -338,10 +338,12 @@ class MemoryOps:
 
     def _acquire_resource(self, call: Call) -> Result:
         op: abi.xen_mem_acquire_resource = call.item
+        if op.pad:
+            raise XenError(EINVAL)
         domain = self._domains.remote(call.domain, op.domid)
         resource = self.resources.get(op.type)
-        if op.pad or resource is None:
-            raise XenError(EINVAL if op.pad else EOPNOTSUPP)
+        if resource is None:
+            raise XenError(EOPNOTSUPP)
         if op.nr_frames == 0:
             (size,) = resource(domain, op.id, 0, 0)
             return call.reply(0, op._replace(nr_frames=size), arrays={"frame_list": b""})

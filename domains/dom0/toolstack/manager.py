@@ -23,7 +23,7 @@ from domains.dom0.consoled import Console
 from domains.dom0.toolstack.disks import DiskError, Disks
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
 from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
-from domains.dom0.xc import ControlInterface
+from domains.dom0.xc import E820_RAM, ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import GrantError, HypercallError, NativeDomain
 
@@ -195,6 +195,8 @@ class Manager:
     ) -> int:
         """Memory and first vCPU state of a PV domain. The console ring's frame."""
         xc, pages = self.xc, config.memory_mb << 8
+        most = max(config.memory_mb, config.maxmem_mb) << 20
+        xc.set_memory_map(domid, [(0, most, E820_RAM)])  # pseudophysical: as xl sets it
         mfns = xc.populate(domid, range(pages))
         if mfns[-1] - mfns[0] != pages - 1:
             raise ValueError("its memory is not contiguous")

@@ -8,7 +8,6 @@ range's memfd: the frame of a gfn is known by counting.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from struct import Struct
 from typing import Final
 
 from bus.abi import grant_table as gt
@@ -44,7 +43,6 @@ from domains.native.domain import NativeDomain
 CODE32, DATA32, TSS32 = 0xC9B, 0xC93, 0x8B
 """Segment attributes of the entry state (hvm/save.h, *_arbytes)."""
 FLAT: Final = 0xFFFFFFFF
-E820: Final = Struct("<QQI")
 LARGE: Final = 512
 """Frames of the largest extent that is populated at once: a range that is aligned so is used without gaps."""
 
@@ -133,7 +131,8 @@ def build_pvh_domain(
         frames.write(table_pages.start, 0, tables)
         for gfn, content in built.special_writes:
             frames.write(gfn, 0, content)
-        _set_memory_map(host, domid, built)
+        # The same map as in the start info.
+        xc.set_memory_map(domid, [(entry.address, entry.size, entry.kind) for entry in built.memory_map])
         console = built.hvm_params[params.HVM_PARAM_CONSOLE_PFN]
         store = built.hvm_params[params.HVM_PARAM_STORE_PFN]
         grant_frame = _grant_frame(host, domid)
@@ -163,19 +162,6 @@ def _grant_frame(host: NativeDomain, domid: DomId) -> int:
         xen.HYPERVISOR_memory_op, mem.XENMEM_acquire_resource, request, f"grant table of domain {domid}"
     )
     return int.from_bytes(reply[layout.size : layout.size + 8], "little")
-
-
-def _set_memory_map(host: NativeDomain, domid: DomId, built: PvhBuilt) -> None:
-    """The same map as in the start info, for XENMEM_memory_map (e820 entries)."""
-    entries = b"".join(E820.pack(entry.address, entry.size, entry.kind) for entry in built.memory_map)
-    layout = mem.XEN_FOREIGN_MEMORY_MAP
-    request = layout.pack(mem.xen_foreign_memory_map(domid, mem.xen_memory_map(len(built.memory_map), 1)))
-    host.call(
-        xen.HYPERVISOR_memory_op,
-        mem.XENMEM_set_memory_map,
-        request + entries,
-        f"memory map of domain {domid}",
-    )
 
 
 def _set_param(host: NativeDomain, domid: DomId, index: int, value: int) -> None:
