@@ -110,7 +110,7 @@ class MemoryCalls:
 
     def mmu_update(self, reqs: int, count: int, pdone: int, foreigndom: int, a5: int) -> Result:
         """See PagingApi."""
-        rc = self._cpu.mmu.mmu_update(reqs, count & LOW32, pdone, foreigndom & LOW32)
+        rc: Result = self._cpu.mmu.mmu_update(reqs, count & LOW32, pdone, foreigndom & LOW32)
         if rc == -XEN_EPERM:
             rc = self._refused(rc, foreigndom & LOW32)
             if rc == -XEN_EPERM and not count & LOW32:
