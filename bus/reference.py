@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterator
 
 from bus.messages import control, device, domain, envelope, warden
+from bus.messages import model as device_model
 from bus.messages.envelope import Message, Registry
 
 LINKS: tuple[tuple[str, str, Registry], ...] = (
@@ -40,6 +41,12 @@ LINKS: tuple[tuple[str, str, Registry], ...] = (
         warden.FROM_OPERATOR,
     ),
     ("The machine's warden to an operator", "the same connection", warden.TO_OPERATOR),
+    (
+        "Dom0's toolstack to a device model",
+        "SOCK_SEQPACKET pair, deposited with the warden",
+        device_model.TO_MODEL,
+    ),
+    ("A device model to Dom0's toolstack", "the same pair", device_model.FROM_MODEL),
     (
         "The command to Dom0's toolstack",
         "SOCK_SEQPACKET socket of the machine, for its owner alone",

@@ -209,6 +209,8 @@ class Machine:
             self._bind(effect)
         elif isinstance(effect, fx.ToDevice):
             self._to_device(effect)
+        elif isinstance(effect, fx.JoinModel):
+            raise RuntimeError("the simulation has no device models")
         else:
             process = self.processes.get(effect.domain)
             if process is None:

@@ -35,6 +35,15 @@ class DomainConfig(Message):
     ramdisk: Annotated[int, Field(ge=-1, le=63)] = -1
     ramdisk_path: Text = ""
     cmdline: Text = ""
+    firmware: Annotated[int, Field(ge=-1, le=63)] = -1
+    """Of an HVM guest: SeaBIOS."""
+    firmware_path: Text = ""
+    video_bios: Annotated[int, Field(ge=-1, le=63)] = -1
+    boot: Annotated[str, Field(max_length=4, pattern=r"^[acdn]*$")] = "cd"
+    """Of an HVM guest: c disk, d optical drive, in the order in which they are tried."""
+    serial: bool = True
+    """Of an HVM guest: it has a serial line."""
+    vga: Literal["stdvga", "none"] = "stdvga"
     cpu_weight: Annotated[int, Field(ge=1, le=65535)] = 256
     cap: Annotated[int, Field(ge=0, le=65535)] = 0
     on_poweroff: Action = "destroy"

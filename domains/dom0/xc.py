@@ -59,8 +59,9 @@ class ControlInterface:
         max_grant_frames: int = -1,
         emulation_flags: int = 0,
         ssidref: int = 0,
+        domid: int = 0,
     ) -> DomId:
-        """XEN_DOMCTL_createdomain with a domid of the hypervisor's choice. `ssidref` says which program its process runs: 0 a
+        """XEN_DOMCTL_createdomain with this domid, or one of the hypervisor's choice. `ssidref` says which program its process runs: 0 a
         guest, 1 the native DomIO, 2 a device model (hypervisor.core.domains.ROLES)."""
         payload = dc.xen_domctl_createdomain(
             ssidref=ssidref,
@@ -76,7 +77,7 @@ class ControlInterface:
             cpupool_id=0,
             arch=xen_arch_domainconfig(emulation_flags, 0),
         )
-        reply = self._domctl(dc.XEN_DOMCTL_createdomain, 0, dc.XEN_DOMCTL_CREATEDOMAIN, payload)
+        reply = self._domctl(dc.XEN_DOMCTL_createdomain, domid, dc.XEN_DOMCTL_CREATEDOMAIN, payload)
         return DomId(dc.XEN_DOMCTL.unpack(reply).domain)
 
     def max_vcpus(self, domid: DomId, count: int) -> None:
@@ -263,6 +264,12 @@ class ControlInterface:
         )
         tail = reply[layout.size :]
         return [Mfn(int.from_bytes(tail[8 * i : 8 * i + 8], "little")) for i in range(count)]
+
+    def set_target(self, domid: DomId, target: DomId) -> None:
+        """XEN_DOMCTL_set_target: a device model gets rights over its guest."""
+        self._domctl(
+            dc.XEN_DOMCTL_set_target, domid, dc.XEN_DOMCTL_SET_TARGET, dc.xen_domctl_set_target(target)
+        )
 
     def assign_device(self, domid: DomId, bdf: int) -> None:
         """XEN_DOMCTL_assign_device: the device's DMA goes through the domain's I/O page tables from now on."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 import time
 from typing import Any, cast
 
+from bus.abi.arch_x86 import XEN_X86_EMU_PIC
 from bus.abi.errno import XEN_EINVAL, XEN_EOPNOTSUPP
 from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import PAGE_SIZE, Mfn, VcpuId
 from bus.messages.domain import Order
+from bus.packets import close_all
 from bus.process import Start
 from domains.domu.pv_process import PvProcess
 from domains.granting import Granting
@@ -31,6 +33,7 @@ class GuestProcess(PvProcess):
         self.hvm: HvmDomain | None = None
         self.physmap: PhysicalMap | None = None
         self._handle = bytes(16)
+        self._board = False
         self._params: dict[int, int] = {}
         self._places: dict[int, tuple[int, int]] = {}
 
@@ -38,6 +41,7 @@ class GuestProcess(PvProcess):
         result = super()._configure(order, fds)
         if order.body["kind"] == "hvm":
             self._handle = bytes(order.body["handle"])
+            self._board = bool(order.body["emulation_flags"] & XEN_X86_EMU_PIC)
             self._handlers.update(
                 {
                     "extent": self._hvm_extent,
@@ -50,6 +54,9 @@ class GuestProcess(PvProcess):
                     "drop_code": self._hvm_drop_code,
                     "grant_attach": self._hvm_attach,
                     "grant_detach": self._hvm_detach,
+                    "ioreq_area": self._ioreq_area,
+                    "ioreq_server": self._ioreq_server,
+                    "model_interrupt": self._model_interrupt,
                 }
             )
         return result
@@ -91,7 +98,13 @@ class GuestProcess(PvProcess):
         if self.hvm is not None or memory is None or physmap is None:
             return -XEN_EINVAL, b""
         domain = HvmDomain(
-            HvmConfig(self.domid, self._shared_info, self._max_vcpus, Identity(handle=self._handle)),
+            HvmConfig(
+                self.domid,
+                self._shared_info,
+                self._max_vcpus,
+                Identity(handle=self._handle),
+                board=self._board,
+            ),
             physmap,
             memory.octets,
             memory.words,
@@ -125,6 +138,48 @@ class GuestProcess(PvProcess):
             state.wake()
             self.hvm.ring()
         return 0, b""
+
+    # ------------------------------------------------------------------ device model
+
+    def _ioreq_area(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self.hvm is None or self.hvm.board is None:
+            close_all(fds)
+            return -XEN_EINVAL, b""
+        model = self.hvm.join_model(order.body["id"], fds, self._duties)
+        self._ear.add(model.note.fd)
+        return 0, b""
+
+    def _ioreq_server(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self.hvm is None or not self.hvm.model_changed(order.body):
+            return -XEN_EINVAL, b""
+        return 0, b""
+
+    def _model_interrupt(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """The device model's hypercalls; what it does by notes does not come here."""
+        board = self.hvm.board if self.hvm is not None else None
+        if board is not None:
+            body = order.body
+            if "pci" in body:
+                board.pci_line(body["pci"] >> 2, body["pci"] & 3, bool(body["level"]))
+            elif "link" in body:
+                board.set_link(body["link"], body["isa"])
+            elif "isa" in body:
+                board.isa_line(body["isa"], bool(body["level"]))
+            else:
+                board.msi(body["address"], body["data"])
+        return 0, b""
+
+    def _duties(self) -> None:
+        """While an access waits for the device model: orders, events."""
+        while self.link.dispatch():
+            pass
+        self._take_doorbells(self._ear.ready(0))
+
+    def _take_doorbells(self, fds: list[int]) -> None:
+        super()._take_doorbells(fds)
+        model = self.hvm.model if self.hvm is not None else None
+        if model is not None and model.note.fd in fds:
+            model.carry_out()
 
     # ------------------------------------------------------------------ grants of others
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from bus.abi.hvm import params
 from bus.abi.hypercalls_model import Command, Hypercall
@@ -16,6 +16,7 @@ from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO, HYPERVISOR_grant_table_op, HYPERVISOR_hvm_op, HYPERVISOR_memory_op
 from bus.addresses import PAGE_SHIFT, DomId, Mfn
+from domains.hvm.board import Board
 from domains.hvm.calls import (
     HvmEventCalls,
     HvmMemoryCalls,
@@ -34,6 +35,7 @@ from domains.hvm.events import COMPAT_WALL_CLOCK, HvmEvents
 from domains.hvm.exits import Exits
 from domains.hvm.interrupts import Interrupts
 from domains.hvm.lapic import LocalApic
+from domains.hvm.model import Model
 from domains.hvm.msr import Msrs
 from domains.hvm.physmap import PhysicalMap
 from domains.hvm.state import HvmState
@@ -54,6 +56,8 @@ from domains.vcpu.walk import NotMapped
 SHARED_INFO_VCPUS: Final = 32
 START_NS: Final = 1_000_000
 IF: Final = 1 << 9
+STRING_PORTS: Final = (0x1F0, 0x170, 0x511)
+"""Data ports of IDE and of fw_cfg: whole blocks go through them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class HvmConfig:
     vcpus: int = 1
     identity: Identity = field(default_factory=Identity)
     slice_blocks: int = SLICE_BLOCKS
+    board: bool = False
+    """A full HVM guest: it has interrupt controllers, timers and, with a device model, everything else of a PC."""
 
 
 class HvmDomain(Turns[HvmState]):
@@ -116,8 +122,51 @@ class HvmDomain(Turns[HvmState]):
         for state in self.states:
             state.apic.software_enabled = wired.apic_enabled
         wired.started, wired.stopped = self._started, self._stopped
+        self.board: Final = self._board() if config.board else None
+        self.exits.board = self.board
+        self.model: Model | None = None
         self.crash_text: str | None = None
         super().__init__(self.cpu, self.states, self.time, self.life, self.events)
+
+    def _board(self) -> Board:
+        wired = self.interrupts
+        board = Board(
+            self.vcpu.guest_tsc,
+            self.time.wall,
+            wired,
+            self._upstream.console_line,
+            self._reset,
+            self.vcpu.set_a20,
+        )
+        wired.pic = board.pic
+        return board
+
+    def join_model(self, number: int, fds: list[int], idle: Callable[[], None]) -> Model:
+        """A device model has an ioreq server: its memory and eventfds. VcpuError if this guest has no board for it."""
+        if self.board is None:
+            raise VcpuError("a guest without a board has no device model")
+        if self.model is not None:
+            self.model.give_up("another device model takes its place")
+        model = Model(
+            number, fds, self.board, self.cpu, idle, lambda: self.paused and self.life.shutdown_code is None
+        )
+        self.model = model
+        return model
+
+    def model_changed(self, body: Mapping[str, Any]) -> bool:
+        """An order `ioreq_server`. False if there is no such server, or a range cannot be."""
+        model = self.model
+        if model is None or model.number != body["id"]:
+            return False
+        done = model.change(body)
+        vcpu = self.vcpu
+        vcpu.string_ports = frozenset(port for port in STRING_PORTS if model.owns_port(port))
+        vcpu.on_string_in, vcpu.on_string_out = model.string_in, model.string_out
+        return done
+
+    def _reset(self) -> None:
+        """A reset that the guest asked the board for: on Xen that is the end of the domain, and a new one is started."""
+        self.life.shutdown(SHUTDOWN_reboot)
 
     def _exits(self, table: Mapping[int, Hypercall]) -> Exits:
         commands = {
@@ -179,6 +228,8 @@ class HvmDomain(Turns[HvmState]):
             raise BadContext(str(error)) from None
         state = self.states[0]
         state.initialised = state.online = True
+        if self.board is not None:
+            state.apic.virtual_wire()  # as hvmloader leaves it
         self.time.set_runstate(state, idle_runstate(state))
         self.update_clocks()
 
@@ -337,8 +388,18 @@ class HvmDomain(Turns[HvmState]):
         self._tell(register_dump(self.vcpu))
         self.life.shutdown(self.triple_fault_reason)
 
+    def next_deadline(self) -> int | None:
+        """See Turns; the board's timers as well."""
+        found = super().next_deadline()
+        timers = self.board.next_deadline() if self.board is not None else None
+        if found is None or timers is None:
+            return timers if found is None else found
+        return min(found, timers)
+
     def _expire_all(self) -> None:
         now = self.time.now()
+        if self.board is not None:
+            self.board.expire(now)
         for state in self.states:
             if not state.online:
                 continue

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from bus.abi.errno import XEN_EPERM
+from domains.hvm.board import Board
 from domains.hvm.compat import CompatCalls
 from domains.hvm.cpu import HvmCpu
 from domains.hvm.cpuid import HvmCpuid
@@ -22,6 +23,8 @@ from domains.vcpu.hvm_thunks import HF_CS64
 GP: Final = 13
 DEBUG_PORT: Final = 0xE9
 MAX_LINE: Final = 200
+PIC_PORTS: Final = frozenset((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1))
+"""A write there may change the vector that the 8259 pair has for the processor."""
 M32: Final = 0xFFFFFFFF
 ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: MASK64}
 
@@ -48,6 +51,8 @@ class Exits:
         self.msrs: Msrs | None = None
         self.guest32: Callable[[bool], None] = lambda on: None
         """Told whether the hypercall that begins is from 32-bit code."""
+        self.board: Board | None = None
+        """A full HVM guest's; None for PVH."""
         self.counts: Final[Counter[str]] = Counter()
 
     def _current(self) -> HvmState:
@@ -60,11 +65,29 @@ class Exits:
     def on_port_in(self, port: int, size: int) -> int:
         """Nothing is there; Xen's debug port names itself."""
         self.counts["in"] += 1
+        board = self.board
+        if board is not None:
+            state: Any = self._cpu.current
+            if state.armed is not None:
+                self._interrupts.settle(state)
+            value = board.ports.read(port, size)
+            if self._interrupts.changed:
+                self._interrupts.arm(state)
+            return value
         return DEBUG_PORT if port == DEBUG_PORT else ONES[size]
 
     def on_port_out(self, port: int, size: int, value: int) -> None:
         """Xen's debug port makes lines of the log."""
         self.counts["out"] += 1
+        board = self.board
+        if board is not None:
+            state: Any = self._cpu.current
+            if state.armed is not None:
+                self._interrupts.settle(state)
+            board.ports.write(port, size, value)
+            if self._interrupts.changed or port in PIC_PORTS:
+                self._interrupts.arm(state)
+            return
         if port != DEBUG_PORT:
             return
         byte = value & 0xFF
@@ -84,9 +107,14 @@ class Exits:
         """The local APIC's page; ones elsewhere."""
         self.counts["mmio read"] += 1
         offset = self._apic_offset(address)
-        if offset is None:
-            return ONES.get(size, MASK64)
         state = self._current()
+        if offset is None:
+            if self.board is None:
+                return ONES.get(size, MASK64)
+            self._interrupts.settle(state)
+            value = self.board.mmio.read(address, size)
+            self._interrupts.arm(state)
+            return value
         self._interrupts.settle(state)
         value = state.apic.read(offset & ~0xF)
         return value >> 8 * (offset & 3) if offset & 0xC == 0 else 0
@@ -95,9 +123,14 @@ class Exits:
         """The local APIC's page; dropped elsewhere."""
         self.counts["mmio write"] += 1
         offset = self._apic_offset(address)
+        state = self._current()
+        if offset is None and self.board is not None:
+            self._interrupts.settle(state)
+            self.board.mmio.write(address, size, value)
+            self._interrupts.arm(state)
+            return
         if offset is None or offset & 0xF or size != 4:
             return
-        state = self._current()
         self._interrupts.settle(state)
         state.apic.write(offset, value)
         self._interrupts.arm(state)

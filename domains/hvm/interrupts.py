@@ -9,11 +9,25 @@ opened its interrupts can still come, with nothing pending).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
-from domains.hvm.lapic import FIXED, INIT, LOWEST, NMI, STARTUP, Ipi, LocalApic
+from domains.hvm.lapic import EXTINT, FIXED, INIT, LOWEST, LVT_LINT0, MASKED, NMI, STARTUP, Ipi, LocalApic
 from domains.hvm.state import HvmState
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
+
+
+class InterruptController(Protocol):
+    """The 8259 pair, as the processor sees it."""
+
+    def pending_vector(self) -> int | None:
+        """The vector that an acknowledgement would give now; None while the INT line is low."""
+
+    def acknowledge(self) -> int:
+        """The INTA cycle: the vector, which is in service from now on (or a spurious one)."""
+
+
+CALLBACK, APIC, PIC = range(3)
+"""Where the interrupt that the vCPU was asked to take comes from."""
 
 
 class Interrupts:
@@ -27,14 +41,40 @@ class Interrupts:
         self.stopped: Callable[[HvmState], None] = lambda state: None
         self.callback_vector = 0
         """HVM_PARAM_CALLBACK_IRQ by vector; 0: none."""
+        self.callback_line: Callable[[bool], None] | None = None
+        """HVM_PARAM_CALLBACK_IRQ by a line: follows the upcall flag of vCPU 0."""
+        self.pic: InterruptController | None = None
+        """The 8259 pair of a guest that has one."""
+        self.changed = False
+        """A line or a message changed what the vCPU that runs is to take, since `arm` last looked."""
 
     # --- the processor's side
 
-    def _wanted(self, state: HvmState) -> tuple[bool, int] | None:
-        if self.callback_vector and state.info >= 0 and self._octets[state.info]:
-            return False, self.callback_vector
+    def _wanted(self, state: HvmState) -> tuple[int, int] | None:
+        """In Xen's order: the upcall, the 8259, the local APIC."""
+        if self.callback_line is not None:
+            self._follow_upcall()
+        elif self.callback_vector and state.info >= 0 and self._octets[state.info]:
+            return CALLBACK, self.callback_vector
+        if self.pic is not None and self.accepts_pic(state):
+            vector = self.pic.pending_vector()
+            if vector is not None:
+                return PIC, vector
         vector = state.apic.pending()
-        return None if vector is None else (True, vector)
+        return None if vector is None else (APIC, vector)
+
+    @staticmethod
+    def accepts_pic(state: HvmState) -> bool:
+        """The 8259's INT line reaches this vCPU: the local APIC is off, or passes it on (virtual wire mode)."""
+        if state.id:
+            return False
+        apic = state.apic
+        return not apic.hardware_enabled or apic.lvt[LVT_LINT0] & (MASKED | 0x700) == EXTINT << 8
+
+    def _follow_upcall(self) -> None:
+        state = self.states[0]
+        assert self.callback_line is not None
+        self.callback_line(state.info >= 0 and bool(self._octets[state.info]))
 
     def has_work(self, state: HvmState) -> bool:
         """Something would interrupt the vCPU (or does as soon as it lets it)."""
@@ -48,13 +88,17 @@ class Interrupts:
         assert self.vcpu is not None
         if not self.vcpu.interrupt_pending():
             state.armed = None
-            if armed[0]:
+            if armed[0] == APIC:
                 state.apic.taken(armed[1])
+            elif armed[0] == PIC:
+                assert self.pic is not None
+                self.pic.acknowledge()
 
     def arm(self, state: HvmState) -> None:
         """Ask for what is due now; `state` is the running vCPU, settled."""
         vcpu = self.vcpu
         assert vcpu is not None
+        self.changed = False
         if state.nmi:
             state.nmi = False
             vcpu.inject_nmi()
@@ -94,14 +138,23 @@ class Interrupts:
         if state.apic.expire(now):
             state.wake()
 
+    def message(self, vector: int, mode: int, destination: int, *, logical: bool, level: bool) -> bool:
+        """An interrupt message of the I/O APIC or of a device (MSI). False: nobody takes it."""
+        ipi = Ipi(vector, mode, logical, True, 0, destination, False)
+        return self._deliver(ipi, self.states[0].apic, level=level)
+
     def send(self, sender: LocalApic, ipi: Ipi) -> None:
         """Deliver an interprocessor interrupt."""
+        self._deliver(ipi, sender, level=False)
+
+    def _deliver(self, ipi: Ipi, sender: LocalApic, *, level: bool) -> bool:
+        self.changed = True
         targets = [s for s in self.states if s.apic.hardware_enabled and s.apic.is_target(ipi, sender)]
         if ipi.mode == LOWEST and targets:
             targets = [min(targets, key=lambda s: s.apic.ppr)]
         for state in targets:
             if ipi.mode in (FIXED, LOWEST):
-                state.apic.accept(ipi.vector)
+                state.apic.accept(ipi.vector, level=level)
                 state.wake()
             elif ipi.mode == NMI:
                 state.nmi = True
@@ -113,3 +166,4 @@ class Interrupts:
             elif ipi.mode == STARTUP and not state.online:
                 state.sipi = ipi.vector
                 self.started(state)
+        return bool(targets)

@@ -25,7 +25,7 @@ LVT_WRITABLE: Final = {
 }  # fmt: skip
 ESR_SEND_ILLEGAL, ESR_RECEIVE_ILLEGAL, ESR_ILLEGAL_REGISTER = 1 << 5, 1 << 6, 1 << 7
 BASE_BSP, BASE_X2APIC, BASE_ENABLE = 1 << 8, 1 << 10, 1 << 11
-FIXED, LOWEST, SMI, NMI, INIT, STARTUP = 0, 1, 2, 4, 5, 6
+FIXED, LOWEST, SMI, NMI, INIT, STARTUP, EXTINT = 0, 1, 2, 4, 5, 6, 7
 M32: Final = 0xFFFFFFFF
 X2_READ: Final = frozenset(
     (
@@ -70,7 +70,15 @@ class LocalApic:
         """When the timer expires, ns."""
         self.software_enabled: Callable[[LocalApic], None] = lambda apic: None
         """Called when the spurious-interrupt vector register enables it."""
+        self.ended: Callable[[int], None] = lambda vector: None
+        """Called with the vector when a level-triggered interrupt ends: the message to the I/O APICs."""
         self.reset()
+
+    def virtual_wire(self) -> None:
+        """As a BIOS leaves it: on, with the 8259 passed on by LINT0 and NMI by LINT1."""
+        self.svr |= ENABLED
+        self.lvt[LVT_LINT0] = EXTINT << 8
+        self.lvt[LVT_LINT1] = NMI << 8
 
     def reset(self) -> None:
         """After RESET or INIT; the base register keeps its value (INIT)."""
@@ -159,7 +167,10 @@ class LocalApic:
     def end_of_interrupt(self) -> None:
         """The highest one in service is done."""
         if self.isr:
-            self.isr &= ~(1 << self.isr.bit_length() - 1)
+            vector = self.isr.bit_length() - 1
+            self.isr &= ~(1 << vector)
+            if self.tmr >> vector & 1:
+                self.ended(vector)
 
     def _error(self, bit: int) -> None:
         if self._esr & bit:

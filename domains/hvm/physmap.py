@@ -56,6 +56,7 @@ class PhysicalMap:
         self._vcpu: Mapper | None = None
         self._granted: dict[int, tuple[int, bool]] = {}
         self._touched: set[int] = set()
+        self._device_memory: list[range] = []
 
     def attach(self, vcpu: Mapper) -> None:
         """Build the vCPU's memory map from all that is known; it is kept up to date from now on."""
@@ -72,6 +73,7 @@ class PhysicalMap:
             or gfn in self._touched
             or gfn in self._granted
             or self.mfn(gfn) is not None
+            or any(gfn in run for run in self._device_memory)
         ):
             return False
         assert self._vcpu is not None
@@ -127,6 +129,29 @@ class PhysicalMap:
         """Take it away."""
         if self._granted.pop(gfn, None) is not None and self._vcpu is not None:
             self._vcpu.unmap(MachineAddr(gfn << PAGE_SHIFT), PAGE_SIZE)
+
+    def map_device_memory(self, gfn: int, host_address: int, count: int) -> bool:
+        """Memory of a device (a frame buffer) where the guest has none of its own. False where it has, or beyond its reach."""
+        if gfn + count > GFN_END or gfn <= APIC_GFN < gfn + count:
+            return False
+        if any(self.mfn(g) is not None or g in self._granted for g in range(gfn, gfn + count)):
+            return False
+        self._forget(gfn, count)
+        if self._vcpu is not None:
+            self._vcpu.map(MachineAddr(gfn << PAGE_SHIFT), host_address, count << PAGE_SHIFT)
+        self._device_memory = [r for r in self._device_memory if r.stop <= gfn or r.start >= gfn + count]
+        self._device_memory.append(range(gfn, gfn + count))
+        return True
+
+    def unmap_device_memory(self, gfn: int, count: int) -> bool:
+        """It goes. False if nothing of the kind is there."""
+        wanted = range(gfn, gfn + count)
+        if wanted not in self._device_memory:
+            return False
+        self._device_memory.remove(wanted)
+        if self._vcpu is not None:
+            self._vcpu.unmap(MachineAddr(gfn << PAGE_SHIFT), count << PAGE_SHIFT)
+        return True
 
     def _map(self, gfn: int, mfn: int, count: int) -> None:
         assert self._vcpu is not None

@@ -18,8 +18,8 @@ class HvmState(VcpuState):
         self.apic: Final = apic
         self.upcall_vector = 0
         """HVMOP_set_evtchn_upcall_vector; 0: none."""
-        self.armed: tuple[bool, int] | None = None
-        """The interrupt that the vCPU was asked to take: (from the local APIC, vector)."""
+        self.armed: tuple[int, int] | None = None
+        """The interrupt that the vCPU was asked to take: (where from, see `domains.hvm.interrupts`; vector)."""
         self.sipi: int | None = None
         """Start at this vector when it next runs: a start-up IPI came."""
         self.nmi = False

@@ -15,7 +15,7 @@ from typing import Any, Final
 from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from bus.addresses import MachineAddr
-from domains.vcpu import hvm_thunks, thunks
+from domains.vcpu import hvm_thunks, strings, thunks
 from domains.vcpu.api import GuestFault, StopReason, VcpuError
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
@@ -94,6 +94,11 @@ class UnicornHvmVcpu(Machine):
         self.memory: Final = GuestMemory(self._memory, self.regs, self._cpu)
         self._control_traps = 0
         self._trap_invlpg = False
+        self.string_ports: frozenset[int] = frozenset()
+        """Ports at which REP INS and REP OUTS come as blocks, by the two functions below."""
+        self.on_string_in: Callable[[int, int, int], bytes] = lambda port, size, count: b"\xff" * size
+        """(port, size, count) -> the values, at least one and at most `count`."""
+        self.on_string_out: Callable[[int, int, bytes], None] = lambda port, size, data: None
         self.reset()
 
     def _make_msr_map(self) -> None:
@@ -315,13 +320,43 @@ class UnicornHvmVcpu(Machine):
 
     def _port_in(self, port: int, size: int) -> int:
         self._check_port(port, size)
+        if port in self.string_ports:
+            block = strings.decode(self.code_at_rip(), self.regs, size, output=False)
+            if block is not None and (place := self._block_place(block, write=True)) is not None:
+                return self._block_in(port, block, place)
         return self._exits.on_port_in(port, size)
+
+    def _block_place(self, block: strings.Block, *, write: bool) -> int | None:
+        place = strings.place(block, self.memory, self.regs, write=write)
+        if (
+            place is None
+            or self._memory.host_address(place, block.size * block.steps, writable=write) is None
+        ):
+            return None
+        return place
+
+    def _block_in(self, port: int, block: strings.Block, place: int) -> int:
+        """All steps of a REP INS: the first value is stored by the instruction itself."""
+        size = block.size
+        data = self.on_string_in(port, size, block.steps)
+        done = len(data) // size
+        if done > 1:
+            block = block._replace(steps=done)
+            self.memory.write_physical(place + size, data[size : done * size])
+            strings.advance(block, self.regs, output=False)
+        return int.from_bytes(data[:size], "little")
 
     def _on_out(self, uc: int, port: int, size: int, value: int, user: int) -> None:
         self._guarded(self._port_out, port, size, value & ((1 << 8 * size) - 1))
 
     def _port_out(self, port: int, size: int, value: int) -> None:
         self._check_port(port, size)
+        if port in self.string_ports:
+            block = strings.decode(self.code_at_rip(), self.regs, size, output=True)
+            if block is not None and (place := self._block_place(block, write=False)) is not None:
+                self.on_string_out(port, size, self.memory.read_physical(place, size * block.steps))
+                strings.advance(block, self.regs, output=True)
+                return
         self._exits.on_port_out(port, size, value)
 
     def _check_port(self, port: int, size: int) -> None:

@@ -93,14 +93,14 @@ class PhysicalMap:
                 raise VcpuError(f"Unicorn does not know its own memory at {piece.start:#x}")
             self._invalidate(self._uc, first, first + piece.end - piece.start)
 
-    def host_address(self, address: int, size: int = 1) -> int | None:
+    def host_address(self, address: int, size: int = 1, *, writable: bool = False) -> int | None:
         """Host address of guest-physical memory, or None if [address, address + size) is not in one
-        region."""
+        region, or not in one that may be written if that is asked for."""
         index = bisect.bisect_right(self._starts, address) - 1
         if index < 0:
             return None
         region = self._regions[index]
-        if address + size > region.end or not region.host:
+        if address + size > region.end or not region.host or (writable and not region.writable):
             return None
         return region.host + address - region.start
 

@@ -72,12 +72,12 @@ class GuestMemory:
 
     def write_physical(self, address: int, data: bytes) -> None:
         """Write guest-physical memory and drop translations of it. Nothing is written if a part is
-        missing."""
+        missing, or must not be written."""
         pieces = []
         at = 0
         while at < len(data):
             step = min(len(data) - at, PAGE - (address + at) % PAGE)
-            host = self._memory.host_address(address + at, step)
+            host = self._memory.host_address(address + at, step, writable=True)
             if host is None:
                 raise NotMapped(address + at)
             pieces.append((host, at, step))

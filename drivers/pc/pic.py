@@ -202,6 +202,16 @@ class PicPair:
         self._settle()
         return vector
 
+    def pending_vector(self) -> int | None:
+        """The vector that an acknowledge would give now; None while INTR is low."""
+        line = self._master.pending()
+        if line < 0:
+            return None
+        if line != CASCADE:
+            return self._master.base | line
+        inner = self._slave.pending()
+        return self._slave.base | (SPURIOUS if inner < 0 else inner)
+
     def _settle(self) -> None:
         """The cascade and INTR follow from the chips' state."""
         master = self._master

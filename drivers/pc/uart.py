@@ -65,6 +65,11 @@ class Uart:
         """Bytes that `receive` would take."""
         return BACKLOG - len(self._backlog)
 
+    @property
+    def polled(self) -> bool:
+        """Software does not ask for interrupts when bytes come in: a BIOS or a boot loader, not a driver."""
+        return not self._ier & IER_RECEIVED
+
     # -- from outside ---------------------------------------------------------------------------------------------
 
     def receive(self, data: bytes) -> int:

@@ -22,6 +22,7 @@ from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hvm_params import HvmParams
 from hypervisor.core.hypercalls import Dispatcher
 from hypervisor.core.io_permissions import IoPermissions
+from hypervisor.core.ioreq import IoreqServers
 from hypervisor.core.lifecycle import Lifecycle
 from hypervisor.core.memory_news import MemoryNews
 from hypervisor.core.memory_ops import MemoryOps
@@ -79,6 +80,7 @@ class HypervisorCore:
         self.io_permissions = IoPermissions(self.domains, self.outbox, config, self.dispatcher)
         self.cpu_policy = CpuPolicyOps(self.domains, self.outbox, config, self.dispatcher)
         self.vcpu_ops = VcpuOps(self.lifecycle, self.dispatcher)
+        self.ioreq = IoreqServers(self.domains, self.lifecycle, self.outbox, config, self.dispatcher)
         self._last_hooks: tuple[DomainHooks, ...] = (self.physmap, _Forget(self.dispatcher))
         first: tuple[DomainHooks, ...] = (
             self.news,
@@ -89,6 +91,7 @@ class HypervisorCore:
             self.platform,
             self.physdev,
             self.io_permissions,
+            self.ioreq,
         )
         for hooks in first + self._last_hooks:
             self.lifecycle.add_hooks(hooks)

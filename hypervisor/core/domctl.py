@@ -343,7 +343,8 @@ class DomctlOps:
         return call.reply(0)
 
     def _set_target(self, call: Call) -> Result:
-        """The device model gets its target's memory, as the builder has it."""
+        """The device model gets rights over its target, and none of its memory: it reaches that by requests to the target's own
+        process (docs/decisions/0006-device-model.md)."""
         domain = self._other(call)
         target = self._domains.get(call.payload.target)
         if target is None or target.dying is not Dying.ALIVE:
@@ -351,7 +352,6 @@ class DomctlOps:
         if target is domain or domain.target is not None:
             raise XenError(EINVAL)
         domain.target = DomId(call.payload.target)
-        self._lifecycle.share_extent(domain.domid, target)
         return call.reply(0)
 
     def _set_virq_handler(self, call: Call) -> Result:

@@ -114,4 +114,26 @@ class ToDevice:
     message: Message
 
 
-Effect = ToDevice | Reply | Order | Raise | Bind | Unbind | StartProcess | KillProcess | StopMachine | Log
+@dataclass(frozen=True, slots=True)
+class JoinModel:
+    """A device model made an ioreq server: give it and the guest's process the memory and the eventfds by which they talk
+    (`bus.ioreq_area`), each in an order `ioreq_area`."""
+
+    guest: DomId
+    model: DomId
+    server: int
+
+
+Effect = (
+    ToDevice
+    | JoinModel
+    | Reply
+    | Order
+    | Raise
+    | Bind
+    | Unbind
+    | StartProcess
+    | KillProcess
+    | StopMachine
+    | Log
+)

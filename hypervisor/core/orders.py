@@ -98,6 +98,25 @@ _KINDS = (
     OrderKind(
         "msi", False, "bdf, entry", "a device of an HVM guest raised that MSI-X vector: deliver its message"
     ),
+    OrderKind(
+        "ioreq_area",
+        False,
+        "id, guest (domid)",
+        "to a guest's process and to its device model: they have an ioreq server; its memory and the eventfds request, "
+        "response, note, done travel along (bus.ioreq_area)",
+    ),
+    OrderKind(
+        "ioreq_server",
+        True,
+        "id, and one of: add, remove: [XEN_DMOP_IO_RANGE_*, first, last]; enabled; gone (not answered then)",
+        "to a guest's process: an ioreq server changed; answer when that is in effect",
+    ),
+    OrderKind(
+        "model_interrupt",
+        False,
+        "pci (device << 2 | pin) or isa, and level; link and isa; or address and data",
+        "the device model drives an interrupt line, routes a PCI link, or sends an interrupt message",
+    ),
     OrderKind("drop_code", False, "frames (MFNs)", "the hypervisor wrote to them: translated code is stale"),
 )
 

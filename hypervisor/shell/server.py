@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import select
 import time
 import traceback
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 import msgpack
 
+from bus import ioreq_area
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
@@ -441,6 +443,8 @@ class Server:
             self._bind(effect)
         elif isinstance(effect, fx.ToDevice):
             self._to_device(effect)
+        elif isinstance(effect, fx.JoinModel):
+            self._join_model(effect)
         else:
             self._to_peer(effect)
 
@@ -525,6 +529,22 @@ class Server:
         finally:
             to_left.close()
             to_right.close()
+
+    def _join_model(self, join: fx.JoinModel) -> None:
+        """Memory and eventfds for a guest's process and its device model; nothing of them is kept here."""
+        fds = [ioreq_area.create()]
+        try:
+            fds += [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in ioreq_area.EVENTFDS]
+            for domain in (join.guest, join.model):
+                peer = self.peers.get(domain)
+                if peer is not None:
+                    try:
+                        peer.order(0, "ioreq_area", {"id": join.server, "guest": int(join.guest)}, fds)
+                        self._watch(peer)
+                    except PeerLost as lost:
+                        self._lost.append((domain, str(lost)))
+        finally:
+            close_all(fds)
 
     # ------------------------------------------------------------------ log
 

@@ -53,8 +53,11 @@ def common(
 @app.command(epilog=EXIT_CODES)
 def run(
     kernel: Annotated[
-        str, typer.Argument(metavar="KERNEL", help="PV kernel: ELF with Xen notes, or bzImage.")
-    ],
+        str,
+        typer.Argument(
+            metavar="[KERNEL]", help="PV or PVH kernel: ELF with Xen notes, or bzImage. None for type hvm."
+        ),
+    ] = "",
     ramdisk: Annotated[str, typer.Option(metavar="FILE", help="Initial ramdisk.")] = "",
     cmdline: Annotated[str, typer.Option(metavar="TEXT", help="Kernel command line.")] = "",
     memory: Annotated[int, typer.Option(metavar="MB", min=1, max=1 << 20, help="Guest memory.")] = 128,
@@ -66,6 +69,17 @@ def run(
     vif: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Network interface, as in xl.cfg; repeatable.")
     ] = None,
+    boot: Annotated[
+        str, typer.Option(metavar="ORDER", help="HVM: what is tried, c disk, d optical drive.")
+    ] = "cd",
+    cdrom: Annotated[str, typer.Option(metavar="FILE", help="HVM: image in an optical drive (hdc).")] = "",
+    serial: Annotated[
+        bool,
+        typer.Option(
+            "--serial/--no-serial", help="HVM: a serial line, which is the console here, the BIOS's too."
+        ),
+    ] = True,
+    firmware: Annotated[str, typer.Option(metavar="FILE", help="HVM: SeaBIOS; Debian's by default.")] = "",
     name: Annotated[str, typer.Option(metavar="NAME", help="Domain name; the kernel's by default.")] = "",
     timeout: Annotated[
         float, typer.Option(metavar="S", min=0, help="Seconds for the whole run; then status 124. 0: none.")
@@ -132,9 +146,11 @@ def run(
         "type": type_,
         "name": name,
     }
+    if type_ == "hvm":
+        fields |= {"boot": boot, "serial": serial, "firmware_path": firmware}
     status = run_verb(
         fields,
-        disks=disk or [],
+        disks=[*(disk or []), *([f"vdev=hdc,cdrom,target={cdrom}"] if cdrom else [])],
         vifs=vif or [],
         until=until,
         first=input_,

@@ -13,6 +13,8 @@ from toolstack.errors import InputError
 if TYPE_CHECKING:
     from bus.messages.control import DomainConfig
 
+SEABIOS: Final = "/usr/share/seabios/bios-256k.bin"
+VIDEO_BIOS: Final = "/usr/share/seabios/vgabios-stdvga.bin"
 NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 
 
@@ -50,6 +52,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def _firmware(path: str) -> str:
+    """The path, if there is a file. InputError with the mend."""
+    if not os.path.exists(path) and path in (SEABIOS, VIDEO_BIOS):
+        raise InputError(f"firmware {path}: no such file: install Debian's package seabios")
+    return path
+
+
 class Images:
     """Descriptors in the order in which they travel; closed on exit."""
 
@@ -84,6 +93,12 @@ def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
     from bus.messages.control import DomainConfig
 
     kernel, ramdisk = fields.get("kernel") or "", fields.get("ramdisk") or ""
+    firmware: dict[str, Any] = {}
+    if fields.get("type") == "hvm":
+        path = fields.get("firmware_path") or SEABIOS
+        firmware = {"firmware": images.add(_firmware(path), "firmware"), "firmware_path": path}
+        if fields.get("vga", "stdvga") == "stdvga":
+            firmware["video_bios"] = images.add(_firmware(VIDEO_BIOS), "video BIOS")
     values = {
         "uuid": uuid.uuid4().bytes,
         **fields,
@@ -91,6 +106,7 @@ def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
         "kernel_path": kernel,
         "ramdisk": images.add(ramdisk, "ramdisk") if ramdisk else -1,
         "ramdisk_path": ramdisk,
+        **firmware,
         "disks": [_with_file(disk, images) for disk in fields.get("disks", [])],
     }
     try:

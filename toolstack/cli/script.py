@@ -22,6 +22,8 @@ _ESCAPES: Final = {
     "'": b"'",
     '"': b'"',
 }
+_SEQUENCE: Final = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[ -/]*[0-Z\\-~])")
+_UNFINISHED: Final = re.compile(rb"\x1b(?:\[[0-?]{0,30}[ -/]{0,4}|[ -/]{0,4})\Z")
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(.)|$)", re.DOTALL)
 
 
@@ -52,10 +54,29 @@ def compile_pattern(text: str, option: str) -> re.Pattern[bytes]:
         raise InputError(f"{option} {text!r}: not a regular expression: {error}") from None
 
 
+class Plain:
+    """Output without the control sequences of a screen (ECMA-48: CSI and two-byte escapes), which may come in pieces.
+
+    A BIOS's serial console moves the cursor wherever its clock ticked, in the middle of words too.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What is left of it."""
+        text = _SEQUENCE.sub(b"", self._rest + data)
+        cut = _UNFINISHED.search(text)
+        at = cut.start() if cut is not None else len(text)
+        self._rest = text[at:]
+        return text[:at]
+
+
 class ConsoleScript:
     """Typing at a guest: `first` once it has written anything; then each answer when its pattern has been written.
 
-    A pattern is looked for in what was written after the match before it. `until` is looked for after the last pair.
+    A pattern is looked for in what was written after the match before it. `until` is looked for after the last pair. `plain`: without
+    the control sequences of a screen.
     """
 
     def __init__(
@@ -63,7 +84,10 @@ class ConsoleScript:
         first: bytes = b"",
         pairs: Iterable[tuple[re.Pattern[bytes], bytes]] = (),
         until: re.Pattern[bytes] | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
+        self._plain = Plain() if plain else None
         self._first = first
         self._pairs = list(pairs)
         self._until = until
@@ -87,7 +111,7 @@ class ConsoleScript:
         self.written += len(data)
         if self.matched is not None or (not self._pairs and self._until is None):
             return typed
-        self._text += data
+        self._text += self._plain.feed(data) if self._plain is not None else data
         while self._pairs:
             match = self._pairs[0][0].search(self._text)
             if match is None:

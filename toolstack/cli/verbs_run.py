@@ -32,6 +32,12 @@ def run_verb(
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
         raise InputError(f"--type {fields['type']}: there are {', '.join(TYPES)}")
+    if fields["type"] == "hvm" and fields["kernel"]:
+        raise InputError(
+            f"{fields['kernel']}: a full HVM guest boots from a disk (--disk, --cdrom); a kernel starts with --type pv or pvh"
+        )
+    if fields["type"] != "hvm" and not fields["kernel"]:
+        raise InputError(f"a kernel is missing: a {fields['type']} guest needs one (domicile run KERNEL)")
     if len(send) > len(expect):
         raise InputError(f"--send {send[len(expect)]!r}: has no --expect; they come in pairs")
     if len(send) < len(expect):
@@ -41,7 +47,10 @@ def run_verb(
         for pattern, text in zip(expect, send, strict=True)
     ]
     script = ConsoleScript(
-        decode_escapes(first, "--input"), pairs, compile_pattern(until, "--until") if until else None
+        decode_escapes(first, "--input"),
+        pairs,
+        compile_pattern(until, "--until") if until else None,
+        plain=fields["type"] == "hvm",
     )
     if disks or vifs:
         from toolstack.xlcfg.devices import parse_disk, parse_vif
@@ -50,7 +59,7 @@ def run_verb(
         fields["vifs"] = [parse_vif(text, "--vif") for text in vifs]
     domain = {
         **fields,
-        "name": check_name(fields["name"]) if fields["name"] else name_of(fields["kernel"]),
+        "name": check_name(fields["name"]) if fields["name"] else name_of(_first_file(fields)),
         "on_reboot": "restart" if reboot else "destroy",
     }
     from toolstack.doctor import require_quick
@@ -70,3 +79,9 @@ def run_verb(
             join=join,
         )
     ).execute()
+
+
+def _first_file(fields: dict[str, Any]) -> str:
+    """What a guest is named after: its kernel, or the image that it boots."""
+    images = [fields["kernel"], *(disk["target"] for disk in fields.get("disks", ()))]
+    return next((path for path in images if path), "hvm")

@@ -20,6 +20,7 @@ MODULES: Final = {
     "hypervisor": "hypervisor",
     "dom0": "domains.dom0",
     "domio": "domains.domio",
+    "dm": "domains.dm",
     "domu": "domains.domu",
     "nvme": "domains.devices.nvme",
 }

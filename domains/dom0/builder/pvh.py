@@ -112,6 +112,18 @@ def special_pages() -> tuple[Gfn, ...]:
     return tuple(Gfn(g) for g in range(SPECIAL_END - SPECIAL_COUNT - IOREQ_SERVERS, SPECIAL_END))
 
 
+def special_parameters() -> tuple[dict[int, int], tuple[tuple[Gfn, bytes], ...]]:
+    """The HVM parameters that name the special pages, and (gfn, content) of those that are not all zero."""
+    first = SPECIAL_END - SPECIAL_COUNT
+    hvm_params = {param: first + index for index, param in enumerate(_SPECIAL_PARAMS)}
+    # HVM_PARAM_IDENT_PT is an address, unlike the others.
+    ident = Gfn(hvm_params[params.HVM_PARAM_IDENT_PT])
+    hvm_params[params.HVM_PARAM_IDENT_PT] = ident << PAGE_SHIFT
+    hvm_params[params.HVM_PARAM_IOREQ_SERVER_PFN] = first - IOREQ_SERVERS
+    hvm_params[params.HVM_PARAM_NR_IOREQ_SERVER_PAGES] = IOREQ_SERVERS
+    return hvm_params, ((ident, _identity_table()),)
+
+
 def check_pvh(kernel: Kernel) -> XenNotes:
     """The notes of a kernel that can be a PVH guest. BuildError that says why it cannot."""
     notes = kernel.notes
@@ -159,20 +171,14 @@ def build_pvh(request: PvhBuildRequest, memory: GuestMemory) -> PvhBuilt:
     if len(request.ramdisk):
         memory.write(ramdisk_at >> PAGE_SHIFT, 0, request.ramdisk)
     memory.write(info_at >> PAGE_SHIFT, 0, info)
-    first = SPECIAL_END - SPECIAL_COUNT
-    hvm_params = {param: first + index for index, param in enumerate(_SPECIAL_PARAMS)}
-    # HVM_PARAM_IDENT_PT is an address, unlike the others.
-    ident = Gfn(hvm_params[params.HVM_PARAM_IDENT_PT])
-    hvm_params[params.HVM_PARAM_IDENT_PT] = ident << PAGE_SHIFT
-    hvm_params[params.HVM_PARAM_IOREQ_SERVER_PFN] = first - IOREQ_SERVERS
-    hvm_params[params.HVM_PARAM_NR_IOREQ_SERVER_PAGES] = IOREQ_SERVERS
+    hvm_params, special_writes = special_parameters()
     return PvhBuilt(
         entry=entry,
         ebx=info_at,
         memory_map=memory_map,
         hvm_params=hvm_params,
         special_pages=special_pages(),
-        special_writes=((ident, _identity_table()),),
+        special_writes=special_writes,
         first_free=Gfn(end >> PAGE_SHIFT),
     )
 

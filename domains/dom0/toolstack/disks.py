@@ -52,6 +52,9 @@ class Disk:
     vdev: str
     number: int
     config: dict[str, Any]
+    settings: dict[str, Any]
+    waiting: int | None = None
+    """Its file, while an emulated drive of the guest's has it: the device process gets it when the guest has unplugged that."""
 
 
 @dataclass(slots=True)
@@ -158,7 +161,7 @@ class Disks:
         disks, self.disks = list(self.disks.values()), {}
         for disk in disks:
             self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
-            self._deposit(disk.name, [], [], {})
+            self.deposit(disk.name, [], [], {})
         self._xc.destroy(domid)
         self._store.domain_died(domid)
         self._store.remove(f"/local/domain/{domid}/device-model")
@@ -180,8 +183,8 @@ class Disks:
         view: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
         return view
 
-    def _deposit(self, name: str, fds: list[str], descriptors: list[int], settings: dict[str, Any]) -> None:
-        """Have the warden keep the files for the device process of that name."""
+    def deposit(self, name: str, fds: list[str], descriptors: list[int], settings: dict[str, Any]) -> None:
+        """Have the warden keep the files for the process of that name; none: it forgets them. DiskError."""
         self._warden.send(Deposit(name=name, fds=fds, settings=settings), descriptors)
         poller = select.poll()
         poller.register(self._warden.fileno(), select.POLLIN)
@@ -209,8 +212,9 @@ class Disks:
 
     # ------------------------------------------------------------------ attaching
 
-    def attach(self, domid: DomId, config: dict[str, Any], fd: int | None) -> Disk:
-        """Give a guest a disk: `config` as toolstack.xlcfg.devices makes it, `fd` its file. DiskError, HypercallError."""
+    def attach(self, domid: DomId, config: dict[str, Any], fd: int | None, *, emulated: bool = False) -> Disk:
+        """Give a guest a disk: `config` as toolstack.xlcfg.devices makes it, `fd` its file (which stays the caller's, and open while the
+        guest lives). `emulated`: the guest's device model has it first; `hand_over` follows. DiskError, HypercallError."""
         vdev = str(config.get("vdev", ""))
         try:
             number = number_of(vdev)
@@ -223,24 +227,38 @@ class Disks:
         backend = self.domio if self.domio is not None else self._start_domio()
         self._serial += 1
         bdf = (self._serial & 0x1F) << 3 | (self._serial >> 5) << 8
-        disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config)
         readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))
         settings = {
             "serial": f"DOMICILE{self._serial:04d}",
             "namespace1": {"format": config.get("format", "raw"), "read_only": readonly},
         }
-        self._deposit(disk.name, ["namespace1"], [fd], settings)
+        disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config, settings, fd)
         self.disks[disk.name] = disk
-        self._xc.plug(bdf, "nvme", disk.name)
-        self._xc.assign_device(backend, bdf)
+        if not emulated:
+            self._plug_in(disk, backend)
         self._write_nodes(disk, backend, readonly)
         return disk
+
+    def _plug_in(self, disk: Disk, backend: DomId) -> None:
+        fd, disk.waiting = disk.waiting, None
+        if fd is None:
+            return
+        self.deposit(disk.name, ["namespace1"], [fd], disk.settings)
+        self._xc.plug(disk.bdf, "nvme", disk.name)
+        self._xc.assign_device(backend, disk.bdf)
+
+    def hand_over(self, domid: DomId, vdev: str) -> None:
+        """The guest's device model has closed the disk's image: the back end opens it now."""
+        for disk in self.disks.values():
+            if disk.domid == domid and disk.vdev == vdev and self.domio is not None:
+                self._plug_in(disk, self.domio)
 
     def wait_offered(self, domid: DomId) -> None:
         """Wait, as libxl does before it starts a guest, until the back ends of its disks offer them (InitWait or beyond). One that
         does not come up in time is logged: the guest sees it when it does."""
         deadline = time.monotonic() + READY_TIMEOUT_S
-        for disk in [disk for disk in self.disks.values() if disk.domid == domid]:
+        mine = [disk for disk in self.disks.values() if disk.domid == domid and disk.waiting is None]
+        for disk in mine:
             state = f"/local/domain/{self.domio}/backend/vbd/{domid}/{disk.number}/state"
             while self._store.read(state) in (None, "1"):
                 if time.monotonic() > deadline:
@@ -329,8 +347,9 @@ class Disks:
         del self.disks[disk.name]
         store.remove(back)
         store.remove(front)
-        self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
-        self._deposit(disk.name, [], [], {})
+        if disk.waiting is None:
+            self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
+            self.deposit(disk.name, [], [], {})
 
     def domain_died(self, domid: DomId) -> None:
         """Its disks go with it."""

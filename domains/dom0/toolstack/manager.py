@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from bus.abi import domctl as dc
 from bus.abi import sched
-from bus.abi.arch_x86 import XEN_X86_EMU_LAPIC
+from bus.abi.arch_x86 import XEN_X86_EMU_ALL, XEN_X86_EMU_LAPIC, XEN_X86_EMU_VPCI
 from bus.abi.grant_table import GNTTAB_RESERVED_CONSOLE
 from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from bus.addresses import DomId, GrantRef, Mfn, Port, VcpuId
@@ -19,9 +19,11 @@ from bus.messages.domain import Order
 from bus.packets import close_all
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.kernel import Kernel, load_kernel
-from domains.dom0.consoled import Console
+from domains.dom0.consoled import Console, SerialLine, Terminal
 from domains.dom0.toolstack.disks import DiskError, Disks
+from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
+from domains.dom0.toolstack.models import DeviceModel, ModelError, model_settings, slot_of
 from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
 from domains.dom0.xc import E820_RAM, ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
@@ -35,6 +37,8 @@ SHUTDOWN_NAMES: Final = {
     sched.SHUTDOWN_watchdog: "watchdog",
     sched.SHUTDOWN_soft_reset: "soft_reset",
 }
+EMULATION: Final = {"pv": 0, "pvh": XEN_X86_EMU_LAPIC, "hvm": XEN_X86_EMU_ALL & ~XEN_X86_EMU_VPCI}
+"""emulation_flags of XEN_DOMCTL_createdomain, as libxl gives them."""
 RESTART_LIMIT_S: Final = 1.0
 """A domain that reboots sooner than this after its start is not started again: it would go on for ever."""
 
@@ -54,10 +58,31 @@ class Guest:
     console: Console
     uuid: bytes
     started: float = field(default_factory=time.monotonic)
+    serial: SerialLine | None = None
+    """Of a full HVM guest: what its standard output is."""
+    model: DeviceModel | None = None
     xenstore_port: Port | None = None
     ending: bool = False
     counters: dict[str, Any] = field(default_factory=dict)
     """Its process's last words: what the guest did (not trusted: for show)."""
+
+    @property
+    def terminal(self) -> Terminal:
+        """Its first console: of a full HVM guest the serial line."""
+        return self.serial or self.console
+
+    def disconnect(self) -> None:
+        """Its lines are joined to nothing any more."""
+        self.console.disconnect()
+        if self.serial is not None:
+            self.serial.disconnect()
+
+    def close(self) -> None:
+        """Close its lines and files."""
+        self.console.close()
+        if self.serial is not None:
+            self.serial.close()
+        close_all(list(self.files.values()))
 
 
 Ended = Callable[[DomId, str, str, str], None]
@@ -92,35 +117,37 @@ class Manager:
             close_all(list(files.values()))
             raise
 
-    def _create(self, config: DomainConfig, files: dict[int, int], console: Console | None) -> DomId:
+    def _create(self, config: DomainConfig, files: dict[int, int], before: Guest | None) -> DomId:
+        """`before`: the domain that rebooted, whose lines it takes over."""
         if any(guest.config.name == config.name and not guest.ending for guest in self.guests.values()):
             raise ToolstackError(f"domain {config.name!r} exists already: choose another name, or destroy it")
         if config.type == "hvm":
-            raise ToolstackError(
-                f"{config.name}: type='hvm' is not built yet (no firmware, no device model): a kernel with a PVH entry"
-                " starts with type='pvh', a PV kernel with type='pv'"
-            )
-        kernel = self._kernel(config, files)
-        ramdisk = read_file(files[config.ramdisk], config.ramdisk_path) if config.ramdisk >= 0 else b""
+            kernel, ramdisk = None, b""
+        else:
+            kernel = self._kernel(config, files)
+            ramdisk = read_file(files[config.ramdisk], config.ramdisk_path) if config.ramdisk >= 0 else b""
         try:
-            pvh = config.type == "pvh"
+            translated = config.type != "pv"
             domid = self.xc.create_domain(
                 uuid=config.uuid,
                 max_vcpus=config.maxvcpus or config.vcpus,
-                flags=dc.XEN_DOMCTL_CDF_hvm | dc.XEN_DOMCTL_CDF_hap if pvh else 0,
-                emulation_flags=XEN_X86_EMU_LAPIC if pvh else 0,
+                flags=dc.XEN_DOMCTL_CDF_hvm | dc.XEN_DOMCTL_CDF_hap if translated else 0,
+                emulation_flags=EMULATION[config.type],
             )
         except HypercallError as error:
             raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
         try:
-            guest = self._build(domid, config, kernel, ramdisk, files, console)
-        except (BuildError, HypercallError, GrantError, DiskError, ValueError) as error:
+            guest = self._build(domid, config, kernel, ramdisk, files, before)
+        except (BuildError, HypercallError, GrantError, DiskError, ModelError, ValueError) as error:
             self._forget(domid)
             if isinstance(error, HypercallError) and error.errno == 12:
                 raise ToolstackError(
                     f"{config.name}: not enough machine memory for {config.memory_mb} MB: give less, or the machine more"
                 ) from None
             raise ToolstackError(f"{config.kernel_path or config.name}: {error}") from None
+        except BaseException:
+            self._forget(domid)
+            raise
         self.guests[domid] = guest
         if not config.paused:
             self.xc.unpause(domid)
@@ -138,21 +165,68 @@ class Manager:
         self,
         domid: DomId,
         config: DomainConfig,
-        kernel: Kernel,
+        kernel: Kernel | None,
         ramdisk: bytes,
         files: dict[int, int],
-        console: Console | None,
+        before: Guest | None,
     ) -> Guest:
+        guest = self._guest(domid, config, files, before)
+        try:
+            self._fill(guest, kernel, ramdisk)
+        except BaseException:
+            if guest.model is not None:
+                guest.model.close()
+            if before is None:
+                guest.console.close()
+                if guest.serial is not None:
+                    guest.serial.close()
+            raise
+        return guest
+
+    def _guest(
+        self, domid: DomId, config: DomainConfig, files: dict[int, int], before: Guest | None
+    ) -> Guest:
+        """With its lines, and the process of its device model."""
+        host = self._host
+        if before is None:
+            guest = Guest(
+                domid, config, files, Console(host, domid, config.name, self._consoles), config.uuid
+            )
+            if config.type == "hvm":
+                guest.serial = SerialLine(host.reactor, config.name, self._consoles)
+        else:
+            guest = Guest(domid, config, files, before.console, config.uuid, serial=before.serial)
+            guest.console.domid = domid
+        if guest.serial is not None:
+            settings, given = model_settings(config, files)
+            guest.model = DeviceModel(
+                host.reactor, self.xc, self.disks.deposit, domid, guest.serial, settings, given
+            )
+        return guest
+
+    def _fill(self, guest: Guest, kernel: Kernel | None, ramdisk: bytes) -> None:
+        """Memory, first state, devices: all up to a domain that can be unpaused."""
+        domid, config, files = guest.domid, guest.config, guest.files
         xc, host = self.xc, self._host
         vcpus = config.maxvcpus or config.vcpus
-        pvh = config.type == "pvh"
         xc.max_vcpus(domid, vcpus)
-        extra = extra_pages(vcpus) << 2 if pvh else 0
+        extra = extra_pages(vcpus) << 2 if config.type != "pv" else 0
         xc.max_mem(domid, (max(config.memory_mb, config.maxmem_mb) << 10) + extra)
         xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
         console_port = host.alloc_unbound(domid, DOMID_SELF)
         ring: int
-        if pvh:
+        if kernel is None:
+            ring = build_hvm_domain(
+                host,
+                xc,
+                domid,
+                self._firmware(config, files),
+                config.memory_mb << 8,
+                (vcpus, config.vcpus),
+                xenstore_port,
+                console_port,
+            ).console_gfn
+        elif config.type == "pvh":
             ring = build_pvh_domain(
                 host,
                 xc,
@@ -168,21 +242,39 @@ class Manager:
         else:
             ring = self._build_pv(domid, config, kernel, ramdisk, xenstore_port, console_port)
         xc.scheduler(domid, config.cpu_weight, config.cap)
-        if console is None:
-            console = Console(host, domid, config.name, self._consoles)
-        console.domid = domid
-        guest = Guest(domid, config, files, console, config.uuid, xenstore_port=xenstore_port)
-        try:
-            console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
-            self._write_store(guest, ring, console_port)
-            for disk in config.disks:
-                self.disks.attach(domid, disk, files.get(disk.get("file", -1)))
-            self.disks.wait_offered(domid)
-            self.store.introduce(domid, xenstore_port)
-        except BaseException:
-            console.close()
-            raise
-        return guest
+        guest.xenstore_port = xenstore_port
+        guest.console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
+        self._write_store(guest, ring, console_port)
+        self._attach_disks(guest)
+        self.store.introduce(domid, xenstore_port)
+        if guest.model is not None:
+            guest.model.start()
+
+    def _attach_disks(self, guest: Guest) -> None:
+        """An optical drive of a full HVM guest is its device model's alone; a disk is that first, and the back end's when the guest has
+        unplugged it there."""
+        slots: dict[str, str] = {}
+        for disk in guest.config.disks:
+            slot = slot_of(disk) if guest.model is not None else None
+            if slot is not None and disk.get("cdrom"):
+                continue
+            file = guest.files.get(disk.get("file", -1))
+            attached = self.disks.attach(guest.domid, disk, file, emulated=slot is not None)
+            if slot is not None:
+                slots[slot] = attached.vdev
+        if guest.model is not None:
+
+            def unplugged(names: list[str]) -> None:
+                for vdev in [slots.pop(name) for name in names if name in slots]:
+                    self.disks.hand_over(guest.domid, vdev)
+
+            guest.model.on_unplugged = unplugged
+        self.disks.wait_offered(guest.domid)
+
+    def _firmware(self, config: DomainConfig, files: dict[int, int]) -> bytes:
+        if config.firmware not in files:
+            raise BuildError("no firmware was given")
+        return read_file(files[config.firmware], config.firmware_path)
 
     def _build_pv(
         self,
@@ -328,14 +420,13 @@ class Manager:
             )
             return
         guest.ending = True
-        guest.console.disconnect()
-        self._forget(guest.domid)
+        guest.disconnect()
+        self._forget(guest.domid, guest.model)
         del self.guests[guest.domid]
         try:
-            domid = self._create(guest.config, guest.files, guest.console)
+            domid = self._create(guest.config, guest.files, guest)
         except ToolstackError as error:
-            guest.console.close()
-            close_all(list(guest.files.values()))
+            guest.close()
             self._tell(guest, reason, f"restart failed: {error}")
             return
         for notify in list(self.on_end):
@@ -343,19 +434,20 @@ class Manager:
 
     def _end(self, guest: Guest, reason: str, details: str) -> None:
         guest.ending = True
-        guest.console.disconnect()
-        self._forget(guest.domid)
+        if guest.model is not None:
+            guest.model.drain()
+        guest.disconnect()
+        self._forget(guest.domid, guest.model)
         self._tell(guest, reason, details)
-        guest.console.close()
-        close_all(list(guest.files.values()))
+        guest.close()
         self.guests.pop(guest.domid, None)
 
     def _tell(self, guest: Guest, reason: str, details: str) -> None:
         for notify in list(self.on_end):
             notify(guest.domid, guest.config.name, reason, details)
 
-    def _forget(self, domid: DomId) -> None:
-        """Destroy a domain and what the store knows of it."""
+    def _forget(self, domid: DomId, model: DeviceModel | None = None) -> None:
+        """Destroy a domain with its device model, and what the store knows of it."""
         self.disks.domain_died(domid)
         self.store.domain_died(domid)
         base = f"/local/domain/{domid}"
@@ -365,6 +457,8 @@ class Manager:
         except HypercallError as error:
             if error.errno != 3:  # ESRCH: gone already
                 raise
+        if model is not None:
+            model.close()
         self.store.remove(base)
         if vm:
             self.store.remove(vm)
@@ -390,8 +484,11 @@ class Manager:
             return "Domain-0"
         if domid == self.disks.domio:
             return "DomIO"
-        guest = self.guests.get(DomId(domid))
-        return guest.config.name if guest is not None else "(null)"
+        for guest in self.guests.values():
+            if guest.model is not None and guest.model.domid == domid:
+                return f"{guest.config.name}-dm"
+        found = self.guests.get(DomId(domid))
+        return found.config.name if found is not None else "(null)"
 
     def list_domains(self) -> list[dict[str, Any]]:
         """What `xl list` shows."""

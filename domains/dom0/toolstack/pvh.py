@@ -135,10 +135,10 @@ def build_pvh_domain(
         xc.set_memory_map(domid, [(entry.address, entry.size, entry.kind) for entry in built.memory_map])
         console = built.hvm_params[params.HVM_PARAM_CONSOLE_PFN]
         store = built.hvm_params[params.HVM_PARAM_STORE_PFN]
-        grant_frame = _grant_frame(host, domid)
+        grants = grant_frame(host, domid)
         for ref, ring in ((gt.GNTTAB_RESERVED_CONSOLE, console), (gt.GNTTAB_RESERVED_XENSTORE, store)):
             entry = gt.GRANT_ENTRY_V1.pack(gt.grant_entry_v1(gt.GTF_permit_access, DomId(0), ring))
-            memory.write_mfn(grant_frame, ref * gt.GRANT_ENTRY_V1.size, entry)
+            memory.write_mfn(grants, ref * gt.GRANT_ENTRY_V1.size, entry)
     finally:
         memory.close()
     values = dict(built.hvm_params)
@@ -146,11 +146,11 @@ def build_pvh_domain(
     values[params.HVM_PARAM_CONSOLE_EVTCHN] = console_port
     for index, value in values.items():
         _set_param(host, domid, index, value)
-    _set_context(host, domid, built)
+    set_context(host, domid, first_context(built))
     return BuiltPvh(console, store)
 
 
-def _grant_frame(host: NativeDomain, domid: DomId) -> int:
+def grant_frame(host: NativeDomain, domid: DomId) -> int:
     """Machine frame of the first page of the domain's grant table."""
     layout = mem.XEN_MEM_ACQUIRE_RESOURCE
     request = layout.pack(
@@ -193,6 +193,11 @@ def first_context(built: PvhBuilt) -> bytes:
         ss_limit=FLAT, ss_arbytes=DATA32,
         tr_limit=0x67, tr_arbytes=TSS32,
     )  # fmt: skip
+    return hvm_context(cpu)
+
+
+def hvm_context(cpu: save.hvm_hw_cpu) -> bytes:
+    """An HVM context with the state of vCPU 0."""
     header = save.hvm_save_header(save.HVM_FILE_MAGIC, save.HVM_FILE_VERSION, 0, 0, 0)
     return (
         _record("HEADER", save.HVM_SAVE_HEADER.pack(header))
@@ -201,8 +206,8 @@ def first_context(built: PvhBuilt) -> bytes:
     )
 
 
-def _set_context(host: NativeDomain, domid: DomId, built: PvhBuilt) -> None:
-    context = first_context(built)
+def set_context(host: NativeDomain, domid: DomId, context: bytes) -> None:
+    """XEN_DOMCTL_sethvmcontext. HypercallError."""
     payload = XEN_DOMCTL_HVMCONTEXT.pack(xen_domctl_hvmcontext(len(context), 1))
     request = XEN_DOMCTL.pack(
         xen_domctl(

@@ -18,7 +18,7 @@ from bus.addresses import DomId
 from bus.messages.control import MAX_CONSOLE_CHUNK, TO_TOOLSTACK, DomainConfig, Notice, Request, Response
 from bus.messages.envelope import BadMessage, Message
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
-from domains.dom0.consoled import Console
+from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.disks import DiskError
 from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
 from domains.dom0.toolstack.traces import Traces
@@ -48,7 +48,7 @@ class Client:
         self.link = PacketLink(sock, TO_TOOLSTACK)
         self._waiting: list[tuple[Message, list[int]]] = []
         self._size = 0
-        self.attached: list[tuple[Console, Callable[[bytes], None]]] = []
+        self.attached: list[tuple[Terminal, Callable[[bytes], None]]] = []
         self.follows = False
 
     def send(self, message: Message, descriptors: list[int] | None = None) -> None:
@@ -83,7 +83,7 @@ class Client:
         self._waiting.clear()
         self.link.close()
 
-    def attach(self, console: Console, *, replay: bool) -> None:
+    def attach(self, console: Terminal, *, replay: bool) -> None:
         """Send the console's output as notices."""
 
         def listener(data: bytes) -> None:
@@ -124,7 +124,7 @@ class ToolstackServer:
             "vcpu-list": self._vcpu_list,
             "console": self._console,
             "type": self._type,
-            "tty": lambda client, args, fds: manager.find(args["domain"]).console.tty,
+            "tty": lambda client, args, fds: self._line(args).tty,
             "shutdown": lambda client, args, fds: manager.shutdown(
                 args["domain"], args.get("how", "poweroff")
             ),
@@ -231,19 +231,30 @@ class ToolstackServer:
         domid = self.manager.create(config, fds)
         if args.get("attach"):
             client.follows = True
-            client.attach(self.manager.guests[domid].console, replay=True)
+            client.attach(self.manager.guests[domid].terminal, replay=True)
         return int(domid)
 
     def _console(self, client: Client, args: dict[str, Any], fds: list[int]) -> str:
-        guest = self.manager.find(args["domain"])
-        client.attach(guest.console, replay=bool(args.get("replay", True)))
-        return guest.console.tty
+        line = self._line(args)
+        client.attach(line, replay=bool(args.get("replay", True)))
+        return line.tty
+
+    def _line(self, args: dict[str, Any]) -> Terminal:
+        """`domain`, and `type`: 'pv', 'serial', or none for its first console."""
+        guest, kind = self.manager.find(args["domain"]), args.get("type") or ""
+        if kind == "pv":
+            return guest.console
+        if kind == "serial" and guest.serial is None:
+            raise ToolstackError(f"domain {args['domain']} has no serial line: only full HVM guests have")
+        if kind not in ("", "serial"):
+            raise ToolstackError(f"console type {kind!r}: there are pv and serial")
+        return guest.terminal
 
     def _type(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
         data = args["data"]
         if not isinstance(data, bytes):
             raise ToolstackError("type: data must be bytes")
-        return self.manager.find(args["domain"]).console.type(data)
+        return self._line(args).type(data)
 
     def _domname(self, client: Client, args: dict[str, Any], fds: list[int]) -> str:
         if args["domain"] in (0, "0"):
@@ -408,7 +419,7 @@ class ToolstackServer:
 def stats_of(guest: Guest) -> dict[str, Any]:
     """Counters of a domain for the record of a run. None: nobody counts that (yet); the command names it in `not_counted`."""
     names = ("hypercalls", "exceptions", "events")
-    return {"console_bytes": guest.console.bytes_out, **{name: guest.counters.get(name) for name in names}}
+    return {"console_bytes": guest.terminal.bytes_out, **{name: guest.counters.get(name) for name in names}}
 
 
 def console_directory(path: str) -> Path:

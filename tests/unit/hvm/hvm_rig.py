@@ -60,7 +60,9 @@ class FakeUpstream:
 class Rig:
     """`bits` is 32 (flat, no paging) or 64 (identity-mapped 4 GiB)."""
 
-    def __init__(self, code: str, *, bits: int = 64, cpl: int = 0, vcpus: int = 1, flags: int = 2) -> None:
+    def __init__(
+        self, code: str, *, bits: int = 64, cpl: int = 0, vcpus: int = 1, flags: int = 2, board: bool = False
+    ) -> None:
         self.bits = bits
         size = FRAMES + HEAP << 12
         self.buffer = mmap.mmap(-1, size)
@@ -71,7 +73,7 @@ class Rig:
         self.upstream = FakeUpstream()
         self.shared = FRAMES << 12
         self.domain = HvmDomain(
-            HvmConfig(DomId(7), Mfn(BASE + FRAMES), vcpus, slice_blocks=20_000),
+            HvmConfig(DomId(7), Mfn(BASE + FRAMES), vcpus, slice_blocks=20_000, board=board),
             self.physmap,
             octets,
             octets.cast("Q"),

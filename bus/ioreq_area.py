@@ -1,0 +1,190 @@
+"""The memory that a guest's process shares with its device model: one sealed memfd for an ioreq server.
+
+| at | what | written by |
+| --- | --- | --- |
+| 0 | one `struct ioreq` (hvm/ioreq.h) a vCPU: the accesses under way | both, in turn by its state |
+| PRODUCED, CONSUMED | indexes of the ring of notes, free running | device model; guest's process |
+| NOTES | the ring: what the device model has done or wants done, in order | device model; `status` by the guest's process |
+| BLOCK | data of REP INS and REP OUTS, one page a vCPU | both, with the ioreq |
+| STAGING | bytes on their way to or from the guest's memory | both |
+| VRAM | the frame buffer, which the guest's process maps into the guest | guest and device model |
+
+Beside it go four eventfds: `request` (an ioreq is ready), `response` (it is answered), `note` (look at the ring), `done` (the note
+that waits for it was carried out). Neither side believes what the other writes: all is read once into a copy and checked.
+
+Interrupt lines and DMA are notes and not hypercalls, so that their order against each other and against the answer of an ioreq is
+the order of the ring: translations of the pages that DMA wrote are dropped before its interrupt is seen.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from struct import Struct
+from typing import Final, NamedTuple
+
+from bus import sealed
+from bus.abi.hvm.ioreq import (
+    IOREQ,
+    STATE_IOREQ_INPROCESS,
+    STATE_IOREQ_NONE,
+    STATE_IOREQ_READY,
+    STATE_IORESP_READY,
+)
+
+MAX_VCPUS: Final = 128
+PRODUCED: Final = 0x1000
+CONSUMED: Final = 0x1040
+NOTES: Final = 0x2000
+NOTE_SIZE: Final = 32
+RING: Final = 256
+"""Notes that may wait."""
+BLOCK: Final = 0x80000
+BLOCK_SIZE: Final = 0x1000
+STAGING: Final = 0x100000
+STAGING_SIZE: Final = 0x100000
+VRAM: Final = 0x200000
+VRAM_SIZE: Final = 16 << 20
+SIZE: Final = VRAM + VRAM_SIZE
+EVENTFDS: Final = ("request", "response", "note", "done")
+
+ISA_IRQ, PCI_INTX, MSI, READ, WRITE, MAP, UNMAP, LINK = range(1, 9)
+"""Notes: a line of an ISA interrupt (a: line, b: level); of a PCI device (a: device << 2 | pin, b: level); an interrupt message
+(address, a: data); bytes from the guest's memory to the staging area (address, length, place), which waits for `done`; bytes to
+the guest's memory; the frame buffer at a guest-physical address (address, length, place in it; whole pages); no longer; the ISA interrupt of a PCI link (a: link, b: line,
+0 for none)."""
+PENDING, CARRIED_OUT, REFUSED = range(3)
+"""Status of a note."""
+_NOTE: Final = Struct("<IIIIQII")
+_WORD: Final = Struct("<I")
+_IOREQ: Final = Struct("<QQIIIHBB")
+_STATE_AT: Final = 30
+"""Of the byte with the state in a struct ioreq."""
+assert _IOREQ.size == IOREQ.size == 32
+
+
+class Note(NamedTuple):
+    """One entry of the ring."""
+
+    kind: int
+    a: int = 0
+    b: int = 0
+    address: int = 0
+    length: int = 0
+    place: int = 0
+
+
+class Access(NamedTuple):
+    """What a `struct ioreq` says. `steps` > 1 with `block`: so many accesses, whose data is in the vCPU's block."""
+
+    address: int
+    data: int
+    steps: int
+    size: int
+    kind: int
+    """IOREQ_TYPE_*."""
+    read: bool
+    block: bool
+
+
+class IoreqArea:
+    """A mapping of the memory."""
+
+    def __init__(self, fd: int) -> None:
+        """Maps it; the descriptor stays the caller's. ValueError if it is no such memfd."""
+        sealed.check(fd, SIZE)
+        self._mapping: Final = mmap.mmap(fd, SIZE)
+        self.octets: Final = memoryview(self._mapping)
+
+    # --- accesses
+
+    def put_access(self, vcpu: int, access: Access) -> None:
+        """Fill in a vCPU's request and make it ready."""
+        at = vcpu * _IOREQ.size
+        flags = STATE_IOREQ_NONE | int(access.block) << 4 | int(access.read) << 5
+        _IOREQ.pack_into(
+            self.octets, at, access.address, access.data, access.steps, access.size, 0, 0, flags, access.kind
+        )
+        self.octets[at + _STATE_AT] = flags | STATE_IOREQ_READY
+
+    def ready(self, vcpu: int) -> bool:
+        """A vCPU's request waits for the device model."""
+        return self.octets[vcpu * _IOREQ.size + _STATE_AT] & 0xF == STATE_IOREQ_READY
+
+    def take_access(self, vcpu: int) -> Access:
+        """A vCPU's request as it is now, unchecked; it is in process from now on."""
+        at = vcpu * _IOREQ.size
+        address, data, count, size, _, _, flags, kind = _IOREQ.unpack_from(self.octets, at)
+        self.octets[at + _STATE_AT] = flags & 0xF0 | STATE_IOREQ_INPROCESS
+        return Access(address, data, count, size, kind, bool(flags & 0x20), bool(flags & 0x10))
+
+    def answer(self, vcpu: int, data: int) -> None:
+        """The value that was read (or 0)."""
+        at = vcpu * _IOREQ.size
+        self.octets[at + 8 : at + 16] = data.to_bytes(8, "little")
+        self.octets[at + _STATE_AT] = self.octets[at + _STATE_AT] & 0xF0 | STATE_IORESP_READY
+
+    def take_answer(self, vcpu: int) -> int | None:
+        """The value, if the request is answered; the slot is free then."""
+        at = vcpu * _IOREQ.size
+        if self.octets[at + _STATE_AT] & 0xF != STATE_IORESP_READY:
+            return None
+        data = int.from_bytes(self.octets[at + 8 : at + 16], "little")
+        self.octets[at + _STATE_AT] = STATE_IOREQ_NONE
+        return data
+
+    def block(self, vcpu: int) -> memoryview:
+        """The page for data of string instructions of a vCPU."""
+        start = BLOCK + vcpu * BLOCK_SIZE
+        return self.octets[start : start + BLOCK_SIZE]
+
+    # --- notes
+
+    def word(self, at: int) -> int:
+        """A 32-bit word."""
+        value: int = _WORD.unpack_from(self.octets, at)[0]
+        return value
+
+    def set_word(self, at: int, value: int) -> None:
+        """Store a 32-bit word."""
+        _WORD.pack_into(self.octets, at, value & 0xFFFFFFFF)
+
+    def put_note(self, index: int, note: Note) -> None:
+        """Write the note of a free-running index; `PRODUCED` is the caller's business."""
+        at = NOTES + index % RING * NOTE_SIZE
+        _NOTE.pack_into(
+            self.octets, at, note.kind, note.a, note.b, PENDING, note.address, note.length, note.place
+        )
+
+    def get_note(self, index: int) -> Note:
+        """A copy of the note of a free-running index."""
+        kind, a, b, _, address, length, place = _NOTE.unpack_from(
+            self.octets, NOTES + index % RING * NOTE_SIZE
+        )
+        return Note(kind, a, b, address, length, place)
+
+    def set_status(self, index: int, status: int) -> None:
+        """The guest's process says what became of a note."""
+        self.set_word(NOTES + index % RING * NOTE_SIZE + 12, status)
+
+    def status(self, index: int) -> int:
+        """What became of a note."""
+        return self.word(NOTES + index % RING * NOTE_SIZE + 12)
+
+    def close(self) -> None:
+        """Unmap."""
+        self.octets.release()
+        self._mapping.close()
+
+
+def create() -> int:
+    """The descriptor of new memory. OSError if it is short."""
+    return sealed.create("domicile-ioreq", SIZE)
+
+
+def map_area(fd: int) -> IoreqArea:
+    """Map the memory and close the descriptor."""
+    try:
+        return IoreqArea(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,337 @@
+"""A guest's process and a device model, joined by the ioreq area as on a machine: the one in this thread, the other in another."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hvm_rig import DATA, Rig, mov
+
+from bus import ioreq_area as area
+from bus.abi.hvm import dm_op
+from bus.ioreq_area import Note
+from domains.dm.guest import Guest
+from domains.hvm import model as model_module
+from domains.hvm.model import Model
+from drivers.pc.bus import GuestMemoryError, MmioSpace, PortSpace, Range
+
+PORT, MMIO = 0x1F0, 0xE0000000
+HLT = "f4"
+
+
+def out8(port: int, value: int) -> str:
+    """mov dx, port; mov al, value; out dx, al."""
+    return f"66ba{struct.pack('<H', port).hex()}b0{value:02x}ee"
+
+
+def in8(port: int) -> str:
+    """mov dx, port; in al, dx."""
+    return f"66ba{struct.pack('<H', port).hex()}ec"
+
+
+class Pair:
+    """`device` is called on the device model's thread with (offset, size, value or None)."""
+
+    def __init__(self, code: str, device: Callable[[int, int, int | None], int], **more: Any) -> None:
+        self.rig = Rig(code, board=True, **more)
+        self.fds = [area.create(), *(os.eventfd(0, os.EFD_NONBLOCK) for _ in area.EVENTFDS)]
+        self.held = False
+        self.idle = 0
+        domain = self.rig.domain
+        self.model: Model = domain.join_model(0, [os.dup(fd) for fd in self.fds], self._idle)
+        self.ports, self.mmio = PortSpace(), MmioSpace()
+
+        def read(offset: int, size: int) -> int:
+            return device(offset, size, None)
+
+        def write(offset: int, size: int, value: int) -> None:
+            device(offset, size, value)
+
+        self.ports.add(Range("test", PORT, 8, read, write, 4))
+        self.mmio.add(Range("test", MMIO, 0x1000, read, write, 8))
+        self.guest = Guest([os.dup(fd) for fd in self.fds], self.ports, self.mmio, 1)
+        for kind, first, last in ((0, PORT, PORT + 7), (1, MMIO, MMIO + 0xFFF)):
+            assert domain.model_changed({"id": 0, "add": [kind, first, last]})
+        assert domain.model_changed({"id": 0, "enabled": True})
+        self.stop = False
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.serving = True
+
+    def _idle(self) -> None:
+        self.idle += 1
+
+    def _serve(self) -> None:
+        poller = select.poll()
+        poller.register(self.guest.request.fd, select.POLLIN)
+        while not self.stop:
+            if poller.poll(20):
+                self.guest.serve()
+
+    def run(self, slices: int = 50) -> Rig:
+        if self.serving:
+            self.thread.start()
+        self.rig.run(slices)
+        return self.rig
+
+    def close(self) -> None:
+        self.stop = True
+        if self.serving:
+            self.thread.join(5)
+        self.guest.close()
+        self.model.close()
+        for fd in self.fds:
+            os.close(fd)
+
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[..., Pair]]:
+    made: list[Pair] = []
+
+    def make(*arguments: Any, **more: Any) -> Pair:
+        made.append(Pair(*arguments, **more))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.close()
+
+
+def test_ports_and_memory_go_to_the_device_model_and_back(pairs: Callable[..., Pair]) -> None:
+    seen: list[tuple[int, int, int | None]] = []
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        seen.append((offset, size, value))
+        return 0x11223344_55667788 & (1 << 8 * size) - 1
+
+    code = (
+        out8(PORT + 1, 0x42)
+        + in8(PORT + 2)
+        + "8804255000" + "0200"  # mov [0x20050], al
+        + f"48be{struct.pack('<Q', MMIO + 8).hex()}"  # mov rsi, MMIO + 8
+        + "488b06 48890425" + struct.pack("<I", DATA).hex()  # mov rax, [rsi]; mov [DATA], rax
+        + "66c7065500" + HLT  # mov word [rsi], 0x55
+    )  # fmt: skip
+    rig = pairs(code.replace(" ", ""), device).run()
+    # The vCPU takes 8 bytes of a device as two times four.
+    assert seen == [(1, 1, 0x42), (2, 1, None), (8, 4, None), (12, 4, None), (8, 2, 0x55)]
+    assert rig.buffer[DATA + 0x50] == 0x88
+    assert rig.buffer[DATA : DATA + 8] == struct.pack("<Q", 0x55667788_55667788)
+
+
+def test_ports_of_nobody_read_as_ones_without_the_device_model(pairs: Callable[..., Pair]) -> None:
+    seen: list[int] = []
+    pair = pairs(in8(0x300) + HLT, lambda offset, size, value: seen.append(offset) or 0)
+    rig = pair.run()
+    assert rig.regs.rax & 0xFF == 0xFF
+    assert not seen
+    assert pair.model.accesses == 0
+
+
+@pytest.mark.parametrize("count", [2, 256, 1000])
+@pytest.mark.parametrize("start", [DATA, DATA + 0xFF0])
+def test_rep_insw_is_a_few_exits_and_leaves_memory_and_registers_as_step_by_step(
+    pairs: Callable[..., Pair], count: int, start: int
+) -> None:
+    state = [0]
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        state[0] += 1
+        return state[0] & 0xFFFF
+
+    code = f"66ba{struct.pack('<H', PORT).hex()}" + mov("edi", start) + mov("ecx", count) + "f3666d" + HLT
+    pair = pairs(code, device)
+    rig = pair.run()
+    words = struct.unpack_from(f"<{count}H", rig.buffer, start)
+    assert words == tuple(range(1, count + 1))
+    assert (rig.regs.rdi, rig.regs.rcx) == (start + 2 * count, 0)
+    assert pair.model.accesses <= 2 + count // 1024 + 1
+    assert rig.domain.crash_text is None
+
+
+def test_rep_outsw_takes_its_words_from_memory(pairs: Callable[..., Pair]) -> None:
+    seen: list[int | None] = []
+    code = (
+        f"66ba{struct.pack('<H', PORT).hex()}" + mov("esi", DATA + 0xF00) + mov("ecx", 256) + "f3666f" + HLT
+    )
+    pair = pairs(code, lambda offset, size, value: seen.append(value) or 0)
+    for index in range(256):
+        struct.pack_into("<H", pair.rig.buffer, DATA + 0xF00 + 2 * index, index * 3)
+    rig = pair.run()
+    assert seen == [index * 3 for index in range(256)]
+    assert (rig.regs.rsi, rig.regs.rcx) == (DATA + 0xF00 + 512, 0)
+    assert pair.model.accesses == 2, "one for each page"
+
+
+def test_dma_reaches_the_guests_memory_and_drops_its_translations(pairs: Callable[..., Pair]) -> None:
+    """Code that was run is replaced by DMA before the access returns: the new code runs."""
+    target = 0x30000
+    pair_box: list[Pair] = []
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        guest = pair_box[0].guest
+        assert guest.read(DATA, 4) == b"abcd"
+        guest.write(target, bytes.fromhex("b802000000c3"))  # mov eax, 2; ret
+        return 0
+
+    call = f"48c7c3{struct.pack('<I', target).hex()}ffd3"  # mov rbx, target; call rbx
+    store = "890425" + struct.pack("<I", DATA + 16).hex()
+    code = call + out8(PORT, 1) + call + store + HLT
+    pair = pairs(code, device)
+    pair_box.append(pair)
+    pair.rig.write(target, "b801000000c3")
+    pair.rig.write(DATA, b"abcd")
+    rig = pair.run()
+    assert rig.word(DATA + 16) == 2
+
+
+def test_an_interrupt_that_the_device_raises_is_taken_after_its_dma(pairs: Callable[..., Pair]) -> None:
+    box: list[Pair] = []
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        box[0].guest.write(DATA, b"\x07")
+        box[0].guest.isa_irq(4, True)
+        return 0
+
+    handler = "8a0425" + struct.pack("<I", DATA).hex() + "880425" + struct.pack("<I", DATA + 8).hex() + HLT
+    code = (
+        out8(0x20, 0x11) + out8(0x21, 0x20) + out8(0x21, 4) + out8(0x21, 1) + out8(0x21, 0xEF)
+        + "fb" + out8(PORT, 1) + "ebfe"
+    )  # fmt: skip
+    pair = pairs(code, device)
+    box.append(pair)
+    pair.rig.write(0x70000, handler)
+    pair.rig.gate(0x24, 0x70000)
+    rig = pair.run(5)
+    assert rig.buffer[DATA + 8] == 7
+
+
+def test_the_frame_buffer_is_memory_of_both(pairs: Callable[..., Pair]) -> None:
+    box: list[Pair] = []
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        box[0].guest.map_vram(0xF0000000, 0x100000, 0x1000)
+        return 0
+
+    code = (
+        out8(PORT, 1)
+        + f"48bf{struct.pack('<Q', 0xF0000000).hex()}"
+        + "c70778563412" + HLT  # mov dword [rdi], 0x12345678
+    )  # fmt: skip
+    pair = pairs(code, device)
+    box.append(pair)
+    pair.run()
+    assert bytes(pair.guest.vram[0x1000:0x1004]) == struct.pack("<I", 0x12345678)
+
+
+# --- a device model that is silent, gone or hostile
+
+
+def test_a_silent_device_model_crashes_its_guest_within_the_bound(
+    pairs: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "ANSWER_S", 0.3)
+    pair = pairs(in8(PORT) + HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    began = time.monotonic()
+    rig = pair.run()
+    assert time.monotonic() - began < 5
+    assert rig.domain.crash_text is not None
+    assert "the device model does not answer" in rig.domain.crash_text
+    assert "read of port 0x1f0" in rig.domain.crash_text
+    assert pair.idle > 2, "meanwhile the process serves its other duties"
+
+
+def test_notes_that_make_no_sense_are_refused_and_harm_nothing(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    model, guest = pair.model, pair.guest
+    before = bytes(pair.rig.buffer)
+    top = len(pair.rig.buffer)
+    bad = [
+        Note(area.ISA_IRQ, 16, 1),
+        Note(area.ISA_IRQ, 2, 1),
+        Note(area.PCI_INTX, 128, 1),
+        Note(area.LINK, 4, 5),
+        Note(area.LINK, 0, 16),
+        Note(area.MSI, 0x30, 0, 0x1000),
+        Note(area.WRITE, 0, 0, top, 4096, 0),
+        Note(area.WRITE, 0, 0, 0xFEE00000, 4096, 0),
+        Note(area.WRITE, 0, 0, 1 << 60, 4096, 0),
+        Note(area.WRITE, 0, 0, 0, 0, 0),
+        Note(area.WRITE, 0, 0, 0, area.STAGING_SIZE + 1, 0),
+        Note(area.WRITE, 0, 0, 0, 4096, area.STAGING_SIZE - 1),
+        Note(area.MAP, 0, 0, 0, 4096, 0),
+        Note(area.MAP, 0, 0, 0xFEE00000, 4096, 0),
+        Note(area.MAP, 0, 0, 0xF0000800, 4096, 0),
+        Note(area.MAP, 0, 0, 0xF0000000, 4096, area.VRAM_SIZE),
+        Note(area.MAP, 0, 0, 1 << 60, 4096, 0),
+        Note(area.UNMAP, 0, 0, 0xF0000000, 4096, 0),
+        Note(99),
+        Note(0),
+    ]
+    for note in bad:
+        guest._put(note)
+    model.carry_out()
+    assert model.refused == len(bad)
+    assert bytes(pair.rig.buffer) == before
+    assert pair.rig.domain.cpu.crash_reason is None
+
+
+def test_dma_reads_of_nowhere_are_told_to_the_device(pairs: Callable[..., Pair]) -> None:
+    errors: list[str] = []
+    box: list[Pair] = []
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        with pytest.raises(GuestMemoryError):
+            box[0].guest.read(0xD0000000, 16)
+        errors.append("refused")
+        return 0
+
+    pair = pairs(in8(PORT) + HLT, device)
+    box.append(pair)
+    pair.run()
+    assert errors == ["refused"]
+
+
+def test_a_ring_index_that_makes_no_sense_crashes_the_guest_only(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    pair.guest._area.set_word(area.PRODUCED, 5000)
+    pair.model.carry_out()
+    assert pair.rig.domain.cpu.crash_reason == "the device model's ring of notes makes no sense"
+
+
+def test_ranges_that_overlap_the_board_are_refused(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    domain = pair.rig.domain
+    port = dm_op.XEN_DMOP_IO_RANGE_PORT
+    assert not domain.model_changed({"id": 0, "add": [port, 0x20, 0x20]})
+    assert not domain.model_changed({"id": 0, "add": [port, PORT, PORT]})
+    assert not domain.model_changed({"id": 1, "add": [port, 0x900, 0x900]})
+    assert domain.model_changed({"id": 0, "remove": [port, PORT, PORT + 7]})
+    assert domain.model_changed({"id": 0, "add": [port, PORT, PORT]})
+
+
+def test_a_request_that_makes_no_sense_reads_as_ones(pairs: Callable[..., Pair]) -> None:
+    """The other way round: the device model does not believe its guest's process."""
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    for access in (
+        area.Access(1 << 40, 0, 1, 1, 0, True, False),
+        area.Access(0x1F0, 0, 1, 3, 0, True, False),
+        area.Access(0x1F0, 0, 1, 8, 0, True, False),
+        area.Access(0x1F0, 0, 1, 1, 7, True, False),
+    ):
+        pair.guest._area.put_access(0, access)
+        pair.guest.serve()
+        assert pair.guest._area.take_answer(0) == (1 << 64) - 1
+    pair.guest._area.put_access(0, area.Access(0x1F0, 0, 0xFFFFFFFF, 4, 0, True, True))
+    pair.guest.serve()
+    assert pair.guest._area.take_answer(0) == area.BLOCK_SIZE // 4, "no more than the block holds"
