@@ -1,7 +1,7 @@
 """ACPI tables of a PVH guest: what hardware-reduced ACPI needs and nothing else, as libacpi makes them for PVH.
 
-RSDP, XSDT, FADT, MADT (a local APIC for each vCPU; no I/O APIC), and a DSDT without objects. Source: ACPI specification 5.0,
-chapter 5.
+RSDP, XSDT, FADT, MADT (a local APIC for each vCPU; no I/O APIC), and a DSDT: without objects, or with a PCI root for a guest that was
+given devices. Source: ACPI specification 5.0, chapter 5.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ _FADT_LENGTH: Final = 268
 _HW_REDUCED: Final = 1 << 20
 _NO_VGA, _NO_RTC = 1 << 2, 1 << 5
 _X2APIC_FROM: Final = 255
+PCI_MEMORY: Final = range(0xF0000000, 0xFC000000)
+"""Where the PCI root has room for BARs: between RAM and the tables."""
+_PCI_ROOT: Final = bytes.fromhex(
+    "1047065f53425f5b824f0550434930085f4849440c41d00a03085f55494400085f41445200085f42424e00085f435253"
+    "11370a34880d00020c00000000000000000001004701f80cf80c0108871700000c0100000000000000f0fffffffb0000"
+    "00000000000c7900"
+)
+"""asl/pvh_pci.asl, compiled by iasl, without its header."""
 
 
 def _checked(table: bytearray, at: int, length: int) -> None:
@@ -52,8 +60,8 @@ def _madt(vcpus: int, online: int) -> bytes:
     return _table(b"APIC", 3, body)
 
 
-def build_acpi(vcpus: int, online: int) -> bytes:
-    """The tables for ADDRESS; the RSDP comes first."""
+def build_acpi(vcpus: int, online: int, *, pci: bool = False) -> bytes:
+    """The tables for ADDRESS; the RSDP comes first. `pci`: with a PCI root (bus 0, memory at PCI_MEMORY, no interrupt lines)."""
     rsdp_size = 36
     places: list[tuple[int, bytes]] = []
     position = ADDRESS + 64
@@ -65,7 +73,7 @@ def build_acpi(vcpus: int, online: int) -> bytes:
         position = at + len(table) + 15 & ~15
         return at
 
-    dsdt = put(_table(b"DSDT", 2, b""))
+    dsdt = put(_table(b"DSDT", 2, _PCI_ROOT if pci else b""))
     tables = [put(_fadt(dsdt)), put(_madt(vcpus, online))]
     xsdt = put(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     rsdp = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, b"Xen\0\0\0", 2, 0, rsdp_size, xsdt, 0))
