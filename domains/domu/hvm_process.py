@@ -14,6 +14,7 @@ from bus.addresses import PAGE_SIZE, Mfn, VcpuId
 from bus.messages.domain import Order
 from bus.packets import close_all
 from bus.process import Start
+from domains.domu.devices import GuestDevices
 from domains.domu.pv_process import PvProcess
 from domains.granting import Granting
 from domains.hostmem import HostMemory
@@ -36,6 +37,7 @@ class GuestProcess(PvProcess):
         self._board = False
         self._params: dict[int, int] = {}
         self._places: dict[int, tuple[int, int]] = {}
+        self._devices = GuestDevices(self.link, self.upstream.console_line)
 
     def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         result = super()._configure(order, fds)
@@ -52,6 +54,8 @@ class GuestProcess(PvProcess):
                     "hvm_param": self._hvm_param,
                     "trigger": self._trigger,
                     "drop_code": self._hvm_drop_code,
+                    "device_attached": self._device_attached,
+                    "msi": self._msi,
                     "grant_attach": self._hvm_attach,
                     "grant_detach": self._hvm_detach,
                     "ioreq_area": self._ioreq_area,
@@ -120,6 +124,13 @@ class GuestProcess(PvProcess):
             return -XEN_EINVAL, b""
         for index, value in self._params.items():
             domain.set_param(index, value)
+        functions = self._devices.make_functions(domain.msi)
+        if functions:
+            try:
+                domain.give_devices(functions)
+            except VcpuError as error:
+                self.upstream.console_line(f"devices refused: {error}")
+                return -XEN_EINVAL, b""
         self.hvm = domain
         # It has what the inherited loop and orders use of a PvDomain.
         self.domain = cast(PvDomain, domain)
@@ -136,6 +147,18 @@ class GuestProcess(PvProcess):
             state = self.hvm.states[vcpu]
             state.nmi = True
             state.wake()
+            self.hvm.ring()
+        return 0, b""
+
+    # ------------------------------------------------------------------ devices of the guest's own
+
+    def _device_attached(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        self._devices.attached(order.body, fds)
+        return 0, b""
+
+    def _msi(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        self._devices.message(order.body["bdf"], order.body["entry"])
+        if self.hvm is not None:
             self.hvm.ring()
         return 0, b""
 

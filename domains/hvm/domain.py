@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from drivers.pc.assigned import AssignedFunction
+
 from bus.abi.hvm import params
 from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO, HYPERVISOR_grant_table_op, HYPERVISOR_hvm_op, HYPERVISOR_memory_op
 from bus.addresses import PAGE_SHIFT, DomId, Mfn
-from domains.hvm.board import Board
+from domains.hvm.board import MSI_PREFIX, Board, DebugLog
 from domains.hvm.calls import (
     HvmEventCalls,
     HvmMemoryCalls,
@@ -37,6 +39,7 @@ from domains.hvm.interrupts import Interrupts
 from domains.hvm.lapic import LocalApic
 from domains.hvm.model import Model
 from domains.hvm.msr import Msrs
+from domains.hvm.pci_root import PciRoot
 from domains.hvm.physmap import PhysicalMap
 from domains.hvm.state import HvmState
 from domains.pv.calls import Handler
@@ -124,6 +127,7 @@ class HvmDomain(Turns[HvmState]):
         wired.started, wired.stopped = self._started, self._stopped
         self.board: Final = self._board() if config.board else None
         self.exits.board = self.board
+        self.root: PciRoot | None = None
         self.model: Model | None = None
         self.crash_text: str | None = None
         super().__init__(self.cpu, self.states, self.time, self.life, self.events)
@@ -140,6 +144,20 @@ class HvmDomain(Turns[HvmState]):
         )
         wired.pic = board.pic
         return board
+
+    def give_devices(self, functions: Mapping[int, AssignedFunction]) -> None:
+        """Before the start: devices of its own, for a PVH guest. VcpuError for a full HVM guest, whose bus is in its device model."""
+        if self.board is not None:
+            raise VcpuError("a guest with a board has its PCI bus in its device model")
+        log = self._upstream.console_line
+        self.root = self.exits.board = PciRoot(functions, self._reset, log, DebugLog(log).put)
+
+    def msi(self, address: int, data: int) -> None:
+        """A device's interrupt message. What is none is dropped, as on a bus where nobody takes it."""
+        if address >> 20 == MSI_PREFIX:
+            self.interrupts.message(
+                data & 0xFF, data >> 8 & 7, address >> 12 & 0xFF, logical=bool(address & 4), level=False
+            )
 
     def join_model(self, number: int, fds: list[int], idle: Callable[[], None]) -> Model:
         """A device model has an ioreq server: its memory and eventfds. VcpuError if this guest has no board for it."""

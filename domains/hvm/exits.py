@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from bus.abi.errno import XEN_EPERM
-from domains.hvm.board import Board
 from domains.hvm.compat import CompatCalls
 from domains.hvm.cpu import HvmCpu
 from domains.hvm.cpuid import HvmCpuid
@@ -19,6 +18,7 @@ from domains.pv.api import Continuation
 from domains.pv.calls import MASK64, NoResult
 from domains.pv.hypercalls import Hypercalls
 from domains.vcpu.hvm_thunks import HF_CS64
+from drivers.pc.bus import MmioSpace, PortSpace
 
 GP: Final = 13
 DEBUG_PORT: Final = 0xE9
@@ -27,6 +27,18 @@ PIC_PORTS: Final = frozenset((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1))
 """A write there may change the vector that the 8259 pair has for the processor."""
 M32: Final = 0xFFFFFFFF
 ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: MASK64}
+
+
+class Spaces(Protocol):
+    """Where ports, and memory that is no RAM, are answered."""
+
+    @property
+    def ports(self) -> PortSpace:
+        """I/O ports."""
+
+    @property
+    def mmio(self) -> MmioSpace:
+        """Guest-physical addresses."""
 
 
 class Exits:
@@ -51,8 +63,8 @@ class Exits:
         self.msrs: Msrs | None = None
         self.guest32: Callable[[bool], None] = lambda on: None
         """Told whether the hypercall that begins is from 32-bit code."""
-        self.board: Board | None = None
-        """A full HVM guest's; None for PVH."""
+        self.board: Spaces | None = None
+        """Of a full HVM guest, or of a PVH guest that has devices."""
         self.counts: Final[Counter[str]] = Counter()
 
     def _current(self) -> HvmState:

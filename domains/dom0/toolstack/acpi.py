@@ -17,8 +17,6 @@ _FADT_LENGTH: Final = 268
 _HW_REDUCED: Final = 1 << 20
 _NO_VGA, _NO_RTC = 1 << 2, 1 << 5
 _X2APIC_FROM: Final = 255
-PCI_MEMORY: Final = range(0xF0000000, 0xFC000000)
-"""Where the PCI root has room for BARs: between RAM and the tables."""
 _PCI_ROOT: Final = bytes.fromhex(
     "1047065f53425f5b824f0550434930085f4849440c41d00a03085f55494400085f41445200085f42424e00085f435253"
     "11370a34880d00020c00000000000000000001004701f80cf80c0108871700000c0100000000000000f0fffffffb0000"
@@ -61,7 +59,7 @@ def _madt(vcpus: int, online: int) -> bytes:
 
 
 def build_acpi(vcpus: int, online: int, *, pci: bool = False) -> bytes:
-    """The tables for ADDRESS; the RSDP comes first. `pci`: with a PCI root (bus 0, memory at PCI_MEMORY, no interrupt lines)."""
+    """The tables for ADDRESS; the RSDP comes first. `pci`: with a PCI root (bus 0, memory between RAM and the tables, no interrupt lines)."""
     rsdp_size = 36
     places: list[tuple[int, bytes]] = []
     position = ADDRESS + 64
