@@ -23,6 +23,7 @@ from domains.hvm.domain import HvmConfig, HvmDomain
 from domains.hvm.physmap import P2M_RAM, PhysicalMap
 from domains.pv.calls_version import Identity
 from domains.pv.domain import PvDomain
+from domains.vcpu.api import VcpuError
 
 
 class GuestProcess(PvProcess):

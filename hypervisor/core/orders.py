@@ -117,6 +117,9 @@ _KINDS = (
         "pci (device << 2 | pin) or isa, and level; link and isa; or address and data",
         "the device model drives an interrupt line, routes a PCI link, or sends an interrupt message",
     ),
+    OrderKind(
+        "msi", False, "bdf, entry", "a device of an HVM guest raised that MSI-X vector: deliver its message"
+    ),
     OrderKind("drop_code", False, "frames (MFNs)", "the hypervisor wrote to them: translated code is stale"),
 )
 
