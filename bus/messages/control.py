@@ -52,6 +52,8 @@ class DomainConfig(Message):
     on_watchdog: Action = "destroy"
     on_soft_reset: Action = "soft-reset"
     paused: bool = False
+    pci: Annotated[list[Annotated[int, Field(ge=0, le=0xFFFF)]], Field(max_length=16)] = []
+    """Devices of its own: bus << 8 | device << 3 | function."""
     disks: Annotated[list[dict[str, Any]], Field(max_length=64)] = []
     vifs: Annotated[list[dict[str, Any]], Field(max_length=16)] = []
 

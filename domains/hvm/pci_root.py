@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from drivers.pc.assigned import AssignedFunction
-
 from drivers.pc.bus import MmioSpace, PortSpace
 from drivers.pc.pci import BAR0, PciBus, PciFunction
 from drivers.pc.pci_setup import MMIO_BASE, MMIO_END
@@ -33,7 +32,7 @@ class PciRoot:
         self.ports: Final = PortSpace()
         self.mmio: Final = MmioSpace()
         self.bus: Final = PciBus(
-            self.ports, self.mmio, lambda device, pin, level: None, ResetControl(reset), log
+            self.ports, self.mmio, lambda device, pin, level: None, ResetControl(lambda hard: reset()), log
         )
         self.bus.attach()
         DebugPort(XEN_DEBUG, debug).attach(self.ports)

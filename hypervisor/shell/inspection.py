@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from errno import EINVAL, ENODEV, ESRCH
 from typing import Any, Final
@@ -26,9 +27,9 @@ def _number(args: dict[str, Any], name: str) -> int | None:
     return value
 
 
-def iommu_view(iommu: Iommu, args: dict[str, Any]) -> dict[str, Any]:
+def iommu_view(iommu: Iommu, args: dict[str, Any], present: Callable[[Bdf], bool]) -> dict[str, Any]:
     """Of one device (`bdf`), one domain (`domain`) or all; with `iova`, also the path of that address through the domain's
-    tables. EINVAL, ENODEV (no such device, or one without owner to walk for), ESRCH (no I/O page tables)."""
+    tables. `present`: the device's process has said hello. EINVAL, ENODEV (no such device, or one without owner to walk for), ESRCH (no I/O page tables)."""
     bdf, domain, iova = (_number(args, name) for name in ("bdf", "domain", "iova"))
     devices = iommu.devices()
     if bdf is not None:
@@ -50,7 +51,7 @@ def iommu_view(iommu: Iommu, args: dict[str, Any]) -> dict[str, Any]:
         if (bdf is None and domain is None) or record.bdf in shown or (bdf is None and record.domain == owner)
     ]
     view: dict[str, Any] = {
-        "devices": [_device(iommu, device) for device in devices[:MAX_ROWS]],
+        "devices": [_device(iommu, device, present(device.bdf)) for device in devices[:MAX_ROWS]],
         "domains": [{"domain": each, **asdict(iommu.statistics(DomId(each)))} for each in domains[:MAX_ROWS]],
         "tlb": {
             name: getattr(tlb, name)
@@ -70,8 +71,8 @@ def iommu_view(iommu: Iommu, args: dict[str, Any]) -> dict[str, Any]:
     return view
 
 
-def _device(iommu: Iommu, device: Device) -> dict[str, Any]:
-    row = asdict(device)
+def _device(iommu: Iommu, device: Device, present: bool) -> dict[str, Any]:
+    row = {**asdict(device), "present": present}
     row["vectors"] = [[entry, index] for entry, index in sorted(device.vectors.items())]
     row["faults"] = {reason.name: count for reason, count in iommu.faults.counts.get(device.bdf, {}).items()}
     return row

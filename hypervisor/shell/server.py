@@ -309,7 +309,16 @@ class Server:
                     self.traces.switch(bool(inspect.args.get("on")))
                     rc, data = 0, b""
                 else:
-                    rc, data = 0, msgpack.packb(iommu_view(self.devices.iommu, inspect.args))
+                    rc, data = (
+                        0,
+                        msgpack.packb(
+                            iommu_view(
+                                self.devices.iommu,
+                                inspect.args,
+                                lambda bdf: self.devices.hello_of(bdf) is not None,
+                            )
+                        ),
+                    )
             except XenError as error:
                 rc = -error.errno
         peer.send(HypercallReply(token=inspect.token, rc=rc, data=data))

@@ -81,6 +81,8 @@ class Disks:
         self._log = log
         self.domio: DomId | None = None
         self.disks: dict[str, Disk] = {}
+        self.others: Callable[[int], tuple[str, str] | None] = lambda bdf: None
+        """(role, name) of a device that is no disk of ours, by its PCI address."""
         self._restarts: dict[object, _Restarts] = {}
         self._serial = 0
         host.on_order["device_ended"] = self._device_ended
@@ -203,12 +205,16 @@ class Disks:
         return b""
 
     def _plug_again(self, bdf: int) -> None:
+        found = self.others(bdf)
         for disk in self.disks.values():
             if disk.bdf == bdf:
-                if self._restarts.setdefault(bdf, _Restarts()).allowed():
-                    self._xc.plug(bdf, "nvme", disk.name)
-                else:
-                    self._log(f"device {bdf:#x} ends again and again: it is not plugged in any more")
+                found = ("nvme", disk.name)
+        if found is None:
+            return
+        if self._restarts.setdefault(bdf, _Restarts()).allowed():
+            self._xc.plug(bdf, *found)
+        else:
+            self._log(f"device {bdf:#x} ends again and again: it is not plugged in any more")
 
     # ------------------------------------------------------------------ attaching
 

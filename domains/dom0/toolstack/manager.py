@@ -21,6 +21,7 @@ from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.kernel import Kernel, load_kernel
 from domains.dom0.consoled import Console, SerialLine, Terminal
 from domains.dom0.toolstack.disks import DiskError, Disks
+from domains.dom0.toolstack.hardware import Hardware, HardwareError
 from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
 from domains.dom0.toolstack.models import DeviceModel, ModelError, model_settings, slot_of
@@ -99,6 +100,7 @@ class Manager:
         self.store = store
         self.xc = xc
         self.disks = disks
+        self.hardware = Hardware(host, xc, disks)
         self._consoles = consoles
         self.guests: dict[DomId, Guest] = {}
         self.on_end: list[Ended] = []
@@ -121,6 +123,11 @@ class Manager:
         """`before`: the domain that rebooted, whose lines it takes over."""
         if any(guest.config.name == config.name and not guest.ending for guest in self.guests.values()):
             raise ToolstackError(f"domain {config.name!r} exists already: choose another name, or destroy it")
+        if config.pci and config.type != "pvh":
+            raise ToolstackError(
+                f"{config.name}: pci: only a PVH guest can be given a device yet: a PV guest has no PCI bus here, a full HVM guest's is in"
+                " its device model"
+            )
         if config.type == "hvm":
             kernel, ramdisk = None, b""
         else:
@@ -138,7 +145,15 @@ class Manager:
             raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
         try:
             guest = self._build(domid, config, kernel, ramdisk, files, before)
-        except (BuildError, HypercallError, GrantError, DiskError, ModelError, ValueError) as error:
+        except (
+            BuildError,
+            HypercallError,
+            GrantError,
+            DiskError,
+            HardwareError,
+            ModelError,
+            ValueError,
+        ) as error:
             self._forget(domid)
             if isinstance(error, HypercallError) and error.errno == 12:
                 raise ToolstackError(
@@ -212,6 +227,7 @@ class Manager:
         xc.max_vcpus(domid, vcpus)
         extra = extra_pages(vcpus) << 2 if config.type != "pv" else 0
         xc.max_mem(domid, (max(config.memory_mb, config.maxmem_mb) << 10) + extra)
+        self.hardware.give(domid, config.pci)
         xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
         console_port = host.alloc_unbound(domid, DOMID_SELF)
         ring: int
@@ -238,6 +254,7 @@ class Manager:
                 (vcpus, config.vcpus),
                 xenstore_port,
                 console_port,
+                pci=bool(config.pci),
             ).console_gfn
         else:
             ring = self._build_pv(domid, config, kernel, ramdisk, xenstore_port, console_port)

@@ -50,7 +50,7 @@ LARGE: Final = 512
 def acpi_pages(vcpus: int) -> range:
     """Guest frames of the ACPI tables."""
     first = acpi.ADDRESS >> PAGE_SHIFT
-    size = len(acpi.build_acpi(vcpus, vcpus))
+    size = len(acpi.build_acpi(vcpus, vcpus, pci=True))
     return range(first, first + -(-size // PAGE_SIZE))
 
 
@@ -104,10 +104,12 @@ def build_pvh_domain(
     vcpus: tuple[int, int],
     xenstore_port: Port,
     console_port: Port,
+    *,
+    pci: bool = False,
 ) -> BuiltPvh:
-    """Everything up to a domain that can be unpaused. `vcpus`: (most, at the start). BuildError, ValueError, HypercallError."""
+    """Everything up to a domain that can be unpaused. `vcpus`: (most, at the start). `pci`: it has devices. BuildError, ValueError, HypercallError."""
     check_pvh(kernel)
-    tables = acpi.build_acpi(*vcpus)
+    tables = acpi.build_acpi(*vcpus, pci=pci)
     table_pages = acpi_pages(vcpus[0])
     runs = [*((int(g), c) for g, c in ram_ranges(pages)), (table_pages.start, len(table_pages))]
     runs.append((int(special_pages()[0]), len(special_pages())))

@@ -20,6 +20,7 @@ from bus.messages.envelope import BadMessage, Message
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.disks import DiskError
+from domains.dom0.toolstack.hardware import HardwareError
 from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
 from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xenstore_service import XenstoreError
@@ -143,6 +144,9 @@ class ToolstackServer:
             "block-attach": self._block_attach,
             "block-detach": self._block_detach,
             "block-list": lambda client, args, fds: manager.disks.list(manager.find(args["domain"]).domid),
+            "device-plug": self._device_plug,
+            "device-unplug": lambda client, args, fds: manager.hardware.unplug(int(args["bdf"])),
+            "pci-list": self._pci_list,
             "iommu": self._iommu,
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
             "trace": self._trace,
@@ -206,7 +210,7 @@ class ToolstackServer:
             response = Response(
                 id=request.id, ok=False, error=f"{request.verb}: the hypervisor says: {error}"[:4000]
             )
-        except (ToolstackError, DiskError, XenstoreError) as error:
+        except (ToolstackError, DiskError, HardwareError, XenstoreError) as error:
             response = Response(id=request.id, ok=False, error=str(error)[:4000])
         except KeyError as error:
             response = Response(id=request.id, ok=False, error=f"{request.verb}: argument {error} is missing")
@@ -346,6 +350,19 @@ class ToolstackServer:
             self.manager.disks.detach(domid, str(args["vdev"]), force=bool(args.get("force")))
         except (DiskError, ValueError) as error:
             raise ToolstackError(str(error)) from None
+
+    def _device_plug(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
+        """`kind`, `config` (format, readonly, target), perhaps `bdf`; the file is the descriptor. The PCI address."""
+        config, bdf = args["config"], args.get("bdf")
+        if not isinstance(config, dict) or not (bdf is None or isinstance(bdf, int)) or len(fds) != 1:
+            raise ToolstackError(
+                "device-plug: config must be a map, bdf a number, and there must be one file"
+            )
+        return self.manager.hardware.plug(str(args["kind"]), config, fds[0], bdf)
+
+    def _pci_list(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
+        name = args.get("domain")
+        return self.manager.hardware.list(None if name is None else self.manager.find(name).domid)
 
     def _destroy(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
         disks = self.manager.disks
