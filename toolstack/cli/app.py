@@ -69,6 +69,19 @@ def run(
     vif: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Network interface, as in xl.cfg; repeatable.")
     ] = None,
+    nvme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="PVH: an NVMe controller of the guest's own, FILE[,raw|qcow2][,r|w][,bdf=BUS:DEV.FN]; repeatable.",
+        ),
+    ] = None,
+    pci: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BDF", help="PVH: give it the --nvme at that address (all, if none is named); repeatable."
+        ),
+    ] = None,
     boot: Annotated[
         str, typer.Option(metavar="ORDER", help="HVM: what is tried, c disk, d optical drive.")
     ] = "cd",
@@ -152,6 +165,8 @@ def run(
         fields,
         disks=[*(disk or []), *([f"vdev=hdc,cdrom,target={cdrom}"] if cdrom else [])],
         vifs=vif or [],
+        nvme=nvme or [],
+        pci=pci or [],
         until=until,
         first=input_,
         expect=expect or [],

@@ -63,6 +63,8 @@ class RunRequest:
     cpus: int = 0
     join: bool = False
     """On the machine that `--machine` names, and that runs already."""
+    hardware: list[dict[str, Any]] = field(default_factory=list)
+    """Devices to plug in (toolstack.xlcfg.pci.parse_nvme); without a `pci` of the domain's all are its own."""
 
 
 @dataclass(slots=True)
@@ -107,6 +109,8 @@ class Run:
                 for disk in request.domain.get("disks", ()):
                     if disk["target"]:
                         os.close(open_image(disk["target"], "disk", writable=not disk["readonly"]))
+                for device in request.hardware:
+                    os.close(open_image(device["target"], "disk", writable=not device["readonly"]))
                 memory = max(MACHINE_MEMORY_MB, request.domain["memory_mb"] + MACHINE_SPARE_MB)
                 machine: Machine | JoinedMachine
                 if request.join:
@@ -129,6 +133,9 @@ class Run:
     def _guest(self, machine: Machine | JoinedMachine, config: Any, images: Images) -> None:
         outcome = self.outcome
         try:
+            plugged = [self._plug(machine, device) for device in self.request.hardware]
+            if plugged and not config.pci:
+                config = config.model_copy(update={"pci": plugged})
             arguments = {"config": config, "attach": True}
             outcome.domid = machine.client.request("create", arguments, images.descriptors)
             machine.owns(self._name)
@@ -154,6 +161,15 @@ class Run:
             outcome.details = str(error)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         self._guest_end = time.monotonic()
+
+    @staticmethod
+    def _plug(machine: Machine | JoinedMachine, device: dict[str, Any]) -> int:
+        fd = open_image(device["target"], "disk", writable=not device["readonly"])
+        try:
+            arguments = {"kind": "nvme", "config": device, "bdf": device["bdf"]}
+            return int(machine.client.request("device-plug", arguments, [fd]))
+        finally:
+            os.close(fd)
 
     # ------------------------------------------------------------------ while it runs
 

@@ -1,4 +1,4 @@
-"""Verbs about devices: block-attach, block-list, block-detach, iommu."""
+"""Verbs about devices: block-attach, block-list, block-detach; device-plug, device-unplug, pci-list, pci-assignable-list; iommu."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def add(app: typer.Typer) -> None:
     app.command("block-attach")(block_attach)
     app.command("block-list")(block_list)
     app.command("block-detach")(block_detach)
+    app.command("device-plug")(device_plug)
+    app.command("device-unplug")(device_unplug)
+    app.command("pci-list")(pci_list)
+    app.command("pci-assignable-list")(pci_assignable_list)
     app.command("iommu")(iommu)
 
 
@@ -77,6 +81,59 @@ def block_table(rows: list[dict[str, Any]]) -> str:
             ),
         ]
     )
+
+
+def device_plug(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="What it is: nvme.")],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="FILE[,raw|qcow2][,r|w][,bdf=BUS:DEV.FN]")],
+) -> None:
+    """Plug a device into the machine, for a guest to own (pci= in its file). Its PCI address is printed.
+
+    Example: domicile device-plug nvme disk.img,raw,w,bdf=01:00.0
+    """
+    from toolstack.cli.images import open_image
+    from toolstack.xlcfg.pci import parse_nvme
+
+    config = parse_nvme(spec, "device-plug")
+    fd = open_image(config["target"], "disk", writable=not config["readonly"])
+    try:
+        client = connect()
+        try:
+            arguments = {"kind": kind, "config": config, "bdf": config.pop("bdf")}
+            say(bdf_text(client.request("device-plug", arguments, [fd])))
+        finally:
+            client.close()
+    finally:
+        os.close(fd)
+
+
+def device_unplug(
+    bdf: Annotated[str, typer.Argument(metavar="BDF", help="Its PCI address.")],
+) -> None:
+    """Pull a device out that no guest has."""
+    from toolstack.xlcfg.pci import parse_bdf
+
+    ask("device-unplug", bdf=parse_bdf(bdf, "device-unplug"))
+
+
+def pci_list(domain: Domain) -> None:
+    """PCI devices that a guest has."""
+    rows = ask("pci-list", domain=domain)
+    say(
+        "\n".join(
+            [
+                "Vdev Device",
+                *(f"{row['bdf'] >> 3 & 31:02x}.{row['bdf'] & 7} {bdf_text(row['bdf'])}" for row in rows),
+            ]
+        )
+    )
+
+
+def pci_assignable_list() -> None:
+    """PCI devices that no guest has, and that can be given to one."""
+    for row in ask("pci-list"):
+        if row["domid"] is None:
+            say(bdf_text(row["bdf"]))
 
 
 def iommu(

@@ -17,6 +17,8 @@ def run_verb(
     *,
     disks: list[str],
     vifs: list[str],
+    nvme: list[str],
+    pci: list[str],
     until: str,
     first: str,
     expect: list[str],
@@ -57,6 +59,16 @@ def run_verb(
 
         fields["disks"] = [parse_disk(text, "--disk") for text in disks]
         fields["vifs"] = [parse_vif(text, "--vif") for text in vifs]
+    hardware = []
+    if nvme or pci:
+        from toolstack.xlcfg.pci import parse_bdf, parse_nvme
+
+        hardware = [parse_nvme(text, "--nvme") for text in nvme]
+        fields["pci"] = [parse_bdf(text, "--pci") for text in pci]
+        if hardware and not pci and fields["type"] != "pvh":
+            raise InputError(
+                "--nvme: a device can be given to a PVH guest only (--type pvh); --disk is for all"
+            )
     domain = {
         **fields,
         "name": check_name(fields["name"]) if fields["name"] else name_of(_first_file(fields)),
@@ -71,6 +83,7 @@ def run_verb(
             domain,
             script,
             timeout,
+            hardware=hardware,
             reboot=reboot,
             quiet=quiet,
             json=json,

@@ -28,6 +28,7 @@ UNDERSTOOD: Final[dict[str, str]] = {
     "uuid": "string",
     "disk": "list",
     "vif": "list",
+    "pci": "list",
     "boot": "string",
     "serial": "string or list",
 }
@@ -35,7 +36,6 @@ UNDERSTOOD: Final[dict[str, str]] = {
 
 REFUSED: Final[dict[str, str]] = {
     "bootloader": "guests are not booted from inside their disks: give kernel= and ramdisk=",
-    "pci": "devices belong to the machine's own driver domain: give the guest a disk= or vif= that it serves",
     "dtdev": "there is no device tree on x86: leave it out",
     "device_tree": "there is no device tree on x86: leave it out",
     "ioports": "no host I/O ports are handed out: leave it out",

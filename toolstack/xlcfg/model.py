@@ -7,7 +7,7 @@ import re
 import uuid as uuid_module
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,10 +15,12 @@ from toolstack.xlcfg.devices import parse_disk, parse_vif
 from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import Setting, Value, parse
 from toolstack.xlcfg.keys import IGNORED, REFUSED, UNDERSTOOD
+from toolstack.xlcfg.pci import parse_pci
 
 Action = Literal[
     "destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset"
 ]
+Parsed = TypeVar("Parsed")
 MAX_FILE: Final = 1 << 20
 MAX_CPU: Final = 4095
 _CPU_WORD: Final = re.compile(r"(\^?)([0-9]{1,4})(?:-(\^?)([0-9]{1,4}))?")
@@ -46,6 +48,8 @@ class XlConfig(BaseModel):
     on_soft_reset: Action = "soft-reset"
     uuid: bytes = Field(min_length=16, max_length=16)
     disks: list[dict[str, Any]] = Field(default=[], max_length=64)
+    pci: list[int] = Field(default=[], max_length=16)
+    """PCI addresses of devices of its own: bus << 8 | device << 3 | function."""
     vifs: list[dict[str, Any]] = Field(default=[], max_length=16)
     cpus: list[set[int] | None] = Field(default=[], max_length=128)
     """Processors that each vCPU may use; None: all. One entry for all vCPUs, or one each."""
@@ -68,7 +72,7 @@ class XlConfig(BaseModel):
             "uuid",
         )
         actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
-        fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs")}
+        fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs", "pci")}
         return {**fields, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
 
 
@@ -166,6 +170,7 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "uuid": _uuid(read),
         "disks": [_device(read, "disk", text, at, parse_disk) for text, at in read.strings("disk")],
         "vifs": [_device(read, "vif", text, at, parse_vif) for text, at in read.strings("vif")],
+        "pci": [_device(read, "pci", text, at, parse_pci) for text, at in read.strings("pci")],
         "boot": read.string("boot"),
         "serial": [text for text, _ in read.strings("serial")],
         "cpus": _cpus(read),
@@ -266,9 +271,7 @@ def _path(text: str, base: Path) -> str:
     return str(beside) if beside.exists() else text
 
 
-def _device(
-    read: _Reader, key: str, text: str, at: Value, parser: Callable[[str, str], dict[str, Any]]
-) -> dict[str, Any]:
+def _device(read: _Reader, key: str, text: str, at: Value, parser: Callable[[str, str], Parsed]) -> Parsed:
     try:
         return parser(text, f"{read.source}:{at.line}:{at.column}")
     except ConfigError as error:

@@ -13,6 +13,7 @@ from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import parse
 from toolstack.xlcfg.keys import IGNORED, REFUSED, UNDERSTOOD
 from toolstack.xlcfg.model import XlConfig, load, understand
+from toolstack.xlcfg.pci import parse_nvme, parse_pci
 
 
 def values(text: str) -> dict[str, object]:
@@ -333,7 +334,7 @@ OTHERS = {
     "name": '"b"', "type": '"pvh"', "builder": '"hvm"', "kernel": '"/other"', "ramdisk": '"/r"', "cmdline": '"x"', "root": '"/dev/a"',
     "extra": '"y"', "memory": "99", "maxmem": "99", "vcpus": "3", "maxvcpus": "3", "cpus": '"0"', "cpu_weight": "77", "cap": "50",
     "on_poweroff": '"restart"', "on_reboot": '"destroy"', "on_watchdog": '"restart"', "on_crash": '"restart"',
-    "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]',
+    "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]', "pci": '["01:00.0"]',
     "boot": '"d"', "serial": '"pty"',
 }  # fmt: skip
 """A value of each key that is not its default."""
@@ -348,3 +349,45 @@ def test_each_key_that_is_understood_has_an_effect_or_gives_a_warning(key: str) 
 
     plain, changed = made(base), made(base | {key: OTHERS[key]})
     assert plain.domain_fields() != changed.domain_fields() or len(changed.warnings) > len(plain.warnings)
+
+
+@pytest.mark.parametrize(
+    ("text", "bdf"),
+    [
+        ("01:00.0", 0x100),
+        ("0000:00:1f.7", 0xFF),
+        ("0:3:2.1", None),
+        ("00:03.0,permissive=1,rdm_policy=strict", 0x18),
+        ("bdf=02:00.0", 0x200),
+    ],
+)
+def test_pci_addresses(text: str, bdf: int | None) -> None:
+    if bdf is None:
+        with pytest.raises(ConfigError, match="a PCI address is"):
+            parse_pci(text, "f")
+    else:
+        assert parse_pci(text, "f") == bdf
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0001:00:03.0", "segment 0 only"),
+        ("00:03.0@5", "slot in the guest cannot be chosen"),
+        ("00:03.0,color=red", "unknown parameter 'color=red'"),
+        ("", "a PCI address is"),
+        ("00:23.0", "a PCI address is"),
+    ],
+)
+def test_what_pci_cannot_say(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse_pci(text, "f")
+
+
+def test_nvme_devices() -> None:
+    assert parse_nvme("a.img", "f") == {"target": "a.img", "format": "raw", "readonly": False, "bdf": None}
+    found = parse_nvme("a.qcow2,qcow2,r,bdf=00:1e.0", "f")
+    assert found == {"target": "a.qcow2", "format": "qcow2", "readonly": True, "bdf": 0xF0}
+    for text in ("", "a,vhd", "a,bdf=x"):
+        with pytest.raises(ConfigError):
+            parse_nvme(text, "f")
