@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from drivers.pc.assigned import AssignedFunction
-
 from bus.abi.hvm import params
 from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
@@ -55,6 +53,7 @@ from domains.vcpu.api import StopReason, VcpuError
 from domains.vcpu.hvm_thunks import HF_CS64
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from domains.vcpu.walk import NotMapped
+from drivers.pc.assigned import AssignedFunction
 
 SHARED_INFO_VCPUS: Final = 32
 START_NS: Final = 1_000_000

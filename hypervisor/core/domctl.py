@@ -344,7 +344,7 @@ class DomctlOps:
 
     def _set_target(self, call: Call) -> Result:
         """The device model gets rights over its target, and none of its memory: it reaches that by requests to the target's own
-        process (docs/decisions/0006-device-model.md)."""
+        process (docs/decisions/0007-device-model.md)."""
         domain = self._other(call)
         target = self._domains.get(call.payload.target)
         if target is None or target.dying is not Dying.ALIVE:
