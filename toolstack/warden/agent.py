@@ -189,7 +189,9 @@ class Agent:
                 self._waits = True
             return
         self._waits = False
-        self._say(f"enrolled with the machine's warden; {self._role} is loaded, and waits until it is wanted")
+        self._say(
+            f"enrolled with the machine's warden; a process of {self._role} will wait until it is wanted"
+        )
         self._selector.register(self._link, selectors.EVENT_READ, self._hear)
 
     def _hear(self) -> None:

@@ -87,7 +87,7 @@ class Composed:
         for service in services:
             self.healthy(service)
 
-    def healthy(self, service: str, timeout: float = 90.0) -> Any:
+    def healthy(self, service: str, timeout: float = 150.0) -> Any:
         """The container, once its health check passes."""
         deadline = time.monotonic() + timeout
         while True:
