@@ -25,6 +25,7 @@ from bus.messages.domain import (
 )
 from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
 from bus.packets import LinkClosed, PacketLink, close_all
+from bus.trace import Kind, Trace, off
 
 CALL_TIMEOUT_S: Final = 30.0
 """Longest wait for the hypervisor's answer to a hypercall: longer than any that it waits for a third party itself (a domain that is
@@ -135,13 +136,21 @@ class DomainLink(_Link):
         super().__init__(keys, descriptors, TO_DOMAIN)
         self._token = 0
         self.calls = 0
+        self.trace: Trace = off()
+        """Of a native domain: a guest's process notes its guest's hypercalls itself."""
 
     def call(self, nr: int, cmd: int, data: bytes = b"", vcpu: int = 0) -> tuple[int, bytes]:
         """A hypercall and its answer: (return value, updated structures). Orders and events that come meanwhile go to
         `on_message` at once. HypervisorGone after CALL_TIMEOUT_S."""
         token = self.next_token()
         self.calls += 1
-        return self.exchange(Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data), token)
+        message = Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data)
+        if not self.trace.on[0]:
+            return self.exchange(message, token)
+        began = self.trace.now()
+        rc, answer = self.exchange(message, token)
+        self.trace.add(Kind.CALL, vcpu, 0, nr, cmd, self.trace.now() - began, rc, time=began)
+        return rc, answer
 
     def next_token(self) -> int:
         """A number for a request of this link's."""

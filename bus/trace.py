@@ -67,11 +67,12 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.EVENT: ("port",),
     # `track` is the physical CPU, `subject` the domain
     Kind.LEASE: ("granted", "end"),
-    # `track` is the owner of the device, `subject` the device; `reason` 0: it was translated. `owner`: of the frame.
+    # `track` is the owner of the device, `subject` the device; `verdict`: a reason (0: none), and
+    # below it, in 16 bits, the frame's owner.
     Kind.DMA: ("token", "item", "iova", "length", "machine", "verdict"),
     Kind.INTERRUPT: ("vector", "domain", "pirq"),
     # `track` is the granter, `subject` the mapper
-    Kind.GRANT: ("operation", "ref", "frame", "address", "status"),
+    Kind.GRANT: ("operation", "ref", "handle", "address", "status"),
     # `track` is the vCPU
     Kind.RUN: ("duration",),
     Kind.CALL: ("number", "argument", "duration", "result"),

@@ -49,7 +49,7 @@ def main() -> None:
     traces = TracePages()
     iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), TABLE_FRAMES))
     grants = GrantTables(core.frames, core.views, memory, core.outbox, iommu)
-    grant_calls = GrantCalls(grants, core.dispatcher, core.outbox)
+    grant_calls = GrantCalls(grants, core.dispatcher, core.outbox, traces.own)
     core.attach_hooks(grant_calls)
     core.physmap.grant_frame = grant_calls.physmap_frame
     core.memory_ops.resources[XENMEM_resource_grant_table] = grant_calls.resource

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from bus import privileges, trace_page
+from bus import privileges
 from bus.abi.event_channel import EVTCHNSTAT_pirq
 from bus.addresses import Port
 from bus.link import HypervisorGone
@@ -110,7 +110,7 @@ def main() -> None:
     start = begin(privileges.Limits(open_files=4096, processes=16))
     reactor = Reactor()
     host = NativeDomain(start, reactor)
-    domio = DomIo(host, *trace_page.of_process(start.fds))
+    domio = DomIo(host, host.trace, host.counters)
 
     def started(order: Order, fds: list[int]) -> bytes:
         reactor.soon(domio.start)

@@ -132,6 +132,7 @@ class GuestProcess(PvProcess):
             except VcpuError as error:
                 self.upstream.console_line(f"devices refused: {error}")
                 return -XEN_EINVAL, b""
+        domain.exits.calls.trace = self._trace
         self.hvm = domain
         # It has what the inherited loop and orders use of a PvDomain.
         self.domain = cast(PvDomain, domain)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from bus import trace_page
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS
 from bus.abi.hypercalls import HYPERCALLS, names
@@ -20,6 +21,7 @@ from bus.messages.domain import Hello, Order, Raised, Report
 from bus.messages.envelope import Message
 from bus.packets import close_all
 from bus.process import Start
+from bus.trace import Kind
 from domains.domu.ear import Ear
 from domains.domu.granted import GrantedWindows
 from domains.domu.lease import Lease
@@ -55,6 +57,9 @@ class PvProcess:
         self.upstream.deliver = self._deliver
         self.upstream.before_shutdown = self._report_counters
         self._events = 0
+        self._trace, _ = trace_page.of_process(start.fds)
+        self.upstream.trace = self._trace
+        self.upstream.vcpu = self._running
         self.domid = DomId(start.domain)
         self.memory: HostMemory | None = None
         self.frames: DomainFrames | None = None
@@ -97,6 +102,10 @@ class PvProcess:
         if domain is not None:
             domain.ring()
 
+    def _running(self) -> int:
+        domain = self.domain
+        return domain.cpu.current.id if domain is not None else 0
+
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> None:
@@ -128,8 +137,12 @@ class PvProcess:
             self._ear.arm()
             lease.running()
             began = time.thread_time_ns()
+            watched = time.monotonic_ns() if self._trace.on[0] else 0
             outcome = domain.run_slice()
             lease.ran(domain.cpu.current.id, time.thread_time_ns() - began)
+            if watched:
+                spent = time.monotonic_ns() - watched
+                self._trace.add(Kind.RUN, domain.cpu.current.id, 0, spent, time=watched)
             if outcome.yielded and not domain.finished:
                 if lease.yielded():
                     self._wait_for_turn()
@@ -166,7 +179,10 @@ class PvProcess:
             entry = self._listen.get(fd)
             if entry is not None and entry[1].take() and domain is not None:
                 self._events += 1
-                domain.deliver(entry[0], VcpuId(domain.events.vcpu_of(entry[0])))
+                vcpu = VcpuId(domain.events.vcpu_of(entry[0]))
+                if self._trace.on[0]:
+                    self._trace.add(Kind.RECEIVE, vcpu, 0, entry[0])
+                domain.deliver(entry[0], vcpu)
 
     # ------------------------------------------------------------------ messages
 
@@ -175,6 +191,8 @@ class PvProcess:
             if self.domain is not None:
                 self._events += len(message.events)
                 for port, vcpu in message.events:
+                    if self._trace.on[0]:
+                        self._trace.add(Kind.RECEIVE, vcpu, 0, port)
                     self.domain.deliver(Port(port), VcpuId(vcpu))
         elif isinstance(message, Order):
             fds = self.link.descriptors_of(message)
@@ -254,6 +272,7 @@ class PvProcess:
 
         config = DomainConfig(self.domid, self._shared_info, MAX_MFN, self._max_vcpus)
         domain = PvDomain(config, frames, xenmap, make_vcpu, self.upstream, HYPERCALLS, wall=time.time_ns)
+        domain.calls.trace = self._trace
         for pfn, mfn, count in self._m2p:
             domain.mmu.set_m2p(mfn, range(pfn, pfn + count))
         self._m2p.clear()

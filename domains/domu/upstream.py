@@ -11,6 +11,7 @@ from bus.addresses import Port
 from bus.doorbell import Doorbell
 from bus.link import DomainLink
 from bus.messages.domain import Report
+from bus.trace import Kind, Trace, off
 
 MAX_LOG_LINE = 400
 
@@ -27,6 +28,9 @@ class BusUpstream:
         self.deliver: Callable[[Port], None] = lambda port: None
         """Makes a port of this domain pending at once."""
         self.calls = 0
+        self.trace: Trace = off()
+        self.vcpu: Callable[[], int] = lambda: 0
+        """Which one runs, for the trace."""
         self.before_shutdown: Callable[[int], None] = lambda reason: None
         """Called, with the SHUTDOWN_* reason, before the hypervisor is told that the domain has shut down: last words."""
 
@@ -39,6 +43,8 @@ class BusUpstream:
 
     def send_event(self, port: Port) -> int:
         """See Upstream."""
+        if self.trace.on[0]:
+            self.trace.add(Kind.SEND, self.vcpu(), 0, port)
         bell = self.doorbells.get(port)
         if bell is not None:
             bell.ring()

@@ -53,7 +53,7 @@ class Exits:
         log: Callable[[str], None],
     ) -> None:
         self._cpu: Final = cpu
-        self._calls: Final = calls
+        self.calls: Final = calls
         self._compat: Final = CompatCalls(cpu, calls)
         self._interrupts: Final = interrupts
         self._now: Final = now
@@ -210,10 +210,10 @@ class Exits:
         self._interrupts.settle(state)
         if r.hflags & HF_CS64:
             arguments = (r.rdi, r.rsi, r.rdx, r.r10, r.r8)
-            rc = self._calls.call(r.rax & M32, *arguments)
+            rc = self.calls.call(r.rax & M32, *arguments)
             while isinstance(rc, Continuation):
                 arguments = (rc.args + arguments[len(rc.args) :])[:5]  # type: ignore[assignment]  # five again
-                rc = self._calls.call(r.rax & M32, *arguments)
+                rc = self.calls.call(r.rax & M32, *arguments)
             if not isinstance(rc, NoResult):
                 r.rax = rc & MASK64
         else:

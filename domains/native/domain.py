@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from bus import trace_page
 from bus.abi import event_channel as ec
 from bus.abi import grant_table as gt
 from bus.abi import physdev, xen
@@ -80,6 +81,8 @@ class NativeDomain:
             from_descriptor(start.fds["keys"]), socket.socket(fileno=start.fds["descriptors"])
         )
         self.link.on_message = self._message
+        self.trace, self.counters = trace_page.of_process(start.fds)
+        self.link.trace = self.trace
         self.domid = DomId(start.domain)
         self.memory: HostMemory | None = None
         self.ram_frames = 0

@@ -8,6 +8,7 @@ from typing import Final
 
 from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS
 from bus.abi.xen import MULTICALL_ENTRY, HYPERVISOR_multicall
+from bus.trace import Kind, Trace, off
 from domains.pv.api import Continuation, GuestFault
 from domains.pv.calls import LOW32, MASK64, NO_RESULT, Handler, Result
 from domains.pv.cpu import Cpu
@@ -39,16 +40,31 @@ class Hypercalls:
         self.counts: Final = [0] * NUMBERS
         self.table[HYPERVISOR_multicall] = self.multicall
         self._in_multicall = False
+        self.trace: Trace = off()
 
     def call(self, number: int, a1: int, a2: int, a3: int, a4: int, a5: int) -> Result:
         """One hypercall of the current vCPU; a guest address that leads nowhere is -EFAULT."""
         if number >= NUMBERS:
             return -XEN_ENOSYS
         self.counts[number] += 1
+        if self.trace.on[0]:
+            return self._watched(number, a1, a2, a3, a4, a5)
         try:
             return self.table[number](a1, a2, a3, a4, a5)
         except GuestFault:
             return -XEN_EFAULT
+
+    def _watched(self, number: int, a1: int, a2: int, a3: int, a4: int, a5: int) -> Result:
+        """The same, noted."""
+        trace, vcpu = self.trace, self._cpu.current.id
+        began = trace.now()
+        try:
+            result = self.table[number](a1, a2, a3, a4, a5)
+        except GuestFault:
+            result = -XEN_EFAULT
+        value = result if isinstance(result, int) else 0
+        trace.add(Kind.CALL, vcpu, 0, number, a1, trace.now() - began, value, time=began)
+        return result
 
     def multicall(self, calls: int, count: int, a3: int, a4: int, a5: int) -> Result:
         """Each entry as its own call, its value in `result`. -EINVAL inside another multicall, -EFAULT where the list is not

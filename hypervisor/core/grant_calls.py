@@ -11,6 +11,7 @@ from bus.abi import grant_table as gt
 from bus.abi.memory import XENMEM_resource_grant_table_id_shared, XENMEM_resource_grant_table_id_status
 from bus.abi.xen import DOMID_SELF, HYPERVISOR_grant_table_op
 from bus.addresses import DomId, Mfn
+from bus.trace import NOBODY, Kind, Trace, off
 from hypervisor.core.domains import Domain
 from hypervisor.core.effects import Order
 from hypervisor.core.errors import XenError
@@ -28,9 +29,12 @@ Simple = Callable[[DomId, Any], Any]
 class GrantCalls(DomainHooks):
     """Registers every GNTTABOP; keeps a table for each domain from its creation to its removal."""
 
-    def __init__(self, grants: GrantTables, dispatcher: Dispatcher, outbox: Outbox) -> None:
+    def __init__(
+        self, grants: GrantTables, dispatcher: Dispatcher, outbox: Outbox, trace: Trace | None = None
+    ) -> None:
         self._grants = grants
         self._outbox = outbox
+        self._trace = trace or off()
         ops = grants.ops
         waiting: tuple[tuple[int, Waiting], ...] = (
             (gt.GNTTABOP_map_grant_ref, grants.map),
@@ -59,11 +63,24 @@ class GrantCalls(DomainHooks):
     def _later(self, operation: Waiting) -> Callable[[Call], None]:
         def handler(call: Call) -> None:
             def done(items: list[Any]) -> None:
+                if self._trace.on[0]:
+                    self._note(call, items)
                 call.answer(call.reply(0, items=items))
 
             operation(call.now, call.domain.domid, list(call.message.items), done)
 
         return handler
+
+    def _note(self, call: Call, items: list[Any]) -> None:
+        """For the trace: each mapping that came or went."""
+        cmd, caller = call.command.number, call.domain.domid
+        for asked, item in zip(call.message.items, items, strict=False):
+            if cmd == gt.GNTTABOP_map_grant_ref:
+                values = (asked.ref, item.handle, item.dev_bus_addr or asked.host_addr)
+                self._trace.add(Kind.GRANT, asked.dom, caller, cmd, *values, item.status)
+            elif cmd == gt.GNTTABOP_unmap_grant_ref:
+                address = asked.dev_bus_addr or asked.host_addr
+                self._trace.add(Kind.GRANT, NOBODY, caller, cmd, 0, asked.handle, address, item.status)
 
     def _each(self, operation: Simple) -> Callable[[Call], Result]:
         def handler(call: Call) -> Result:

@@ -116,6 +116,12 @@ class Leases:
                 self._by_fd.pop(bell.fd, None)
                 bell.close()
 
+    def note(self, now: int) -> None:
+        """For the trace, whose watching begins: who holds which CPU."""
+        for unit in self._scheduler:
+            if unit.state is State.HOLDING:
+                self._trace.add(Kind.LEASE, unit.cpu, unit.domain, 1, unit.end or 0, time=now)
+
     def rang(self, fd: int) -> bool:
         """A descriptor was readable. False if it is none of a lease."""
         lease = self._by_fd.get(fd)

@@ -307,6 +307,8 @@ class Server:
             try:
                 if inspect.what == "trace":
                     self.traces.switch(bool(inspect.args.get("on")))
+                    if self._trace.on[0]:
+                        self.leases.note(time.monotonic_ns())
                     rc, data = 0, b""
                 else:
                     rc, data = (

@@ -141,6 +141,7 @@ def run(
             help="On the machine that runs already (`domicile up`, compose.yaml); only the guest is taken down.",
         ),
     ] = False,
+    trace: Annotated[str, typer.Option(metavar="FILE", help="Write a timeline for ui.perfetto.dev.")] = "",
 ) -> None:
     r"""Boot one guest on a machine of its own, its console here, and take all down.
 
@@ -178,6 +179,7 @@ def run(
         json_file=json_file,
         cpus=cpus,
         join=join,
+        trace=trace,
     )
     raise typer.Exit(status)
 

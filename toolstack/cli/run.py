@@ -27,6 +27,7 @@ from toolstack.errors import (
 
 if TYPE_CHECKING:
     from toolstack.machine import JoinedMachine, Machine
+    from toolstack.trace.recorder import Recorder
 
 MACHINE_SPARE_MB: Final = 256
 """Machine memory beside the guest's."""
@@ -65,6 +66,8 @@ class RunRequest:
     """On the machine that `--machine` names, and that runs already."""
     hardware: list[dict[str, Any]] = field(default_factory=list)
     """Devices to plug in (toolstack.xlcfg.pci.parse_nvme); without a `pci` of the domain's all are its own."""
+    trace: str = ""
+    """A file for the timeline."""
 
 
 @dataclass(slots=True)
@@ -111,6 +114,7 @@ class Run:
                         os.close(open_image(disk["target"], "disk", writable=not disk["readonly"]))
                 for device in request.hardware:
                     os.close(open_image(device["target"], "disk", writable=not device["readonly"]))
+                recorder = _recorder(request.trace)
                 memory = max(MACHINE_MEMORY_MB, request.domain["memory_mb"] + MACHINE_SPARE_MB)
                 machine: Machine | JoinedMachine
                 if request.join:
@@ -119,10 +123,14 @@ class Run:
                     machine = Machine(memory_mb=memory, cpus=request.cpus)
                 try:
                     self._machine_up = time.monotonic()
+                    if recorder is not None:
+                        recorder.start(machine.runtime.control)
                     config = make_config(request.domain, images)
                     self._guest(machine, config, images)
                 finally:
                     self._guest_end = self._guest_end or time.monotonic()
+                    if recorder is not None:
+                        _say(f"domicile: trace: {recorder.stop()}")
                     machine.close()
             except Stopped as stopped:
                 self.outcome.reason = signal.Signals(stopped.number).name.lower()
@@ -316,6 +324,14 @@ class Run:
             "not_counted": [name for name, value in counters.items() if value is None],
             "details": outcome.details,
         }
+
+
+def _recorder(path: str) -> Recorder | None:
+    if not path:
+        return None
+    from toolstack.trace.recorder import Recorder
+
+    return Recorder(path)
 
 
 def _say(text: str) -> None:

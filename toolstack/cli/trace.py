@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from toolstack.cli.output import warn
+from toolstack.cli.output import say, warn
 from toolstack.cli.state import connect
 from toolstack.errors import MachineError
 from toolstack.trace.dma import Request, RequestJoiner, loose_text, request_text
+from toolstack.trace.recorder import open_output
 from toolstack.trace.session import Entry, TraceSession
+from toolstack.trace.timeline import Timeline
 
 POLL_S: Final = 0.05
 
@@ -55,6 +57,23 @@ def follow_dma(domain: str, count: int, seconds: float, *, json: bool) -> None:
         _tell_losses(session, joiner.forgotten)
     finally:
         session.close()
+
+
+def record(path: str, seconds: float) -> None:
+    """`trace --output`: a timeline, until the time is over, the machine is gone, or ^C. InputError, MachineError."""
+    with open_output(path) as file:
+        session = TraceSession(connect())
+        try:
+            timeline = Timeline(file, session.began, session.names)
+            for entries in watched(session, seconds):
+                timeline.feed(entries)
+            timeline.close()
+            say(f"{path}: {timeline.events} events; open it at ui.perfetto.dev")
+            if timeline.left_out:
+                warn(f"trace: {timeline.left_out} more events were left out")
+            _tell_losses(session)
+        finally:
+            session.close()
 
 
 def _number(domain: str, session: TraceSession) -> bool:

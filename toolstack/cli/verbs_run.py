@@ -30,6 +30,7 @@ def run_verb(
     json_file: str,
     cpus: int,
     join: bool = False,
+    trace: str = "",
 ) -> int:
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
@@ -90,6 +91,7 @@ def run_verb(
             json_file=json_file,
             cpus=cpus,
             join=join,
+            trace=trace,
         )
     ).execute()
 

@@ -18,6 +18,12 @@ def trace(
     dma: Annotated[
         bool, typer.Option("--dma", help="Follow disk requests: grant, PRP, DMA request, machine address.")
     ] = False,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write a timeline that opens at ui.perfetto.dev."
+        ),
+    ] = "",
     domain: Annotated[
         str, typer.Option("--domain", "-d", metavar="DOMAIN", help="With --dma: this frontend's requests.")
     ] = "",
@@ -36,9 +42,16 @@ def trace(
       domicile trace --dma                    each disk request with the three steps of its data
 
       domicile trace --dma -d web -n 1        one request of `web`
-    """
-    from toolstack.cli.trace import follow_dma
 
-    if not dma:
-        raise InputError("trace: say what: --dma")
+      domicile trace -o t.json --seconds 5    five seconds of all processes, for ui.perfetto.dev
+    """
+    from toolstack.cli.trace import follow_dma, record
+
+    if dma == bool(output):
+        raise InputError("trace: say which: --dma, or --output FILE")
+    if output:
+        if domain or count or json:
+            raise InputError("trace: --domain, --count and --json go with --dma")
+        record(output, seconds)
+        return
     follow_dma(domain, count, seconds, json=json)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.machines import RunningMachine, running_machine
+from tests.support.trace_format import problems
 from toolstack.guestfetch import fetch
 
 pytestmark = pytest.mark.timeout(120)
@@ -101,3 +105,52 @@ def test_each_request_has_its_three_steps(grub: RunningMachine) -> None:
         < data[0]["time_ns"]
         < request["answered_ns"]
     )
+
+
+def test_a_timeline_has_flows_from_the_guest_to_the_iommu_and_back(
+    grub: RunningMachine, tmp_path: Path
+) -> None:
+    """`trace --output`: the file holds to the format, and GRUB's reads go through all processes that take part."""
+    target = tmp_path / "t.json"
+    with tracing(grub, "-o", str(target)) as process:
+        grub.type("g", f"hexdump (xen/xvda){SECTOR}+8 -s 0 -n 512\n")
+        grub.expect("g", "68 65 72 65")
+        grub.expect("g", "grub> ")
+        process.send_signal(signal.SIGINT)
+        said = finished(process)
+    assert re.fullmatch(rf"{target}: \d+ events; open it at ui\.perfetto\.dev\n", said)
+    trace = json.loads(target.read_text())
+    assert problems(trace) == []
+    events = trace["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    flows: dict[int, list[str]] = defaultdict(list)
+    for event in events:
+        if event["ph"] in "stf":
+            flows[event["id"]].append(
+                processes[event["pid"]].split(" ")[0] + "/" + threads[event["pid"], event["tid"]]
+            )
+    ring = "d2/xvda of d1 g ring 0"
+    whole = ["d1/vCPU 0", ring, ring, "NVMe/queue 1", "hypervisor/IOMMU", ring, "d1/vCPU 0"]
+    assert whole in flows.values(), list(flows.values())[:3]
+    used = {threads[e["pid"], e["tid"]] for e in events if e["ph"] == "X"}
+    assert {"hypercalls", "grants", "event channels", "medium 1", "program"} <= used
+
+
+def test_run_writes_a_timeline_of_a_guest_from_its_start(tmp_path: Path) -> None:
+    """`run --trace FILE`: hypercalls of the guest by name, inside what its vCPU ran."""
+    target = tmp_path / "t.json"
+    words = [str(fetch("grub").kernel), "--until", "grub>", "--timeout", "60", "-q", "--trace", str(target)]
+    done = subprocess.run(
+        [sys.executable, "-m", "toolstack.cli", "run", *words],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"trace: {target}: " in done.stderr
+    trace = json.loads(target.read_text())
+    assert problems(trace) == []
+    names = {e["name"] for e in trace["traceEvents"] if e["ph"] == "X"}
+    assert {"run", "EVTCHNOP_send"} <= names, names
