@@ -165,7 +165,8 @@ class JoinedMachine:
         """MachineError if it does not run."""
         from toolstack.client import ControlClient
 
-        self.client = ControlClient(runtime_directory(name).control)
+        self.runtime = runtime_directory(name)
+        self.client = ControlClient(self.runtime.control)
         self._guests: list[str] = []
         try:
             self.client.request("follow")

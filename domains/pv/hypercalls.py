@@ -62,9 +62,13 @@ class Hypercalls:
             result = self.table[number](a1, a2, a3, a4, a5)
         except GuestFault:
             result = -XEN_EFAULT
-        value = result if isinstance(result, int) else 0
-        trace.add(Kind.CALL, vcpu, 0, number, a1, trace.now() - began, value, time=began)
+        self.note(vcpu, number, a1, began, result)
         return result
+
+    def note(self, vcpu: int, number: int, first: int, began: int, result: Result) -> None:
+        """For the trace: a hypercall that `began` then is over."""
+        value = result if isinstance(result, int) else 0
+        self.trace.add(Kind.CALL, vcpu, 0, number, first, self.trace.now() - began, value, time=began)
 
     def multicall(self, calls: int, count: int, a3: int, a4: int, a5: int) -> Result:
         """Each entry as its own call, its value in `result`. -EINVAL inside another multicall, -EFAULT where the list is not

@@ -84,10 +84,17 @@ class Traps:
             self._counts[number] += 1
         else:
             handler = no_such_hypercall
+        trace = self._calls.trace
+        if trace.on[0]:
+            vcpu, first, began = s.id, r.rdi, trace.now()
+        else:
+            began = 0
         try:
             result = handler(r.rdi, r.rsi, r.rdx, r.r10, r.r8)
         except GuestFault:
             result = -EFAULT
+        if began:
+            self._calls.note(vcpu, number, first, began, result)
         if result.__class__ is int:
             r.rax = result & MASK64
         elif result is not NO_RESULT:

@@ -12,6 +12,7 @@ from toolstack.cli import (
     verbs_domain,
     verbs_faults,
     verbs_machine,
+    verbs_top,
     verbs_trace,
     verbs_xenstore,
 )
@@ -190,6 +191,7 @@ verbs_devices.add(app)
 verbs_xenstore.add(app)
 verbs_faults.add(app)
 verbs_trace.add(app)
+verbs_top.add(app)
 Guest = typer.Typer(help="Bootable guests.", rich_markup_mode=None)
 
 

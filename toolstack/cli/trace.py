@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-import select
+import signal
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -20,15 +20,23 @@ POLL_S: Final = 0.05
 
 
 def watched(session: TraceSession, seconds: float) -> Iterator[list[Entry]]:
-    """Records in order of time, until the time is over, the machine is gone, or ^C."""
+    """Records in order of time, until the time is over, the machine is gone, or ^C, wherever that comes; a second ^C ends it at once."""
     deadline = time.monotonic() + seconds if seconds else None
+    stopped = False
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
-        while not session.gone and (deadline is None or time.monotonic() < deadline):
+        while not (stopped or session.gone) and (deadline is None or time.monotonic() < deadline):
             yield session.poll()
-            select.select([], [], [], POLL_S)
-    except KeyboardInterrupt:
-        pass
-    yield session.poll(last=True)
+            time.sleep(POLL_S)  # there is nothing to wait on: nobody is told of a record
+        yield session.poll(last=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def follow_dma(domain: str, count: int, seconds: float, *, json: bool) -> None:

@@ -22,6 +22,7 @@ from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.disks import DiskError
 from domains.dom0.toolstack.hardware import HardwareError
 from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
+from domains.dom0.toolstack.top import top_view
 from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xenstore_service import XenstoreError
 from domains.native.domain import HypercallError, NativeDomain
@@ -149,6 +150,7 @@ class ToolstackServer:
             "pci-list": self._pci_list,
             "iommu": self._iommu,
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
+            "top": lambda client, args, fds: top_view(manager, traces.disks()),
             "trace": self._trace,
             "tracing": lambda client, args, fds: traces.watched,
             "down": self._down,
