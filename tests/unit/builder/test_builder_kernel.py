@@ -42,7 +42,7 @@ def lz4_legacy(data: bytes, block: int = 8 << 20) -> bytes:
 
 
 COMPRESSED = {
-    "gzip": gzip.compress(KERNEL),
+    "gzip": gzip.compress(KERNEL, mtime=0),  # the same in each worker, whenever it collects
     "bzip2": bz2.compress(KERNEL) + SIZE,
     "xz": lzma.compress(KERNEL, check=lzma.CHECK_CRC32) + SIZE,
     "lzma": lzma.compress(KERNEL, format=lzma.FORMAT_ALONE) + SIZE,
