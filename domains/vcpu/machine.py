@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 from unicorn import UC_ERR_OK, UC_HOOK_BLOCK, UC_HOOK_INSN, UC_HOOK_MEM_INVALID, unicorn_const
@@ -79,6 +80,7 @@ class Machine:
         self._halted: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_halted)
         self._interrupts: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_interrupt_request)
         self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
+        self._memory.undisturbed = self._undisturbed
         self._context_size: Final = found.uc
         self._running = False
         self._requested = False
@@ -214,6 +216,18 @@ class Machine:
     def drop_code(self, address: MachineAddr, size: int) -> None:
         """See `Vcpu.drop_code`."""
         self._memory.drop_code(address, size)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """What an exception leaves behind is as before afterwards."""
+        r = self.regs
+        before = r.cr2, r.old_exception, r.error_code, r.exception_is_int, r.exception_next_eip
+        index = self._exception_index.value
+        try:
+            yield
+        finally:
+            r.cr2, r.old_exception, r.error_code, r.exception_is_int, r.exception_next_eip = before
+            self._exception_index.value = index
 
     # ---- state
 

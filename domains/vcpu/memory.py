@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, NamedTuple
 
 from unicorn import UC_ERR_OK, UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
@@ -43,6 +44,8 @@ class PhysicalMap:
         self._unmap = lib.held("uc_mem_unmap", ctypes.c_int, ctypes.c_void_p, u64, size)
         self._ram_address = lib.held("qemu_ram_addr_from_host_x86_64", u64, ctypes.c_void_p, u64)
         self._invalidate = lib.held("tb_invalidate_phys_range_x86_64", None, ctypes.c_void_p, u64, u64)
+        self.undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Around calls that may change the CPU's state of exceptions: see `_carve`."""
         self.map_device: Callable[[Region], int] | None = None
         """Makes a device region in Unicorn and returns its error number (HVM)."""
         self._starts: list[int] = []
@@ -127,7 +130,10 @@ class PhysicalMap:
             if region.end <= start:
                 index += 1
                 continue
-            _ok(self._unmap(self._uc, region.start, region.end - region.start), "unmap", region)
+            # Unicorn drops translations by walking the guest's tables from the region's *physical* address: the page fault
+            # that it gets and ignores would stay behind, and make the guest's next one a double fault.
+            with self.undisturbed():
+                _ok(self._unmap(self._uc, region.start, region.end - region.start), "unmap", region)
             del self._regions[index], self._starts[index]
             if region.start < start:
                 keep.append(Region(region.start, start, region.host, region.writable))

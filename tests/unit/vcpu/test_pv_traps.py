@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bus.addresses import MachineAddr
 from domains.vcpu.api import StopReason, Trap
 from domains.vcpu.testing import BASE, CODE, PvGuest
 
@@ -217,3 +218,26 @@ def test_exceptions_of_hooks_come_out_of_run(kind: str) -> None:
     assert guest.run() is StopReason.REQUESTED
     assert done == ([] if kind == "trap" else [kind])
     assert guest.traps.seen == [("trap", Trap(0x21, 0, True), CODE + 4)]
+
+
+def test_memory_that_is_taken_away_inside_a_hook_leaves_no_exception_behind() -> None:
+    """Unicorn walks the guest's tables when a region goes. The page fault that it meets there is nobody's: the guest's own next one
+    is no double fault, and CR2 is as it was."""
+    guest = PvGuest(bytes.fromhex("0f05 0f05 488b042500000070"))  # syscall; syscall; mov rax, [0x70000000]
+    first = BASE + (1 << 19)
+    pages = iter((first, first + 0x1000))
+    guest.traps.syscall = lambda: guest.vcpu.unmap(MachineAddr(next(pages)), 0x1000)
+    guest.vcpu.regs.cr2 = 0x1234
+    seen: list[int] = []
+
+    def at_fault(trap: Trap) -> None:
+        seen.append(trap.vector)
+        guest.vcpu.request_stop()
+
+    guest.traps.trap = at_fault
+    guest.vcpu.map(MachineAddr(0x50000000), guest.host, 0x1000)
+    guest.vcpu.unmap(MachineAddr(0x50000000), 0x1000)  # between runs as well
+    assert guest.vcpu.regs.cr2 == 0x1234
+    guest.run()
+    assert seen == [14]
+    assert guest.vcpu.regs.cr2 == 0x70000000
