@@ -66,7 +66,7 @@ _MMUEXT: Final = (
     ("NEW_USER_BASEPTR", xen.MMUEXT_NEW_USER_BASEPTR, "root for user mode; 0 for none"),
     ("CLEAR_PAGE", xen.MMUEXT_CLEAR_PAGE, "zero the frame arg1.mfn"),
     ("COPY_PAGE", xen.MMUEXT_COPY_PAGE, "copy the frame arg2.src_mfn to arg1.mfn"),
-    ("FLUSH_CACHE_GLOBAL", xen.MMUEXT_FLUSH_CACHE_GLOBAL, "no effect; -EACCES for a domain without a device"),
+    ("FLUSH_CACHE_GLOBAL", xen.MMUEXT_FLUSH_CACHE_GLOBAL, "no effect; -EINVAL for a domain without a device"),
 )
 
 

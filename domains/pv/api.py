@@ -209,6 +209,9 @@ class PagingApi(Protocol):
     def can_grant_writable(self, mfn: int) -> bool:
         """A writable type reference could be had: no page table, no descriptor table."""
 
+    def is_table(self, mfn: int) -> bool:
+        """One of the domain's own frames, and a page table or a descriptor table: nothing may write there."""
+
     def hold_for_grant(self, mfn: int, writable: bool) -> int:
         """A domain maps this own frame by a grant: hold a (writable type) reference. 0, -EINVAL (not owned),
         -EBUSY."""

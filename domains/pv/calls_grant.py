@@ -66,6 +66,8 @@ class GrantCalls:
             return self._each_message(command, uop, count, _REPLACE, self._unmap)
         if cmd == gt.GNTTABOP_copy:
             return self._each_message(command, uop, count, _COPY, self._copy)
+        if cmd == gt.GNTTABOP_query_size and count != 1:
+            return -XEN_EINVAL
         if command.form is Form.LIST:
             return self._remote.call_list(HYPERVISOR_grant_table_op, command, uop, count)
         if cmd in (gt.GNTTABOP_setup_table, gt.GNTTABOP_get_status_frames):
@@ -152,7 +154,7 @@ class GrantCalls:
         if mapping is None or not item.host_addr:
             return gt.GNTST_okay
         if item.host_addr != mapping.address:
-            return gt.GNTST_bad_virt_addr
+            return gt.GNTST_general_error  # what is mapped there is not the grant
         status = self._cpu.mmu.replace_grant_mapping(mapping.address, mapping.mfn, new_address, mapping.flags)
         if status == gt.GNTST_okay:
             del self._mappings[item.handle]
@@ -162,12 +164,26 @@ class GrantCalls:
     # --- copy and tables
 
     def _copy(self, command: Command, items: list[Any]) -> tuple[int, list[Any]]:
-        rc, replies = self._ask(command, items)
-        if rc >= 0:
-            for item in items:
-                if not item.flags & gt.GNTCOPY_dest_gref and item.dest.domid in (DOMID_SELF, self._domain):
-                    self._cpu.drop_code(Mfn(item.dest.u))
-        return rc, replies
+        """Frames of the guest's own that are page tables or descriptor tables are no destination: GNTST_general_error."""
+        own = {
+            index: Mfn(item.dest.u)
+            for index, item in enumerate(items)
+            if not item.flags & gt.GNTCOPY_dest_gref and item.dest.domid in (DOMID_SELF, self._domain)
+        }
+        memory = self._cpu.mmu
+        typed = {index for index, mfn in own.items() if memory.is_table(mfn)}
+        asked = [item for index, item in enumerate(items) if index not in typed]
+        rc, replies = self._ask(command, asked) if asked else (0, [])
+        if rc < 0:
+            return rc, items
+        for index, mfn in own.items():
+            if index not in typed:
+                self._cpu.drop_code(mfn)
+        answers = iter(replies)
+        return rc, [
+            item._replace(status=gt.GNTST_general_error) if index in typed else next(answers)
+            for index, item in enumerate(items)
+        ]
 
     def _table_frames(self, command: Command, uop: int, count: int) -> int:
         """The frames of the grant table (or of its status words) become frames that the guest may map."""

@@ -27,23 +27,13 @@ from bus.abi.xen import (
 )
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
+from domains.pv.debugreg import hypervisor_range
 from domains.pv.wire import Remote
 
 CONSOLE_CHUNK: Final = 4096
 MAX_CONSOLE: Final = 1 << 31
 MAX_PORTS: Final = 65536
 CMD_IN_STRUCTURE: Final = -2
-COMPAT_COMMANDS: Final = frozenset(
-    (
-        physdev.PHYSDEVOP_irq_status_query,
-        physdev.PHYSDEVOP_set_iopl,
-        physdev.PHYSDEVOP_set_iobitmap,
-        physdev.PHYSDEVOP_apic_read,
-        physdev.PHYSDEVOP_apic_write,
-        physdev.PHYSDEVOP_alloc_irq_vector,
-    )
-)
-"""What physdev_op_compat knows."""
 
 
 class OtherCalls:
@@ -147,16 +137,20 @@ class OtherCalls:
         if cmd == physdev.PHYSDEVOP_set_iobitmap:
             layout = physdev.PHYSDEV_SET_IOBITMAP
             request = layout.unpack(memory.read_virtual(arg, layout.size))
-            if request.nr_ports > MAX_PORTS:
+            last = request.bitmap + request.nr_ports // 8
+            if request.nr_ports > MAX_PORTS or hypervisor_range(request.bitmap) or hypervisor_range(last):
                 return -XEN_EINVAL
             s.iobmp = request.bitmap
             s.iobmp_limit = request.nr_ports
             return 0
+        if cmd == physdev.PHYSDEVOP_IRQ_UNMASK_NOTIFY:
+            return 0  # obsolete: there is nothing to tell
+        entry = self._table[HYPERVISOR_physdev_op].command(cmd)
+        if entry is not None and entry.argument is not None:
+            memory.read_virtual(arg, entry.argument.size)  # -EFAULT before the privilege
         return self._generic(HYPERVISOR_physdev_op, cmd, arg, a3)
 
     def physdev_op_compat(self, op: int, a2: int, a3: int, a4: int, a5: int) -> Result:
         """The call as it was before Xen 3.2: the command is the first word of the structure, the rest follows at byte 8."""
         cmd = int.from_bytes(self._cpu.mmu.read_virtual(op, 4), "little")
-        if cmd not in COMPAT_COMMANDS:
-            return -XEN_EINVAL
         return self.physdev_op(cmd, op + 8, a3, a4, a5)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
-from bus.abi.errno import XEN_EEXIST, XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO
+from bus.abi.errno import XEN_EEXIST, XEN_EFAULT, XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO
 from bus.abi.sched import SHUTDOWN_poweroff
 from bus.abi.vcpu import (
     VCPU_REGISTER_RUNSTATE_MEMORY_AREA,
@@ -35,6 +35,7 @@ from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.context import start_vcpu
 from domains.pv.cpu import Cpu
+from domains.pv.debugreg import hypervisor_range
 from domains.pv.life import Life
 from domains.pv.state import VcpuState
 from domains.pv.time import Timekeeper, idle_runstate
@@ -177,6 +178,8 @@ class VcpuCalls:
         request = VCPU_REGISTER_RUNSTATE_MEMORY_AREA.unpack(
             self._cpu.mmu.read_virtual(arg, VCPU_REGISTER_RUNSTATE_MEMORY_AREA.size)
         )
+        if hypervisor_range(request.addr):
+            return -XEN_EFAULT
         state.runstate_area = request.addr
         if request.addr:
             self._time.write_runstate_area(self._cpu, state)
@@ -186,6 +189,8 @@ class VcpuCalls:
         request = VCPU_REGISTER_TIME_MEMORY_AREA.unpack(
             self._cpu.mmu.read_virtual(arg, VCPU_REGISTER_TIME_MEMORY_AREA.size)
         )
+        if hypervisor_range(request.addr):
+            return -XEN_EFAULT
         state.time_area = request.addr
         self._time.update_time_info(self._cpu, state)
         if request.addr:

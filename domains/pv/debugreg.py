@@ -25,8 +25,13 @@ DR7_ACTIVE_MASK: Final = 0xFF
 DR_IO: Final = 2
 
 
+def hypervisor_range(address: int) -> bool:
+    """An address of Xen's part of the address space."""
+    return HYPERVISOR_VIRT_START <= address < HYPERVISOR_VIRT_END
+
+
 def _address_ok(address: int) -> bool:
-    return canonical(address) and not HYPERVISOR_VIRT_START <= address < HYPERVISOR_VIRT_END
+    return canonical(address) and not hypervisor_range(address)
 
 
 def set_debugreg(s: VcpuState, register: int, value: int) -> int:

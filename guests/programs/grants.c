@@ -159,9 +159,71 @@ static void maps(void)
     same(op.status, GNTST_bad_gntref, "map to nowhere: bad reference");
 }
 
+/* What keeps the count of writable references right. A mapping for CPU and device is ended in two halves; a page table entry that
+ * was changed under a grant keeps it from being unmapped; the reference counts show in that a page cannot become a page table. */
+static long pin(const void *page)
+{
+    struct mmuext_op op = {.cmd = MMUEXT_PIN_L1_TABLE, .arg1.mfn = virt_to_mfn(page)};
+    return HYPERVISOR_mmuext_op(&op, 1, NULL, DOMID_SELF);
+}
+
+static char second[PAGE_SIZE] PAGE_ALIGNED, other_window[PAGE_SIZE] PAGE_ALIGNED, plain[PAGE_SIZE] PAGE_ALIGNED;
+
+static void references(void)
+{
+    struct gnttab_map_grant_ref op;
+    uint64_t entry = read_pte(window);
+    grant(8, second, 0);
+    map(8, GNTMAP_host_map | GNTMAP_device_map, &op);
+    same(op.status, GNTST_okay, "map for the CPU and a device");
+    struct gnttab_unmap_grant_ref half = {.host_addr = (uint64_t)window, .handle = op.handle};
+    HYPERVISOR_grant_table_op(GNTTABOP_unmap_grant_ref, &half, 1);
+    same(half.status, GNTST_okay, "unmap from the CPU alone");
+    ok(grants[8].flags & GTF_writing, "the entry is still in use");
+    half.host_addr = 0;
+    half.dev_bus_addr = op.dev_bus_addr;
+    HYPERVISOR_grant_table_op(GNTTABOP_unmap_grant_ref, &half, 1);
+    same(half.status, GNTST_okay, "unmap from the device alone");
+    ok(!(grants[8].flags & GTF_writing), "it is free now");
+    same(pin(second), -XEN_EINVAL, "a page that is mapped writable cannot become a page table");
+    set_pte(window, entry);
+
+    set_pte(second, ((uint64_t)virt_to_mfn(second) << PAGE_SHIFT) | PTE_RO);
+    grant(9, plain, 0);
+    map(8, GNTMAP_host_map, &op);
+    grant_handle_t writable = op.handle;
+    uint64_t other_entry = read_pte(other_window);
+    struct gnttab_map_grant_ref readable = {.host_addr = (uint64_t)other_window, .flags = GNTMAP_host_map | GNTMAP_readonly, .ref = 9, .dom = self};
+    HYPERVISOR_grant_table_op(GNTTABOP_map_grant_ref, &readable, 1);
+    ok(op.status == GNTST_okay && readable.status == GNTST_okay, "map one page writable, another read-only");
+    struct gnttab_unmap_and_replace replace = {.host_addr = (uint64_t)other_window, .new_addr = (uint64_t)window, .handle = readable.handle};
+    same(HYPERVISOR_grant_table_op(GNTTABOP_unmap_and_replace, &replace, 1), 0, "unmap_and_replace, taking the other's entry");
+    same(replace.status, GNTST_okay, "is okay");
+    set_pte(window, ((uint64_t)virt_to_mfn(second) << PAGE_SHIFT) | PTE_RO);
+    same(unmap(writable), GNTST_general_error, "the writable mapping is not where it was: unmap refuses");
+    same(pin(second), -XEN_EINVAL, "and its reference is still counted");
+    set_pte(other_window, other_entry);
+
+    struct gnttab_map_grant_ref wrong = {.host_addr = (uint64_t)plain, .flags = GNTMAP_host_map, .ref = 8, .dom = 0};
+    HYPERVISOR_grant_table_op(GNTTABOP_map_grant_ref, &wrong, 1);
+    if (is_initial_domain())
+        skip("a grant of domain 0", "this is it");
+    else
+        same(wrong.status, GNTST_general_error, "an entry of domain 0 that it filled for nobody");
+    wrong = (struct gnttab_map_grant_ref){.host_addr = pte_machine_address(plain) - 2, .flags = GNTMAP_host_map | GNTMAP_contains_pte, .ref = 9, .dom = self};
+    HYPERVISOR_grant_table_op(GNTTABOP_map_grant_ref, &wrong, 1);
+    ok(wrong.status < 0, "a page table entry's address that is not aligned");
+    struct gnttab_copy copy = {.source.u.gmfn = virt_to_mfn(plain), .source.domid = DOMID_SELF, .dest.u.gmfn = virt_to_mfn((void *)start_info->pt_base), .dest.domid = DOMID_SELF, .len = 8};
+    HYPERVISOR_grant_table_op(GNTTABOP_copy, &copy, 1);
+    same(copy.status, GNTST_general_error, "a copy over a page table");
+    struct gnttab_query_size query = {.dom = DOMID_SELF};
+    same(HYPERVISOR_grant_table_op(GNTTABOP_query_size, &query, 2), -XEN_EINVAL, "query_size of two: EINVAL");
+}
+
 void program(void)
 {
     set_up();
     copies();
     maps();
+    references();
 }

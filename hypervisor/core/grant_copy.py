@@ -18,7 +18,6 @@ from bus.abi.grant_table import (
     GNTCOPY_source_gref,
     GNTST_bad_copy_arg,
     GNTST_bad_domain,
-    GNTST_bad_gntref,
     GNTST_general_error,
     GNTST_okay,
     GNTST_permission_denied,
@@ -32,7 +31,7 @@ from bus.abi.grant_table import (
 from bus.abi.xen import DOMID_FIRST_RESERVED, DOMID_SELF
 from bus.addresses import PAGE_SIZE, DomId, GrantRef, Mfn
 from hypervisor.core.grant_core import GrantCore
-from hypervisor.core.grant_entries import check_access, frame_of, read_entry
+from hypervisor.core.grant_entries import check_access, frame_of, missing_entry, read_entry
 from hypervisor.core.grant_jobs import Job, Steps
 
 
@@ -153,7 +152,7 @@ def claim_ref(
     """What `grantee` may copy by an entry: a frame or a part of one, through one transitive entry at most."""
     table = core.tables[granter]
     if ref >= table.entries:
-        return GNTST_bad_gntref, None
+        return missing_entry(ref), None
     if core.domains.is_dying(granter):
         return GNTST_bad_domain, None
     active = table.active.get(GrantRef(ref))

@@ -6,13 +6,14 @@ frame's ownership by the hypervisor's frame table.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from bus.abi.grant_table import (
     GRANT_ENTRY_V1,
     GRANT_ENTRY_V2_FULL_PAGE,
     GRANT_ENTRY_V2_SUB_PAGE,
     GRANT_ENTRY_V2_TRANSITIVE,
+    GNTST_bad_gntref,
     GNTST_bad_page,
     GNTST_general_error,
     GNTST_okay,
@@ -53,6 +54,15 @@ class Entry(NamedTuple):
     @property
     def kind(self) -> int:
         return self.flags & GTF_type_mask
+
+
+FIRST_FRAME: Final = PAGE_SIZE // GRANT_ENTRY_V1.size
+
+
+def missing_entry(ref: int) -> int:
+    """The status for a reference beyond a table. On Xen each domain has a first frame from its start, and an entry that nobody
+    filled permits nothing; here a table may be empty."""
+    return GNTST_general_error if ref < FIRST_FRAME else GNTST_bad_gntref
 
 
 def place_of(table: Table, ref: GrantRef) -> Place:

@@ -31,7 +31,7 @@ from bus.abi.xen import DOMID_FIRST_RESERVED
 from bus.addresses import PAGE_SHIFT, DomId, Gfn, GrantRef, Mfn
 from hypervisor.core.errors import XenError
 from hypervisor.core.grant_core import GrantCore
-from hypervisor.core.grant_entries import check_access, frame_of, place_of, read_entry
+from hypervisor.core.grant_entries import check_access, frame_of, missing_entry, place_of, read_entry
 from hypervisor.core.grant_jobs import UNDO_TIMEOUT_NS, Job, OrderSpec, Outcome, Steps
 from hypervisor.core.grant_state import INVALID_HANDLE, ActiveEntry, Mapping, Table, Window
 
@@ -176,7 +176,7 @@ class MapCall:
     def _admit_entry(self, op: _Op, table: Table, handle: int, job: Job) -> int:
         core, args = self._core, op.args
         if args.ref >= table.entries:
-            return GNTST_bad_gntref
+            return missing_entry(args.ref)
         if table.unresponsive or core.domains.is_dying(table.domain) or core.domains.is_dying(self._caller):
             return GNTST_general_error
         ref, write = GrantRef(args.ref), not args.flags & GNTMAP_readonly

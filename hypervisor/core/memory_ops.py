@@ -319,6 +319,9 @@ class MemoryOps:
         return self._map_reply(call, entries)
 
     def _map_reply(self, call: Call, entries: bytes) -> Result:
+        if not call.item.buffer:  # the caller asks how many there are
+            item = call.item._replace(nr_entries=len(entries) // E820_ENTRY.size)
+            return call.reply(0, item, arrays={})
         count = min(call.item.nr_entries, len(entries) // E820_ENTRY.size)
         item = call.item._replace(nr_entries=count)
         return call.reply(0, item, arrays={"buffer": entries[: count * E820_ENTRY.size]})

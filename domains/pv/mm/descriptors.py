@@ -100,7 +100,7 @@ class DescriptorTables:
 
     def set_ldt(self, vcpu: VcpuId, base: int, entries: int) -> int:
         """MMUEXT_SET_LDT: the pages are looked at when they are first used."""
-        if base & 0xFFF or not address_ok(base) or entries > MAX_LDT_ENTRIES:
+        if entries > MAX_LDT_ENTRIES or (entries and (base & 0xFFF or not address_ok(base))):
             return -XEN_EINVAL
         tables = self.vcpus[vcpu]
         if (tables.ldt_base, tables.ldt_entries) != (base, entries):

@@ -104,7 +104,9 @@ class ExtendedOps:
             return self.new_user_root(arg1)
         if command in (xen.MMUEXT_FLUSH_CACHE, xen.MMUEXT_FLUSH_CACHE_GLOBAL):
             # Host caches are coherent: with the right to it, it is nothing.
-            return 0 if self._cache_flush else -XEN_EACCES
+            return (
+                0 if self._cache_flush else -XEN_EACCES if command == xen.MMUEXT_FLUSH_CACHE else -XEN_EINVAL
+            )
         if command == xen.MMUEXT_SET_LDT:
             return self._tables.set_ldt(self._host.current_vcpu(), arg1, arg2 & 0xFFFF_FFFF)
         if command == xen.MMUEXT_CLEAR_PAGE:

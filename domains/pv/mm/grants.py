@@ -61,7 +61,7 @@ class GrantMappings:
 
     def replace(self, address: int, mfn: int, new_address: int, flags: int) -> int:
         """See `PagingApi.replace_grant_mapping`. GNTST_general_error if the entry at `address` does not map
-        `mfn`; for unmap_and_replace also if `new_address` has no L1 entry, or `address` is a PTE's."""
+        `mfn` as the grant did; for unmap_and_replace also if `new_address` has no L1 entry, or `address` is a PTE's."""
         contains = flags & GNTMAP_contains_pte != 0
         at = self._slot(address, contains)
         if at < 0:
@@ -70,6 +70,8 @@ class GrantMappings:
         old = pages.words[at]
         if not old & 1 or (old >> 12 & PFN_MASK) != mfn:
             return GNTST_general_error
+        if bool(old & RW) == bool(flags & GNTMAP_readonly):
+            return GNTST_general_error  # another entry for the frame: it holds another kind of reference (XSA-234)
         entry = 0
         if new_address:
             source = -1 if contains else self._slot(new_address, False)
@@ -116,6 +118,11 @@ class GrantMappings:
         """A writable reference could be had."""
         index = self._pages.index(mfn)
         return index >= 0 and self._pages.ptype[index] in (T_NONE, T_WRITABLE)
+
+    def is_table(self, mfn: int) -> bool:
+        """One of the domain's own frames, and a page table or a descriptor table."""
+        index = self._pages.index(mfn)
+        return index >= 0 and self._pages.ptype[index] not in (T_NONE, T_WRITABLE)
 
     def hold(self, mfn: int, writable: bool) -> int:
         """See `PagingApi.hold_for_grant`."""

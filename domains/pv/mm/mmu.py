@@ -211,6 +211,10 @@ class Mmu:
         """A writable type reference could be had."""
         return self._grants.can_grant_writable(mfn)
 
+    def is_table(self, mfn: int) -> bool:
+        """An own frame that is a page table or a descriptor table."""
+        return self._grants.is_table(mfn)
+
     def hold_for_grant(self, mfn: int, writable: bool) -> int:
         """A domain maps this own frame by a grant."""
         return self._grants.hold(mfn, writable)

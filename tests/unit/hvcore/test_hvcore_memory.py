@@ -300,6 +300,8 @@ def test_the_memory_map_is_the_builders_and_can_be_read_back(machine: Machine) -
     answer = read(4)
     assert (answer.item.nr_entries, answer.arrays["buffer"]) == (2, entry * 2)
     assert read(1).arrays["buffer"] == entry
+    count = machine.memory_op(domid, abi.XENMEM_memory_map, abi.xen_memory_map(0, 0))
+    assert (count.rc, count.item.nr_entries) == (0, 2), "without a buffer: how many there are"
 
 
 # -- the tables themselves
