@@ -25,6 +25,8 @@ from toolstack.warden.runtime import RuntimeDirectory
 from toolstack.warden.uids import UidBlock
 from toolstack.warden.warden import UID_LOCKS
 
+START_S = 60.0
+"""Longest wait for a machine: seven Python processes and as many children load their code at once."""
 CONTAINERS = {
     "hypervisor": "hypervisor",
     "dom0": "dom0",
@@ -108,7 +110,7 @@ class AgentMachine(Consoles):
 
     def connect(self) -> None:
         """Wait for the machine. AssertionError with what was said."""
-        deadline = time.monotonic() + BOUND_S
+        deadline = time.monotonic() + START_S
         while True:
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} ended: {self.said(name)[-2000:]}"
