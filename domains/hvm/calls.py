@@ -10,7 +10,7 @@ from typing import Any, Final
 from bus.abi import event_channel as ec
 from bus.abi import features, vcpu
 from bus.abi import memory as mem
-from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO
+from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO, XEN_EOPNOTSUPP
 from bus.abi.hvm import hvm_op, params
 from bus.abi.hypercalls_model import Command, Guests, State
 from bus.abi.xen import (
@@ -133,6 +133,8 @@ class HvmEventCalls(EventCalls):
         assert isinstance(cpu, HvmCpu)
         assert command.argument is not None
         item = command.argument.unpack(cpu.mmu.read_virtual(arg, command.argument.size))
+        if cmd == ec.EVTCHNOP_expand_array and not self._events.fifo:
+            return -XEN_EOPNOTSUPP
         offset = 0
         if cmd == ec.EVTCHNOP_init_control:
             page, offset = cpu.place(item.control_gfn), item.offset
@@ -186,7 +188,7 @@ class HvmMemoryCalls:
 
     def grant_table_op(self, cmd: int, uop: int, count: int, a4: int, a5: int) -> Result:
         """Mapping into the guest's physical map is done by the hypervisor's orders to this process."""
-        if count & LOW32 >> 31:
+        if (count & LOW32) >> 31:
             return -XEN_EINVAL
         return self._grants(cmd, uop, count, a4, a5)
 

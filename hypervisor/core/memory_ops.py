@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable
-from errno import EACCES, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
+from errno import EACCES, EFAULT, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
 
 from bus.abi import memory as abi
 from bus.abi.arch_x86 import ARCH_SHARED_INFO
@@ -319,11 +319,12 @@ class MemoryOps:
         return self._map_reply(call, entries)
 
     def _map_reply(self, call: Call, entries: bytes) -> Result:
-        if not call.item.buffer:  # the caller asks how many there are
-            item = call.item._replace(nr_entries=len(entries) // E820_ENTRY.size)
-            return call.reply(0, item, arrays={})
         count = min(call.item.nr_entries, len(entries) // E820_ENTRY.size)
         item = call.item._replace(nr_entries=count)
+        if not item.buffer:  # the wire form has no array then
+            if count:
+                raise XenError(EFAULT)
+            return call.reply(0, item, arrays={})
         return call.reply(0, item, arrays={"buffer": entries[: count * E820_ENTRY.size]})
 
     # -- the rest

@@ -7,11 +7,13 @@ import struct
 import pytest
 from hvm_rig import BASE, CODE, DATA, FRAMES, GDT, Rig, mov
 
+from bus.abi import grant_table as gt
 from bus.abi import memory as mem
 from bus.abi.errno import XEN_EFAULT, XEN_ENOSYS, XEN_EPERM
 from bus.abi.hvm import params
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.xen import (
+    HYPERVISOR_grant_table_op,
     HYPERVISOR_hvm_op,
     HYPERVISOR_memory_op,
     HYPERVISOR_sched_op,
@@ -315,3 +317,13 @@ def test_the_context_shows_what_the_guest_left_in_its_registers(bits: int) -> No
     load_cpu(again.domain.vcpu, cpu)
     unlike = {"tsc": 0, "dr0": 0}  # of debug registers only reading is built
     assert save_cpu(again.domain.vcpu)._replace(**unlike) == cpu._replace(**unlike)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_lists_of_grant_operations_have_any_length(count: int) -> None:
+    """As many structures as the count says go to the hypervisor."""
+    rc, rig = result(64, HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, DATA, count)
+    assert rc == 0
+    number, command, sent = rig.upstream.calls[-1]
+    assert (number, command) == (HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref)
+    assert len(sent) == count * gt.GNTTAB_MAP_GRANT_REF.size
