@@ -82,6 +82,7 @@ class Nothing:
 
     sectors: int = 1 << 20
     block_size: int = 512
+    unsafe_shutdowns: int = 0
 
     def __post_init__(self) -> None:
         self.tokens: list[tuple[int, bool]] = []

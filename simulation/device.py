@@ -32,6 +32,8 @@ class SimMedia:
         self.content = bytearray(self.size)
         self._dirty: dict[int, None] = {}
         self._rng = rng
+        self.losses = 0
+        """Power cuts so far."""
         self.fail = 0
         """So many of the next requests fail."""
 
@@ -75,14 +77,22 @@ class SimMedia:
     def close(self) -> None:
         """Nothing is held."""
 
-    def power_cut(self) -> None:
-        """Each dirty sector reached the medium, or did not; sectors of one write independently of each other (a torn write)."""
+    def power_cut(self) -> list[int]:
+        """Each dirty sector reached the medium, or did not; sectors of one write independently of each other (a torn write). Those that
+        are not as they were."""
+        self.losses += 1
         for sector in self._dirty:
             if self._rng.random() < 0.5:
                 at = sector * SECTOR
                 self.stable[at : at + SECTOR] = self.content[at : at + SECTOR]
+        lost = []
+        for sector in self._dirty:
+            part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            if self.content[part] != self.stable[part]:
+                lost.append(sector)
         self._dirty.clear()
         self.content[:] = self.stable
+        return lost
 
 
 class Device:
@@ -96,7 +106,7 @@ class Device:
         self.inbox: deque[tuple[int, Message]] = deque()
         self.staging = staging
         identity = Identity("SIM1", mdts=5, vectors=4, queues=4, namespaces=namespaces({1: media}, {1: 9}))
-        self.kind = kind(identity, {1: media})
+        self.kind = kind(identity, {1: media}, power_losses=lambda: media.losses)
         self.model: DeviceModel | None = None
         self.epoch = 0
         self.words: memoryview | None = None
@@ -157,7 +167,7 @@ class Device:
             if self.model is not None:
                 new = message.value if message.write else None
                 value = self.model.access(now, message.space, message.offset, message.size, new)
-            self._send(AccessDone.model_construct(token=message.token, value=value))
+            self._send(AccessDone(token=message.token, value=value))
         elif isinstance(message, Attach):
             if self.model is not None:
                 self.model.detach()
@@ -177,9 +187,7 @@ class Device:
             self.words.cast("B")[offset : offset + length] = bytes(length)
         for batch in batches:
             items = self.machine.injector.dma(list(batch.items))
-            self._send(
-                Dma.model_construct(token=batch.token, epoch=self.epoch, items=items, vectors=batch.vectors)
-            )
+            self._send(Dma(token=batch.token, epoch=self.epoch, items=items, vectors=batch.vectors))
         deadline = model.next_deadline()
         if deadline is not None and deadline != self._timer:
             self._timer = deadline

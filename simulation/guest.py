@@ -85,7 +85,7 @@ class Guest:
         self.host = host
         self.rng = world.guest_rng
         self.store = XenstoreClient(host)
-        self.pages = Pages(host, world.guest_table, range(1, 120), world.backend_id)
+        self.pages = Pages(host, world.guest_table, range(1, 62), world.backend_id)
         self.front = Frontend(self.pages)
         base = f"/local/domain/{host.domid}/device/vbd/768"
         backend = f"/local/domain/{world.backend_id}/backend/vbd/{host.domid}/768"
@@ -183,7 +183,8 @@ class Guest:
 
             def flushed(status: int, _: bytes) -> None:
                 self._finished("flush", status)
-                model.flushed(number, status == 0)
+                if wrong := model.flushed(number, status == 0):
+                    self.world.violation(wrong)
 
             return self._ask("flush", lambda: self.front.flush(flushed))
         count = rng.choice((1, 2, 8, 16, 40))

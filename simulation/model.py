@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 SECTOR: Final = 512
@@ -22,6 +23,10 @@ class DiskModel:
         self._cut: dict[int, set[Value]] = {}
         """Sectors with a request under way at a power cut: a write may have been done, and lost, before it is answered."""
         self._dirty: set[int] = set()
+        self.cuts = 0
+        """Power cuts: so many flushes may fail."""
+        self._unconfessed: set[int] = set()
+        """Sectors with an answered write that a power cut undid, of which no failed flush has told yet."""
 
     def write(self, sector: int, data: bytes) -> None:
         """A write is asked for."""
@@ -36,6 +41,7 @@ class DiskModel:
         """It was answered."""
         for at in range(0, len(data), SECTOR):
             number, piece = sector + at // SECTOR, data[at : at + SECTOR]
+            self._unconfessed.discard(number)
             lost = self._cut.pop(number, set())
             self.current[number] = {piece} | lost if fine else self.current[number] | lost | {piece}
 
@@ -64,15 +70,22 @@ class DiskModel:
         self._flushes[self._serial] = snapshot
         return self._serial
 
-    def flushed(self, number: int, fine: bool) -> None:
-        """It was answered."""
+    def flushed(self, number: int, fine: bool) -> str | None:
+        """It was answered: what is wrong with that."""
         snapshot = self._flushes.pop(number)
+        if not fine:
+            self._unconfessed.clear()
+        elif told := self._unconfessed.intersection(snapshot):
+            return f"a flush was answered well, and sector {min(told)} was lost in the power cut before it"
         if fine:
             for sector, values in snapshot.items():
                 self.stable[sector] = (self.stable[sector] & values) or values
+        return None
 
-    def power_cut(self) -> None:
-        """What was not flushed may be as before."""
+    def power_cut(self, lost: Sequence[int]) -> None:
+        """What was not flushed may be as before; `lost` is."""
+        self.cuts += 1
+        self._unconfessed.update(set(lost) - self.busy)
         for number in self._dirty:
             self.current[number] = self.current[number] | self.stable[number]
         for number in self.busy:

@@ -145,7 +145,7 @@ def _error_as_success() -> list[Undo]:
 
 
 def _reset_forgets() -> list[Undo]:
-    def storage_reset(self: Backend, *, cache_lost: bool = False) -> None:
+    def storage_reset(self: Backend) -> None:
         for queue in self.queues:
             mine = [request for owner, request in self._active.values() if owner is queue]
             for request in mine:
@@ -169,6 +169,10 @@ def _pages_not_unmapped_at_death() -> list[Undo]:
             queue.clear()
 
     return _set(Ledger, "begin", begin)
+
+
+def _power_loss_untold() -> list[Undo]:
+    return _set(Ledger, "saw_power_losses", lambda self, count: None)
 
 
 MUTANTS: Final = {
@@ -208,6 +212,12 @@ MUTANTS: Final = {
             "after a reset of the device, what was under way counts as done",
             20,
             _reset_forgets,
+        ),
+        Mutant(
+            "power-loss-untold",
+            "a flush after a power cut is answered well though writes before it are gone",
+            40,
+            _power_loss_untold,
         ),
         Mutant("ledger-without-head", "the ledger's head is not written", 20, _pages_not_unmapped_at_death),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bus.addresses import DomId, Mfn, Port
 from bus.doorbell import Doorbell
 from bus.link import CALL_TIMEOUT_S, DomainLink, HypervisorGone
-from bus.messages.domain import Hypercall, HypercallReply, Order, OrderDone
+from bus.messages.domain import TO_DOMAIN, Hypercall, HypercallReply, Order, OrderDone
 from bus.messages.envelope import Message
 from domains.device_bell import DeviceBell
 from domains.granting import Granting
@@ -53,7 +53,7 @@ class Process:
             latency = int(latency * self.slow_factor)
         due = max(self.last_due, machine.scheduler.now + latency)
         self.last_due = due
-        self.inbox.append((due, message))
+        self.inbox.append((due, machine.through(message, TO_DOMAIN)))
         machine.scheduler.at(due, self.deliver)
 
     def deliver(self) -> None:
@@ -139,13 +139,11 @@ class SimLink(DomainLink):
     def call(self, nr: int, cmd: int, data: bytes = b"", vcpu: int = 0) -> tuple[int, bytes]:
         token = self.next_token()
         self.calls += 1
-        return self.exchange(
-            Hypercall.model_construct(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data), token
-        )
+        return self.exchange(Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data), token)
 
     def answer(self, order: Order, rc: int = 0, data: bytes = b"") -> None:
         if order.order:
-            self.send(OrderDone.model_construct(order=order.order, rc=rc, data=data))
+            self.send(OrderDone(order=order.order, rc=rc, data=data))
 
     def exchange(self, message: Message, token: int) -> tuple[int, bytes]:
         process = self._process

@@ -1,20 +1,20 @@
 """Simulated time, and processes that run one at a time.
 
-A simulated process is a thread, because the code that it runs waits for answers in the middle of a call stack, as a real process
-does. Only one thread ever runs: whoever has nothing to do runs the events itself, until one of them is for another process, and
-then hands over. The order is that of (time, serial number) alone: the host's scheduler and clock have no part in it.
+A simulated process has a call stack of its own (a greenlet), because the code that it runs waits for answers in the middle of one, as
+a real process does. Only one ever runs: whoever has nothing to do runs the events itself, until one of them is for another process,
+and then hands over. The order is that of (time, serial number) alone: the host's scheduler and clock have no part in it.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 from collections.abc import Callable
 from typing import Final
 
+from greenlet import getcurrent, greenlet
+
 Event = Callable[[], None]
-STACK_BYTES: Final = 1 << 20
 MAX_EVENTS: Final = 400_000
 """Events of one run: more is a livelock."""
 
@@ -35,15 +35,7 @@ class Thread:
         self.ready = False
         self.dead = False
         self.finished = True
-        self._go: Final = threading.Semaphore(0)
-
-    def give(self) -> None:
-        """Hand it the one right to run."""
-        self._go.release()
-
-    def take(self) -> None:
-        """Wait for that right."""
-        self._go.acquire()
+        self.stack: greenlet = getcurrent()
 
 
 class Scheduler:
@@ -77,8 +69,7 @@ class Scheduler:
         """Start a thread; it runs when it is woken."""
         thread.finished = False
 
-        def run() -> None:
-            thread.take()
+        def run(*_: object) -> None:
             try:
                 if not thread.dead:
                     body()
@@ -89,7 +80,7 @@ class Scheduler:
             thread.finished = thread.dead = True
             self._leave(thread)
 
-        threading.Thread(target=run, name=thread.name, daemon=True).start()
+        thread.stack = greenlet(run)
 
     def wake(self, thread: Thread) -> None:
         """It has something to do: it runs before the next event."""
@@ -140,8 +131,7 @@ class Scheduler:
 
     def _switch(self, thread: Thread, other: Thread) -> None:
         self.running = other
-        other.give()
-        thread.take()
+        other.stack.switch()
         self.running = thread
 
     def _leave(self, thread: Thread) -> None:
@@ -156,7 +146,7 @@ class Scheduler:
             if other is thread:
                 other = None
         self.running = other
-        other.give()
+        thread.stack.parent = other.stack  # where a stack that ends goes on
 
     # ------------------------------------------------------------------ the one that runs the simulation
 

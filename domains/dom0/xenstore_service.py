@@ -61,6 +61,9 @@ class XenstoreService:
         self._turning = False
         self._again: set[ConnId] = set()
         """Rings that are looked at before the next wait."""
+        self._owed: dict[ConnId, None] = {}
+        """Rings whose domain is to be notified when the present work is done."""
+        self._depth = 0
 
     # ------------------------------------------------------------------ connections
 
@@ -184,11 +187,20 @@ class XenstoreService:
             self._pumped(conn, ring.ring.pump())
 
     def _pumped(self, conn: ConnId, pumped: Pumped) -> None:
-        ring = self._rings.get(conn)
-        if pumped.notify and ring is not None:
-            self._host.notify(ring.port)
+        """Carry out what follows; one notification says that a request was taken and that its answer is there."""
+        if pumped.notify:
+            self._owed[conn] = None
             self._look_again(conn)
-        self.apply(pumped.effects)
+        self._depth += 1
+        try:
+            self.apply(pumped.effects)
+        finally:
+            self._depth -= 1
+        while self._owed and not self._depth:
+            conn, _ = self._owed.popitem()
+            ring = self._rings.get(conn)
+            if ring is not None:
+                self._host.notify(ring.port)
 
     def _look_again(self, conn: ConnId) -> None:
         """Something moved: look once more after the domain could see it. A domain may notify only if it finds all it sent before

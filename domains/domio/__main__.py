@@ -24,6 +24,8 @@ LOG: Final = Logger("domio")
 MAX_DISKS = 31
 LEDGERS = range(MAX_DISKS * LEDGER_PAGES)
 """Guest frames of the ledgers: each disk's place follows from its PCI address, so that a new process finds it."""
+LAST_NODE = "discard-enable"
+"""The last node that the toolstack writes into a disk's directory: from then on it is complete."""
 BOUNCES = range(LEDGERS.stop, LEDGERS.stop + MAX_DISKS + 1)
 
 
@@ -54,16 +56,17 @@ class DomIo:
         host.on_device = self._device
         self.store.watch("backend/vbd", self._scan)
 
-    def _scan(self, _path: str) -> None:
+    def _scan(self, path: str) -> None:
         """Which disks are there?"""
+        node = path.partition("backend/vbd/")[2].split("/")[2:]
+        if node and node != [LAST_NODE]:
+            return  # within a disk's directory: neither new nor gone
         base = f"/local/domain/{self.host.domid}/backend/vbd"
         found = []
         for domid in self.store.list(base):
             for number in self.store.list(f"{base}/{domid}"):
                 path = f"{base}/{domid}/{number}"
-                if (
-                    self.store.read(f"{path}/discard-enable") is not None
-                ):  # the last node that the toolstack writes
+                if self.store.read(f"{path}/{LAST_NODE}") is not None:
                     found.append(path)
         for path in [path for path in self.servers if path not in found]:
             self.servers.pop(path).close()

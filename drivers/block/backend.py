@@ -119,7 +119,7 @@ class Backend:
     def connect(self, rings: Sequence[PagedRing], notify: Sequence[Callable[[], None]], blob: bytes) -> None:
         """Serve new rings. `blob` is kept in the ledger for a successor. ValueError if the ledger has no room."""
         self._check_rings(rings)
-        self.ledger.begin(len(rings), rings[0].size, blob)
+        self.ledger.begin(len(rings), rings[0].size, blob, self.storage.unsafe_shutdowns)
         self._attach(rings, notify)
         for queue in self.queues:
             # What a frontend published before we came counts; the indexes of both ends start at 0.
@@ -134,6 +134,7 @@ class Backend:
             ring.size != queue.slots for ring, queue in zip(rings, self.ledger.queues, strict=True)
         ):
             raise LedgerError("the ledger is of other rings")
+        self.ledger.saw_power_losses(self.storage.unsafe_shutdowns)
         self._attach(rings, notify)
         recovered = [queue.ledger.recover(queue.ring) for queue in self.queues]
         for queue, found in zip(self.queues, recovered, strict=True):
@@ -370,11 +371,10 @@ class Backend:
         self._step("flushed")
         return True
 
-    def storage_reset(self, *, cache_lost: bool = False) -> None:
-        """Storage has forgotten all commands and works again: submit them anew. `cache_lost`: writes since the last
-        flush may be gone (the device lost power): if some were answered, the next flush fails."""
-        if cache_lost and self.ledger.dirty:
-            self.ledger.set_lost(True)
+    def storage_reset(self) -> None:
+        """Storage has forgotten all commands and works again: submit them anew. If its count of power losses has grown, writes since
+        the last flush may be gone: if some were answered, the next flush fails."""
+        self.ledger.saw_power_losses(self.storage.unsafe_shutdowns)
         lost, self._active = self._active, {}
         for queue in self.queues:
             mine = [request for owner, request in lost.values() if owner is queue]

@@ -18,7 +18,8 @@ Layout (little-endian words; version 1)::
   requests behind it do not count, they are still in the ring.
 * `answer` is the ring index that a response goes to. It is stored before the response is published, so that a
   successor can tell by the ring's producer index which responses the frontend has seen.
-* The flush words (in queue 0's control area) say whether writes were completed since the last flush.
+* The flush words (in queue 0's control area) say whether writes were completed since the last flush, whether such were lost, and how
+  often the device had lost power when that was decided.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _HEAD_SPACE: Final = 2048
 _RECORD: Final = struct.Struct("<IIII")
 STRIDE: Final = _RECORD.size + SLOT_BYTES + SEGMENT_BYTES
 _CONTROL: Final = 64
-_CONS, _RSP, _DIRTY, _EPOCH, _LOST = 0, 1, 2, 3, 4
+_CONS, _RSP, _DIRTY, _EPOCH, _LOST, _POWER = 0, 1, 2, 3, 4, 5
 
 
 class State(IntEnum):
@@ -306,9 +307,9 @@ class Ledger:
         for queue in self.queues:
             queue.hook = self.hook
 
-    def begin(self, queues: int, slots: int, blob: bytes) -> None:
+    def begin(self, queues: int, slots: int, blob: bytes, power_losses: int = 0) -> None:
         """A new connection: nothing in flight. `blob` (at most 2,000 bytes) is what the successor must know to
-        attach to the same rings. ValueError if that does not fit the memory."""
+        attach to the same rings; `power_losses`: the device's count. ValueError if that does not fit the memory."""
         if not 1 <= queues <= MAX_QUEUES or slots < 1 or len(blob) > MAX_BLOB:
             raise ValueError(f"{queues} queues, {slots} slots, {len(blob)} bytes")
         if self.bytes_needed(queues, slots) > len(self._memory):
@@ -321,6 +322,7 @@ class Ledger:
             queue.clear()
         control = self.queues[0]._control
         control[_DIRTY] = control[_EPOCH] = control[_LOST] = 0
+        control[_POWER] = power_losses
         self._write_head(queues, slots, blob)
 
     def end(self) -> None:
@@ -369,6 +371,18 @@ class Ledger:
         control[_EPOCH] = (control[_EPOCH] + 1) & MASK32
         if clean:
             control[_DIRTY] = 0
+
+    @property
+    def power_losses(self) -> int:
+        """The device's count of power losses when this was last looked at."""
+        return self.queues[0]._control[_POWER] if self.queues else 0
+
+    def saw_power_losses(self, count: int) -> None:
+        """The device counts so many now. More than before, with writes that no flush covers: they may be gone."""
+        if self.queues:
+            if count != self.power_losses and self.dirty:
+                self.set_lost(True)
+            self.queues[0]._control[_POWER] = count  # after `lost`: who dies in between looks again
 
     def set_lost(self, lost: bool) -> None:
         """See `lost`."""

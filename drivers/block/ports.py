@@ -52,6 +52,10 @@ class Storage(Protocol):
     def block_size(self) -> int:
         """Smallest unit that it can write: 512 or 4096 bytes."""
 
+    @property
+    def unsafe_shutdowns(self) -> int:
+        """How often it lost power, and with it perhaps every write that no FLUSH covers (modulo 2^32)."""
+
     def submit(self, commands: Sequence[Command]) -> None:
         """Carry them out. Must not complete them before it returns; must queue what the device cannot take yet."""
 

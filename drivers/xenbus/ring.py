@@ -5,16 +5,18 @@ indexes run freely modulo 2^32; each is written by one side only. The other side
 time: indexes are copied once, checked, and then only the copies are used; payload bytes are copied out
 before they are looked at.
 
-Who moved bytes notifies the other side. Always: a guest may wait for more bytes than one (mini-os waits
-until the producer index changes, with bytes unread), so being "not empty before" says nothing about
-whether it sleeps. The other side may be more sparing: Linux notifies the daemon only if it finds all that it sent before
-taken. So who moved bytes looks at the ring once more before it sleeps.
+Who moved bytes notifies the other side. The daemon always: a guest may wait for more bytes than one (mini-os waits until the
+producer index changes, with bytes unread) or for more room than one byte, so being "not empty before" or "full before" says
+nothing about whether it sleeps. The client always for what it wrote; for room only if the ring was full, as Linux does: a
+daemon writes whatever there is room for. The other side may be more sparing: Linux notifies the daemon only if it finds
+all that it sent before taken. So who moved bytes looks at the ring once more before it sleeps.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from bus.abi.io.ring import full_barrier
 from bus.abi.io.xs_wire import (
     XENSTORE_CONNECTED,
     XENSTORE_DOMAIN_INTERFACE,
@@ -54,6 +56,7 @@ class Received(NamedTuple):
 
     data: bytes
     notify: bool
+    """The other end may wait for room."""
     error: int
     """XENSTORE_ERROR_NONE, or XENSTORE_ERROR_RINGIDX: the other side's indexes make no sense; nothing was
     moved.
@@ -72,6 +75,9 @@ class Sent(NamedTuple):
 
 class _Ring:
     """One end. `page` is 4096 writable bytes shared with the other end."""
+
+    _always = False
+    """Each read is told to the other end."""
 
     def __init__(
         self, page: memoryview, incoming: tuple[int, int, int], outgoing: tuple[int, int, int]
@@ -99,7 +105,10 @@ class _Ring:
         data = bytes(self._octets[base + start : base + start + first])
         data += bytes(self._octets[base : base + count - first])
         self._words[cons_word] = (cons + count) & _U32
-        return Received(data, True, XENSTORE_ERROR_NONE)
+        full_barrier()
+        # Looked at after the store: the other end may have filled the ring and gone to sleep meanwhile.
+        full = (self._words[prod_word] - cons) & _U32 >= XENSTORE_RING_SIZE
+        return Received(data, full or self._always, XENSTORE_ERROR_NONE)
 
     def write(self, data: bytes) -> Sent:
         """Send as much of `data` as there is room for."""
@@ -133,6 +142,8 @@ class _Ring:
 
 class ServerRing(_Ring):
     """The daemon's end."""
+
+    _always = True
 
     def __init__(self, page: memoryview) -> None:
         super().__init__(page, (_REQ, _REQ_CONS, _REQ_PROD), (_RSP, _RSP_CONS, _RSP_PROD))

@@ -303,11 +303,20 @@ class DeviceService(DomainHooks):
             raise XenError(EINVAL)
         if not self.iommu.has_context(domain.domid):
             self.iommu.create_context(domain.domid)
-            for gfn, entry in domain.p2m.entries():
-                if entry.type is P2mType.RAM:
-                    self.iommu.map_page(domain.domid, gfn, entry.mfn, True)
+            for gfn, mfn, count, kind in domain.p2m.runs():
+                if kind == P2mType.RAM:
+                    self._map_run(domain.domid, gfn, Mfn(mfn), count)
             domain.p2m.subscribe(self.iommu.p2m_changed)
         self._reset(bdf, self.iommu.assign(bdf, domain.domid))
+
+    def _map_run(self, domain: DomId, gfn: int, mfn: Mfn, count: int) -> None:
+        """The domain's own memory in its I/O page tables. Page by page where the run as a whole cannot be (it crosses the interrupt
+        range, or tables run short): what there is no room for is not reachable by DMA."""
+        try:
+            self.iommu.map_range(domain, gfn, mfn, count, writable=True)
+        except (XenError, ValueError):
+            for step in range(count):
+                self.iommu.map_page(domain, gfn + step, Mfn(mfn + step), True)
 
     def _reset(self, bdf: Bdf, epoch: int) -> None:
         plugged = self._plugged.get(bdf)

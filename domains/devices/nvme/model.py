@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from bus.log import Logger
@@ -115,10 +115,21 @@ class NvmeModel:
         self.controller.release()
 
 
-def kind(identity: Identity, media: dict[int, Media], trace: Trace | None = None) -> DeviceKind:
-    """How the runtime makes this device. Counters live as long as the process."""
+def kind(
+    identity: Identity,
+    media: dict[int, Media],
+    trace: Trace | None = None,
+    power_losses: Callable[[], int] = lambda: 0,
+) -> DeviceKind:
+    """How the runtime makes this device. Counters live as long as the process, but for `power_losses`: how often the media lost what
+    they had not flushed (files of the host never do: the host's end is everybody's)."""
     disks = Disks(media)
     counters = Counters()
+
+    def make(staging: memoryview) -> NvmeModel:
+        counters.unsafe_shutdowns = power_losses()
+        return NvmeModel(identity, disks, counters, staging, trace)
+
     bar = Bar(
         index=spec.BAR,
         size=spec.BAR_SIZE,
@@ -128,7 +139,7 @@ def kind(identity: Identity, media: dict[int, Media], trace: Trace | None = None
     return DeviceKind(
         bars=[bar],
         vectors=identity.vectors,
-        make=lambda staging: NvmeModel(identity, disks, counters, staging, trace),
+        make=make,
     )
 
 

@@ -130,6 +130,9 @@ class NvmeDriver:
         self.last_errno = 0
         """Of the last command that failed."""
         self.resets = 0
+        self.unsafe_shutdowns = 0
+        """How often the device lost power without being told (SMART), when it was last set up. More than before means that writes
+        which no flush covered may be gone."""
         self._admin: QueuePair | None = None
         self._queues: list[QueuePair] = []
         self._flying: dict[tuple[int, int], tuple[_Whole, int]] = {}
@@ -399,6 +402,7 @@ class NvmeDriver:
         port.write(spec.REG_CC, 4, entry_sizes | spec.CC_EN)
         yield from self._wait(limit, spec.CSTS_RDY, spec.CSTS_RDY, "enable")
         yield from self._identify()
+        yield from self._health()
         yield from self._make_queues(depth)
         self.state, self.reason = State.READY, ""
         self._on_ready()
@@ -435,6 +439,23 @@ class NvmeDriver:
             bool(controller.oncs & spec.ONCS_WRITE_ZEROES),
             bool(controller.vwc & spec.VWC_PRESENT),
         )
+
+    def _health(self) -> Steps:
+        """SMART, which every controller has: only the count of power losses is of interest."""
+        page = self.memory.allocate(1)
+        try:
+            dwords = spec.SMART_LOG.size // 4 - 1
+            entry = Entry(
+                spec.AdminOpcode.GET_LOG_PAGE,
+                spec.NSID_ALL,
+                [page.iova],
+                spec.LogPage.SMART | 1 << 15 | dwords << 16,
+            )
+            yield from self._ask(entry, "SMART log")
+            log = spec.SMART_LOG.unpack(bytes(page.view[: spec.SMART_LOG.size]))
+            self.unsafe_shutdowns = int.from_bytes(log.unsafe_shutdowns, "little") & 0xFFFF_FFFF
+        finally:
+            self.memory.free(page)
 
     def _make_queues(self, depth: int) -> Steps:
         wanted = self._wanted[0]

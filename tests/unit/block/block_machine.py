@@ -122,6 +122,7 @@ class FakeDisk:
         self.cache: dict[int, bytes] = {}
         self.queue: list[Command] = []
         self.commands = 0
+        self.unsafe_shutdowns = 0
         self.fail: Callable[[Command], bool] = lambda command: False
 
     def submit(self, commands: Sequence[Command]) -> None:
@@ -169,6 +170,7 @@ class FakeDisk:
 
     def power_cut(self) -> None:
         """Any part of the cache reached the medium."""
+        self.unsafe_shutdowns += 1
         for number, data in self.cache.items():
             if self.rng.random() < 0.5:
                 self.stable[number] = data
