@@ -58,9 +58,18 @@ class Machine:
     """A machine that lives as long as this object (or for itself, if `detached`)."""
 
     def __init__(
-        self, name: str = "", *, memory_mb: int = 4096, cpus: int = 0, detached: bool = False, **more: Any
+        self,
+        name: str = "",
+        *,
+        memory_mb: int = 4096,
+        cpus: int = 0,
+        detached: bool = False,
+        warden: str = "toolstack.warden",
+        environment: dict[str, str] | None = None,
+        **more: Any,
     ) -> None:
-        """Starts it. MachineError with the log's end if it does not come up."""
+        """Starts it. MachineError with the log's end if it does not come up. `warden`: the module of its warden, which says what
+        programs its processes are; `environment`: added to theirs (names from DOMICILE_ on)."""
         self.runtime = runtime_directory(name or f"run-{os.getpid()}-{secrets.token_hex(3)}")
         if answers(self.runtime):
             raise MachineError(
@@ -70,7 +79,7 @@ class Machine:
         # A file, not a pipe: the warden of a detached machine outlives whoever would read it.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         watched, self._owner = os.pipe()
-        command = [sys.executable, "-P", "-m", "toolstack.warden", "domicile-warden", self.runtime.name]
+        command = [sys.executable, "-P", "-m", warden, "domicile-warden", self.runtime.name]
         command += [json.dumps(settings), "none" if detached else str(watched)]
         try:
             self._process = subprocess.Popen(
@@ -80,6 +89,7 @@ class Machine:
                 stderr=self._stderr,
                 pass_fds=() if detached else (watched,),
                 start_new_session=True,
+                env={**os.environ, **(environment or {})},
             )
         finally:
             os.close(watched)

@@ -13,7 +13,7 @@ from bus.addresses import DomId
 from bus.credentials import ServerCredentials
 from bus.messages.device import FROM_ANY_DOMAIN, Attach
 from bus.messages.domain import DESCRIPTORS, Descriptors, Order, Raised, Refused
-from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
+from bus.messages.envelope import MAX_ITEMS, MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
 from bus.packets import LinkClosed, LinkFull, PacketLink
 from bus.zmtp import ProtocolError, ServerConnection
 
@@ -55,7 +55,8 @@ class Peer:
         # The domain may send anything here; nothing is ever read, so its descriptors never arrive in this process.
         self._descriptors = PacketLink(descriptors, DESCRIPTORS, descriptors=False)
         self._bundles = itertools.count(1)
-        self._backlog: deque[bytes] = deque()
+        self._backlog: deque[bytes | dict[tuple[int, int], None]] = deque()
+        """Encoded messages, and event channels that are to be told."""
         self._partial = b""
         self.listener: socket.socket | None = None
         self._connection: _Connection | None = None
@@ -176,7 +177,9 @@ class Peer:
             return
         while self._partial or self._backlog:
             if not self._partial:
-                self._partial = connection.zmtp.encode(self._backlog.popleft())
+                first = self._backlog.popleft()
+                raw = first if isinstance(first, bytes) else encode(Raised(events=list(first)))
+                self._partial = connection.zmtp.encode(raw)
             try:
                 sent = connection.socket.send(self._partial)
             except BlockingIOError:
@@ -208,8 +211,14 @@ class Peer:
         return bundle
 
     def raised(self, events: list[tuple[int, int]]) -> None:
-        """Tell of pending event channels."""
-        self.send(Raised(events=events))
+        """Tell of pending event channels. What waits is told once, however often it was raised meanwhile: a domain that raises without
+        end must not fill the backlog of one that is slow."""
+        for event in events:
+            last = self._backlog[-1] if self._backlog else None
+            if not isinstance(last, dict) or len(last) >= MAX_ITEMS:
+                self._backlog.append(last := {})
+            last[event] = None
+        self.flush()
 
     def close(self) -> None:
         """Close every socket (which takes them out of epoll)."""
