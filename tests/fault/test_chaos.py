@@ -26,11 +26,14 @@ BOUND_S = {What.KILL: 20.0, What.SEGFAULT: 20.0, What.FREEZE: 45.0}
 
 
 @pytest.fixture(scope="module")
-def worker(shared_machines: None) -> Iterator[ChaosMachine]:
+def worker(shared_machines: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosMachine]:
     """One machine and guest for all cells that it survives."""
     with chaos_machine() as machine:
         machine.boot()
         machine.expect("worker", "WORKER", 120.0)
+        # One disk stays: DomIO is there from the first cell on, and serves another disk whenever it is struck.
+        machine.attach("worker", "xvdz", blank(tmp_path_factory.mktemp("disks") / "other.img"))
+        machine.expect("worker", f"ACK {machine.put('worker', 'xvdz')}", 60.0)
         yield machine
 
 

@@ -144,6 +144,7 @@ def disk_cycle(
     assert machine.faults.hit(fault), (
         f"{fault.event}: seen {machine.faults.counted(fault)} times, never struck"
     )
+    assert machine.faults.wait(fault).pids, f"{fault.event}: there was no process {fault.target}"
     if found.group(1) == "ACK":
         assert written(image) == found.group(2), "an acknowledged write is not on the disk"
     machine.says(name, bound_s)

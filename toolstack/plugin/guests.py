@@ -8,11 +8,14 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from toolstack.cli.images import Images, make_config, name_of
 from toolstack.errors import MachineError
 from toolstack.machine import Machine
+
+if TYPE_CHECKING:
+    from toolstack.faults import Faults
 
 TIMEOUT_S: Final = 60.0
 """Of `expect` and `wait_end` where nothing else is asked for."""
@@ -157,9 +160,17 @@ class Domain:
 class GuestMachine:
     """A running machine and the guests that tests started on it."""
 
-    def __init__(self, **settings: Any) -> None:
-        """Starts it: `memory_mb`, `cpus`. MachineError if it does not come up."""
-        self.machine = Machine(f"test-{os.getpid()}-{secrets.token_hex(3)}", **settings)
+    def __init__(self, *, faulty: bool = False, **settings: Any) -> None:
+        """Starts it: `memory_mb`, `cpus`; `faulty`: with a fault plan, `faults`. MachineError if it does not come up."""
+        name = f"test-{os.getpid()}-{secrets.token_hex(3)}"
+        self.faults: Faults | None = None
+        if faulty:
+            from toolstack.faults import FaultyMachine
+
+            self.machine: Machine = FaultyMachine(name, **settings)
+            self.faults = self.machine.faults
+        else:
+            self.machine = Machine(name, **settings)
         self.domains: dict[str, Domain] = {}
         self._serial = 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from toolstack.faults import Faults
     from toolstack.plugin.guests import Console, Domain, GuestMachine
 
 MARKERS = (
@@ -115,10 +116,12 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[GuestMac
     from toolstack.errors import MachineError
     from toolstack.plugin.guests import GuestMachine
 
-    own = _scope(request) == "function"
+    faulty = "faults" in request.fixturenames
+    own = faulty or _scope(request) == "function"
     if own:
         marker = request.node.get_closest_marker("domicile_machine")
-        running = GuestMachine(**_settings(request.config) | (marker.kwargs if marker else {}))
+        settings = _settings(request.config) | (marker.kwargs if marker else {})
+        running = GuestMachine(faulty=faulty, **settings)
     else:
         running = request.getfixturevalue("_domicile_shared").get()
     try:
@@ -182,6 +185,15 @@ def console(machine: GuestMachine) -> Callable[[str], Console]:
         return machine.domains[name].console
 
     return find
+
+
+@pytest.fixture
+def faults(machine: GuestMachine) -> Faults:
+    """The machine's fault plan: `faults.add("kill", target="domio", event="xenbus:back:4")`, then `faults.wait(fault, machine.poll)`.
+
+    A machine with a plan is the test's own, also where machines are shared otherwise. docs/faults.md has events and faults."""
+    assert machine.faults is not None
+    return machine.faults
 
 
 @pytest.fixture
