@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import domains.devices.nvme.model as nvme
 import domains.dom0.xenstore_service as service
 import domains.domio.vbd as vbd
 import domains.native.xenstore as client
 from bus.addresses import DomId
+from bus.log import Logger
 from drivers.block.backend import Backend
 from drivers.block.ledger import Ledger
 from simulation.machine import Machine
@@ -47,15 +47,18 @@ def joined(machine: Machine) -> Iterator[None]:
     saved = [(module, name, getattr(module, name)) for module, name in (
         (service, "time"), (vbd, "time"), (client, "time"), (vbd, "Backend"), (vbd, "Ledger"),
     ) if hasattr(module, name)]  # fmt: skip
-    log = lambda text, **_: machine.trace(f"domio {text}")  # noqa: E731  # stands for print
+
+    def write(self: Logger, level: str, event: str, **fields: Any) -> None:
+        machine.trace(f"{self._bound['role']} {event}")
+
+    plain = Logger.write
     try:
         for module in (service, vbd, client):
             vars(module)["time"] = clock
-        vars(nvme)["print"] = log
-        vars(vbd).update(Backend=backend, Ledger=ledger, print=log)
+        Logger.write = write  # type: ignore[method-assign]  # for the time of a run
+        vars(vbd).update(Backend=backend, Ledger=ledger)
         yield
     finally:
-        for module in (nvme, vbd):
-            vars(module).pop("print", None)
+        Logger.write = plain  # type: ignore[method-assign]
         for module, name, value in saved:
             vars(module)[name] = value

@@ -14,7 +14,7 @@ from typing import Final
 
 from bus.abi import domctl as abi
 from bus.abi.xen import HYPERVISOR_domctl
-from bus.addresses import Bdf, DomId
+from bus.addresses import Bdf, DomId, Mfn
 from bus.messages.device import (
     Access,
     AccessDone,

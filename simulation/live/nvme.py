@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import domains.devices.nvme.__main__ as product
 import domains.devices.nvme.disks as disks
+from bus.trace import Trace
 from domains.devices.nvme.model import kind as made
 from domains.devices.runtime import Kind
 from drivers.hw.nvme.media import Media, MediaError
@@ -127,9 +128,9 @@ def opened(fds: Mapping[str, int], settings: Mapping[str, Any]) -> tuple[dict[in
     return {nsid: FaultyMedia(one) for nsid, one in media.items()}, shifts
 
 
-def counted(identity: Identity, media: dict[int, Media]) -> Kind:
+def counted(identity: Identity, media: dict[int, Media], trace: Trace | None = None) -> Kind:
     """As always, with the count of power losses."""
-    return made(identity, media, lambda: EDGE.board.losses)
+    return made(identity, media, trace, power_losses=lambda: EDGE.board.losses)
 
 
 if __name__ == "__main__":

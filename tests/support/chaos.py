@@ -23,6 +23,8 @@ while read cmd dev tag; do
  put) i=0; while [ ! -b /dev/$dev ] && [ $i -lt 600 ]; do sleep 0.05; i=$((i+1)); done
   dd if=/dev/urandom of=/tmp/d bs=64k count=4 2>/dev/null; s=$(md5sum < /tmp/d)
   if dd if=/tmp/d of=/dev/$dev bs=64k oflag=direct conv=fsync,notrunc 2>/dev/null; then echo "ACK $tag ${s%% *}"; else echo "FAIL $tag"; fi ;;
+ raw) if dd if=/dev/urandom of=/dev/$dev bs=64k count=4 oflag=direct conv=notrunc 2>/dev/null; then echo "ACK $tag"; else echo "FAIL $tag"; fi ;;
+ flush) if dd if=/dev/null of=/dev/$dev conv=fsync,notrunc 2>/dev/null; then echo "ACK $tag"; else echo "FAIL $tag"; fi ;;
  say) echo "SAID $tag" ;;
  off) poweroff -f ;;
  esac
@@ -66,11 +68,16 @@ class ChaosMachine(RunningMachine):
         self._serial += 1
         return f"t{self._serial}t"
 
-    def put(self, name: str, vdev: str) -> str:
-        """Have it write; the tag under which it will tell."""
+    def put(self, name: str, vdev: str, what: str = "put") -> str:
+        """Have it write and flush (`raw`: write, `flush`: flush); the tag under which it will tell."""
         tag = self.tag()
-        self.type(name, f"put {vdev} {tag}\n")
+        self.type(name, f"{what} {vdev} {tag}\n")
         return tag
+
+    def does(self, name: str, vdev: str, what: str, timeout: float = 60.0) -> bool:
+        """The same, and whether it went well."""
+        tag = self.put(name, vdev, what)
+        return self.expect(name, rf"(ACK|FAIL) {tag}", timeout).group(1) == "ACK"
 
     def says(self, name: str, timeout: float) -> float:
         """It answers on its console; how long that took."""

@@ -160,13 +160,38 @@ def _version() -> str:
         return "unknown (not installed: ./devtool setup)"
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """Check what a machine needs of this host: each finding with its mend. Status 1 if no machine can run."""
+def _leaks() -> list[Any]:
+    """What machines left on this host, and what the one that `--machine` names holds without need, as findings."""
+    from toolstack.doctor import Finding
+    from toolstack.leaks import of_machine, on_host
+    from toolstack.machine import answers, runtime_directory
+
+    found = list(on_host())
+    runtime = runtime_directory(state.machine)
+    where = "none on this host"
+    if answers(runtime):
+        found += of_machine(runtime, ask("check"))
+        where = f"none on this host, nor in machine {state.machine!r}"
+    if not found:
+        return [Finding("leaks", True, f"{where}: processes, sockets, memfds, frames, grants, ports")]
+    return [Finding(f"leak: {leak.kind}", False, leak.text, leak.mend, fatal=False) for leak in found]
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    leaks: Annotated[
+        bool,
+        typer.Option(
+            "--leaks", help="Only what machines left behind or hold without need; status 1 if anything."
+        ),
+    ] = False,
+) -> None:
+    """Check what a machine needs of this host, and for leaks: each finding with its mend. Status 1 if no machine can run."""
     from dataclasses import asdict
 
     from toolstack.doctor import examine
 
-    findings = list(examine())
+    findings = [*([] if leaks else examine()), *_leaks()]
     if json:
         say(json_module.dumps([asdict(finding) for finding in findings]))
     else:
@@ -181,7 +206,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
             mark = marks["ok" if finding.ok else "bad" if finding.fatal else "warn"]
             mend = f" -> {finding.mend}" if finding.mend else ""
             say(f"{mark:<8} {finding.name:<14} {finding.text}{mend}")
-    if any(not finding.ok and finding.fatal for finding in findings):
+    if any(not finding.ok and (finding.fatal or leaks) for finding in findings):
         raise typer.Exit(EXIT_FAILED)
 
 

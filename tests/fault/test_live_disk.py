@@ -1,0 +1,123 @@
+"""Faults of a real machine's device, DMA, interrupts, grants and links, under a Debian that writes: what it is told, and that it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.chaos import ChaosMachine, blank, chaos_machine, written
+from toolstack.faults import What
+
+pytestmark = pytest.mark.timeout(180)
+DISK = "xvdb"
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The disk of all tests."""
+    return blank(tmp_path_factory.mktemp("disks") / "disk.img")
+
+
+@pytest.fixture(scope="module")
+def worker(shared_machines: None, image: Path) -> Iterator[ChaosMachine]:
+    """One machine for all."""
+    with chaos_machine() as machine:
+        machine.boot()
+        machine.expect("worker", "WORKER", 120.0)
+        machine.attach("worker", DISK, image)
+        assert machine.does("worker", DISK, "put")
+        yield machine
+
+
+def test_a_power_cut_is_told_by_the_next_flush(worker: ChaosMachine, image: Path) -> None:
+    """What was answered and not flushed is gone, and the guest's next flush fails, once. With nothing unflushed, nothing is told."""
+    assert worker.does("worker", DISK, "put")
+    before = written(image)
+    assert worker.does("worker", DISK, "raw")
+    assert written(image) != before
+    worker.faults.wait(worker.faults.add(What.POWER_CUT, target="nvme", at_ms=0, keep="lost"), worker.poll)
+    assert not worker.does("worker", DISK, "flush"), "the guest was told that what is lost is on the disk"
+    assert written(image) == before
+    assert worker.does("worker", DISK, "flush")
+    assert worker.does("worker", DISK, "put")
+    worker.faults.wait(worker.faults.add(What.POWER_CUT, target="nvme", at_ms=0, keep="torn"), worker.poll)
+    assert worker.does("worker", DISK, "flush")
+    worker.check()
+
+
+def test_a_power_cut_that_nobody_was_there_to_see(worker: ChaosMachine) -> None:
+    """DomIO dies in the same moment: its successor compares the device's count with that in the ledger."""
+    assert worker.does("worker", DISK, "put")
+    assert worker.does("worker", DISK, "raw")
+    kill = worker.faults.add(What.KILL, target="domio", at_ms=0)
+    cut = worker.faults.add(What.POWER_CUT, target="nvme", at_ms=0, keep="torn", seed=7)
+    worker.faults.wait(kill, worker.poll)
+    worker.faults.wait(cut, worker.poll)
+    assert not worker.does("worker", DISK, "flush")
+    assert worker.does("worker", DISK, "put")
+
+
+@pytest.mark.parametrize(
+    ("what", "event", "count", "errors"),
+    [
+        (What.DEVICE_ERROR, "media:write", 1, True),
+        (What.WRONG_DMA, "dma", 1, True),
+        (What.LOSE, "dma", 3, False),
+        (What.SPURIOUS, "dma", 3, False),
+        (What.NO_GRANTS, "grant:map", 1, True),
+        (What.NO_IOMMU, "grant:map", 1, True),
+        (What.DELAY, "grant:unmap", 1, False),
+    ],
+)
+def test_what_the_disk_does_not_do(
+    worker: ChaosMachine, image: Path, what: What, event: str, count: int, errors: bool
+) -> None:
+    """The write under the fault is done or fails honestly (where an error can be told at all), and the next one is as always."""
+    target = "nvme" if what is What.DEVICE_ERROR else "domio"
+    faults = [
+        worker.faults.add(what, target=target, event=event, n=n, latency_ms=300) for n in range(1, count + 1)
+    ]
+    well = worker.does("worker", DISK, "put", 90.0)
+    assert worker.faults.hit(faults[0])
+    assert well or errors
+    assert worker.does("worker", DISK, "put", 90.0)
+    tag = worker.put("worker", DISK)
+    assert worker.expect("worker", rf"ACK {tag} ([0-9a-f]+)", 60.0).group(1) == written(image)
+    worker.check()
+
+
+@pytest.mark.parametrize(
+    ("what", "target"),
+    [
+        (What.SILENCE, "domio"),
+        (What.CUT, "domio"),
+        (What.CUT, "nvme"),
+        (What.DELAY, "nvme"),
+        (What.SLOW, "domio"),
+    ],
+)
+def test_links_that_are_late_silent_or_cut(worker: ChaosMachine, what: What, target: str) -> None:
+    """At a DMA request, for 300 ms: the guest sees a pause at most."""
+    fault = worker.faults.add(
+        what, target=target, event="ring:request", for_ms=300, latency_ms=3, jitter_ms=3
+    )
+    assert worker.does("worker", DISK, "put", 90.0)
+    assert worker.faults.hit(fault)
+    assert worker.does("worker", DISK, "put", 90.0)
+    worker.check()
+
+
+@pytest.mark.parametrize("event", ["ledger:record.torn", "step:submitted", "step:published", "media:flush"])
+@pytest.mark.parametrize("what", [What.KILL, What.SEGFAULT])
+def test_death_at_a_crash_point(worker: ChaosMachine, image: Path, what: What, event: str) -> None:
+    """Of the back end's own crash points on a real process, and of the device in the middle of a flush."""
+    target = "nvme" if event.startswith("media") else "domio"
+    fault = worker.faults.add(what, target=target, event=event)
+    tag = worker.put("worker", DISK)
+    checksum = worker.expect("worker", rf"(ACK|FAIL) {tag} ?([0-9a-f]*)", 60.0)
+    assert worker.faults.wait(fault).pids
+    assert checksum.group(1) == "ACK"
+    assert checksum.group(2) == written(image)
+    worker.check()
