@@ -157,3 +157,25 @@ def disk_cycle(
     machine.says(name, bound_s)
     machine.check()
     return max(steps), found.group(1)
+
+
+def table(lines: list[str]) -> str:
+    """Markdown of a record: a row for each kind of process and signal, with the worst time of each place."""
+    rows: dict[tuple[str, str], list[tuple[str, str, float]]] = {}
+    for line in lines:
+        one = json.loads(line)
+        rows.setdefault((one["target"], one["what"]), []).append(
+            (one["place"], one["outcome"], one["seconds"])
+        )
+    text = ["| struck | with | at (longest step, seconds) | outcome |", "| --- | --- | --- | --- |"]
+    for (target, what), cells in sorted(rows.items()):
+        places = ", ".join(f"{place} ({seconds:.1f})" for place, _, seconds in sorted(set(cells)))
+        outcomes = ", ".join(sorted({outcome for _, outcome, _ in cells}))
+        text.append(f"| {target} | {what} | {places} | {outcomes} |")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(table(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()))
