@@ -32,9 +32,7 @@ class WholeCore:
 
     def __init__(self) -> None:
         memory = self.memory = SimMemory()
-        config = MachineConfig(
-            total_pages=1 << 12, mfn_limit=1 << 16, mfn_holes=(), xenheap_frames=32, trace_records=1
-        )
+        config = MachineConfig(total_pages=1 << 12, mfn_limit=1 << 16, mfn_holes=(), xenheap_frames=32)
         core = self.core = HypervisorCore(memory, config)
         iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), 64))
         self.grants = GrantTables(core.frames, core.views, memory, core.outbox, iommu)

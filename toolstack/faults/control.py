@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,6 +117,10 @@ class Faults:
             self._signal(pid, signal.SIGCONT)
         self._frozen.clear()
 
+    def _thaw_one(self, pid: int) -> None:
+        self._frozen.discard(pid)
+        self._signal(pid, signal.SIGCONT)
+
     # ------------------------------------------------------------------ the thread
 
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
@@ -186,7 +191,7 @@ class Faults:
                 if fault.what is What.FREEZE:
                     self._frozen.add(pid)
                     if fault.for_ms:
-                        self._later(fault.for_ms / 1000, lambda pid=pid: self._signal(pid, signal.SIGCONT))  # type: ignore[misc]  # bound now
+                        self._later(fault.for_ms / 1000, partial(self._thaw_one, pid))
         return pids
 
     def _slow(self, pid: int, fault: Fault, end: float) -> None:
