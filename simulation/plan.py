@@ -195,7 +195,7 @@ def random_faults(rng: random.Random, most: int) -> tuple[Fault, ...]:
         elif draw < 0.58:
             faults.append(Fault(what=What.KILL, target="device", event="dma", n=rng.randint(1, 80)))
         elif draw < 0.70:
-            # Not drawn: the guest's death with requests under way (docs/faults.md, "What it has found").
+            # Not drawn: the guest's death: the scenario would be over.
             faults.append(Fault(what=What.POWER_CUT, event="dma", n=rng.randint(10, 90)))
         elif draw < 0.75:
             faults.append(Fault(what=What.LOSE, event="interrupt", n=rng.randint(3, 30)))
