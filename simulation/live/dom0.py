@@ -6,7 +6,7 @@ import re
 from typing import Any, Final
 
 import domains.dom0.__main__ as product
-from domains.dom0.consoled import Console
+from domains.dom0.consoled import Terminal
 from domains.dom0.xenstore.core import Core
 from simulation.live.edge import Edge
 
@@ -17,7 +17,7 @@ LINE_LIMIT: Final = 4096
 
 def main() -> None:
     """Entry point of the process."""
-    fire, output = Core._fire, Console._output
+    fire, output = Core._fire, Terminal.output
     lines: dict[int, bytearray] = {}
 
     def watched_fire(self: Core, origin: Any = None) -> None:
@@ -29,7 +29,7 @@ def main() -> None:
                 EDGE.happen(f"xenbus:{end}:{node.value.decode('ascii', 'replace')}")
         fire(self, origin)
 
-    def watched_output(self: Console, data: bytes) -> None:
+    def watched_output(self: Terminal, data: bytes) -> None:
         line = lines.setdefault(id(self), bytearray())
         line += data
         while (at := line.find(b"\n")) >= 0:
@@ -39,7 +39,7 @@ def main() -> None:
         output(self, data)
 
     Core._fire = watched_fire  # type: ignore[method-assign]  # this program's purpose
-    Console._output = watched_output  # type: ignore[method-assign]
+    Terminal.output = watched_output  # type: ignore[method-assign]
     product.main()
 
 

@@ -4,10 +4,10 @@ The product has no such way in: this program puts other modules in the warden's 
 
 from __future__ import annotations
 
-from toolstack.warden import warden
+from toolstack.warden import children
 from toolstack.warden.__main__ import main
 
 if __name__ == "__main__":
     for role in ("hypervisor", "dom0", "domio", "nvme"):
-        warden.MODULES[role] = f"simulation.live.{role}"
+        children.MODULES[role] = f"simulation.live.{role}"
     main()

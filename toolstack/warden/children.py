@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from bus.messages.envelope import BadMessage
@@ -48,6 +49,8 @@ class Child:
     log: str
     id: int | None = None
     domain: int = -1
+    endpoint: Path | None = None
+    """The file of its listening socket."""
 
     def signal(self, what: str) -> None:
         """Send it a signal by its name; nothing if it ended."""

@@ -285,6 +285,7 @@ class LocalWarden(Warden):
             return
         uid = os.getuid() if child.uid is None else child.uid
         listener = self.listen(order.endpoint, uid) if order.endpoint else None
+        child.endpoint = self.runtime.bus / order.endpoint if order.endpoint else None
         started = Started(
             id=order.id, pid=child.process.pid, uid=uid, fds=["listener"] if listener is not None else []
         )
@@ -310,6 +311,8 @@ class LocalWarden(Warden):
     def _ended(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
         status, tail = child.reap()
+        if child.endpoint is not None:
+            child.endpoint.unlink(missing_ok=True)
         if child.uid is not None and self._uids is not None:
             self._uids.give_back(child.uid)
         if child.id == HYPERVISOR_ID:
