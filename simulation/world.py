@@ -93,8 +93,8 @@ class World:
             self.violations.append(text)
 
     def errors_expected(self, what: str) -> bool:
-        """The plan makes requests fail, or a flush has to say that a power cut undid what was written before it."""
-        return self._errors or (what == "flush" and self.model.cuts > 0)
+        """The plan makes requests fail, or a flush and a write have to say that a power cut undid what was written before."""
+        return self._errors or (what in ("flush", "write") and self.model.cuts > 0)
 
     # ------------------------------------------------------------------ Dom0
 

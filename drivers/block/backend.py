@@ -26,7 +26,15 @@ from typing import Final
 from bus.abi.io.blkif import BLKIF_OP_INDIRECT, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from bus.abi.io.ring import MASK32, distance, full_barrier
 from drivers.block.grant_pool import GrantPool
-from drivers.block.ledger import Hook, Ledger, LedgerError, QueueLedger, Recovered
+from drivers.block.ledger import (
+    FLUSH_OWES,
+    WRITE_OWES,
+    Hook,
+    Ledger,
+    LedgerError,
+    QueueLedger,
+    Recovered,
+)
 from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Command, GrantMapper, Op, Storage
 from drivers.block.requests import Disk, Request, indirect_pages, parse
@@ -112,7 +120,8 @@ class Backend:
         self._active: dict[int, tuple[Queue, Request]] = {}
         self._token = 0
         self._writes_done = 0
-        self._confessed = False
+        self._told = 0
+        """FLUSH_OWES, WRITE_OWES: which answer of the present batch says that writes were lost."""
 
     # ------------------------------------------------------------------ coming up
 
@@ -332,6 +341,9 @@ class Backend:
                     request.flush = False
                     more.append(self._command(queue, request))
                     continue
+            elif fine and request.kind is not Op.READ and self.ledger.lost & WRITE_OWES & ~self._told:
+                fine = False
+                self._told |= WRITE_OWES
             elif fine and request.kind is not Op.READ:
                 self._writes_done += 1
                 if not self.ledger.dirty:
@@ -343,11 +355,12 @@ class Backend:
             if request.barrier:
                 queue.barrier = False
             queue.ledger.completed(request.slot, request.status)
-            if self._confessed:
+            if self._told:
                 # Only now: a process that dies before this line has not told anybody.
-                self._confessed = False
-                self.ledger.flushed(clean=True)
-                self.ledger.set_lost(False)
+                if self._told & FLUSH_OWES:
+                    self.ledger.flushed(clean=True)
+                self.ledger.set_lost(self.ledger.lost & ~self._told)
+                self._told = 0
             done.setdefault(queue, []).append(request)
         if more:
             self.storage.submit(more)
@@ -363,9 +376,10 @@ class Backend:
 
     def _flushed(self, request: Request) -> bool:
         ledger = self.ledger
-        if ledger.lost:
-            # Writes that we called completed are gone: this is the flush that has to say so.
-            self._confessed = True
+        if ledger.lost & FLUSH_OWES:
+            # Writes that we called completed are gone: this is the flush that has to say so. Linux takes the failure of a flush without
+            # data for "not supported" and goes on (blkfront), so a write has to say it too; one with data says it for both.
+            self._told |= FLUSH_OWES | (WRITE_OWES if request.kind is not None else 0)
             return False
         ledger.flushed(clean=request.stamp == self._writes_done)
         self._step("flushed")
@@ -373,7 +387,7 @@ class Backend:
 
     def storage_reset(self) -> None:
         """Storage has forgotten all commands and works again: submit them anew. If its count of power losses has grown, writes since
-        the last flush may be gone: if some were answered, the next flush fails."""
+        the last flush may be gone: if some were answered, the next flush and the next write fail."""
         self.ledger.saw_power_losses(self.storage.unsafe_shutdowns)
         lost, self._active = self._active, {}
         for queue in self.queues:

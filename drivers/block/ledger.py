@@ -46,6 +46,9 @@ STRIDE: Final = _RECORD.size + SLOT_BYTES + SEGMENT_BYTES
 _CONTROL: Final = 64
 _CONS, _RSP, _DIRTY, _EPOCH, _LOST, _POWER = 0, 1, 2, 3, 4, 5
 
+FLUSH_OWES: Final = 1
+WRITE_OWES: Final = 2
+
 
 class State(IntEnum):
     """Life of a request."""
@@ -357,9 +360,9 @@ class Ledger:
         return bool(self.queues) and self.queues[0]._control[_DIRTY] != 0
 
     @property
-    def lost(self) -> bool:
-        """Such writes were lost (a power cut of the device): the next flush must fail."""
-        return bool(self.queues) and self.queues[0]._control[_LOST] != 0
+    def lost(self) -> int:
+        """Such writes were lost (a power cut of the device): FLUSH_OWES, the next flush must fail; WRITE_OWES, the next write as well."""
+        return self.queues[0]._control[_LOST] if self.queues else 0
 
     def wrote(self) -> None:
         """A write is about to be called completed."""
@@ -381,10 +384,10 @@ class Ledger:
         """The device counts so many now. More than before, with writes that no flush covers: they may be gone."""
         if self.queues:
             if count != self.power_losses and self.dirty:
-                self.set_lost(True)
+                self.set_lost(FLUSH_OWES | WRITE_OWES)
             self.queues[0]._control[_POWER] = count  # after `lost`: who dies in between looks again
 
-    def set_lost(self, lost: bool) -> None:
+    def set_lost(self, lost: int) -> None:
         """See `lost`."""
         if self.queues:
             self.queues[0]._control[_LOST] = lost

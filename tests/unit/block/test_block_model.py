@@ -298,6 +298,32 @@ def test_a_successor_sees_a_power_cut_that_came_while_nobody_looked() -> None:
     assert answers == [0, -1, 0]
 
 
+def test_a_write_after_lost_writes_fails_once_too() -> None:
+    """For those who do not hear a flush that fails (Linux): once, in whatever order."""
+    for order in ("fww", "wfw", "wwf"):
+        machine = Machine(1)
+        answers: list[tuple[str, int]] = []
+
+        def ask(what: str, machine: Machine = machine, answers: list[tuple[str, int]] = answers) -> None:
+            def done(status: int, data: bytes) -> None:
+                answers.append((what, status))
+
+            if what == "f":
+                machine.front.flush(done)
+            else:
+                machine.front.write(0, bytes(512), done)
+            _drive(machine)
+
+        ask("w")
+        machine.store.power_cut()
+        machine.guarded(lambda back: back.storage_reset())
+        for what in order:
+            ask(what)
+        failed = [what for what, status in answers if status]
+        assert sorted(failed) == ["f", "w"]
+        assert answers[-1][1] == (0 if order != "wwf" else -1)
+
+
 def test_a_power_cut_with_nothing_unflushed_fails_no_flush() -> None:
     machine = Machine(1)
     answers: list[int] = []
