@@ -4,6 +4,7 @@ are what was written, what a flush covered survives; and each of a list of mutan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -298,22 +299,23 @@ def test_a_successor_sees_a_power_cut_that_came_while_nobody_looked() -> None:
     assert answers == [0, -1, 0]
 
 
+def _ask(machine: Machine, answers: list[tuple[str, int]], what: str) -> None:
+    def done(status: int, data: bytes) -> None:
+        answers.append((what, status))
+
+    if what == "f":
+        machine.front.flush(done)
+    else:
+        machine.front.write(0, bytes(512), done)
+    _drive(machine)
+
+
 def test_a_write_after_lost_writes_fails_once_too() -> None:
     """For those who do not hear a flush that fails (Linux): once, in whatever order."""
     for order in ("fww", "wfw", "wwf"):
         machine = Machine(1)
         answers: list[tuple[str, int]] = []
-
-        def ask(what: str, machine: Machine = machine, answers: list[tuple[str, int]] = answers) -> None:
-            def done(status: int, data: bytes) -> None:
-                answers.append((what, status))
-
-            if what == "f":
-                machine.front.flush(done)
-            else:
-                machine.front.write(0, bytes(512), done)
-            _drive(machine)
-
+        ask = partial(_ask, machine, answers)
         ask("w")
         machine.store.power_cut()
         machine.guarded(lambda back: back.storage_reset())
