@@ -15,6 +15,7 @@ from bus.messages.envelope import MAX_DATA, MAX_ITEMS, Message, registry
 Action = Literal[
     "destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset"
 ]
+Cpus = Annotated[list[Annotated[int, Field(ge=0, le=1023)]], Field(min_length=1, max_length=1024)]
 Text = Annotated[str, Field(max_length=4096)]
 
 
@@ -46,6 +47,8 @@ class DomainConfig(Message):
     vga: Literal["stdvga", "none"] = "stdvga"
     cpu_weight: Annotated[int, Field(ge=1, le=65535)] = 256
     cap: Annotated[int, Field(ge=0, le=65535)] = 0
+    cpus: Annotated[list[Cpus | None], Field(max_length=128)] = []
+    """Of each vCPU, from 0 on, the physical CPUs that it may use; None, or none said: all."""
     on_poweroff: Action = "destroy"
     on_reboot: Action = "restart"
     on_crash: Action = "destroy"

@@ -24,6 +24,8 @@ POPULATE_BATCH: Final = 512
 """Extents of one populate_physmap call."""
 ORDER_2M: Final = 9
 CONSOLE_CHUNK: Final = 16384
+AFFINITY_BITS: Final = 64
+"""Physical CPUs that a machine may have."""
 E820: Final = Struct("<QQI")
 E820_RAM: Final = 1
 MAX_EVENT_CHANNELS: Final = 1023
@@ -149,6 +151,31 @@ class ControlInterface:
             op(dc.XEN_DOMCTL_SCHEDOP_putinfo, new)
             now = op(dc.XEN_DOMCTL_SCHEDOP_getinfo, new)
         return now.weight, now.cap
+
+    def affinity(
+        self, domid: DomId, vcpu: int, hard: set[int] | None = None, soft: set[int] | None = None
+    ) -> tuple[set[int], set[int]]:
+        """XEN_DOMCTL_setvcpuaffinity of what is given, else _getvcpuaffinity: the (hard, soft) sets of CPUs in force.
+        HypercallError(EINVAL): none of them is a CPU of this machine."""
+        layout = dc.XEN_DOMCTL_VCPUAFFINITY
+        setting = hard is not None or soft is not None
+        flags = 0
+        for wanted, flag in ((hard, dc.XEN_VCPUAFFINITY_HARD), (soft, dc.XEN_VCPUAFFINITY_SOFT)):
+            if not setting or wanted is not None:
+                flags |= flag
+        maps = [
+            dc.xenctl_bitmap(1, AFFINITY_BITS) if flags & flag else dc.xenctl_bitmap(0, 0)
+            for flag in (dc.XEN_VCPUAFFINITY_HARD, dc.XEN_VCPUAFFINITY_SOFT)
+        ]
+        tail = b""
+        if setting:
+            tail = b"".join(_bitmap(wanted) for wanted in (hard, soft) if wanted is not None)
+        cmd = dc.XEN_DOMCTL_setvcpuaffinity if setting else dc.XEN_DOMCTL_getvcpuaffinity
+        reply = self._domctl(cmd, domid, layout, dc.xen_domctl_vcpuaffinity(vcpu, flags, *maps), tail)
+        if setting:
+            return self.affinity(domid, vcpu)
+        rest, size = reply[dc.XEN_DOMCTL.size :], AFFINITY_BITS // 8
+        return _cpus_of(rest[:size]), _cpus_of(rest[size : 2 * size])
 
     # ------------------------------------------------------------------ sysctl
 
@@ -302,6 +329,15 @@ class ControlInterface:
         """SCHEDOP_remote_shutdown."""
         request = sched.SCHED_REMOTE_SHUTDOWN.pack(sched.sched_remote_shutdown(domid, reason))
         self._host.call(xen.HYPERVISOR_sched_op, sched.SCHEDOP_remote_shutdown, request, "remote_shutdown")
+
+
+def _bitmap(cpus: set[int]) -> bytes:
+    return sum(1 << cpu for cpu in cpus if cpu < AFFINITY_BITS).to_bytes(AFFINITY_BITS // 8, "little")
+
+
+def _cpus_of(bitmap: bytes) -> set[int]:
+    bits = int.from_bytes(bitmap, "little")
+    return {cpu for cpu in range(AFFINITY_BITS) if bits >> cpu & 1}
 
 
 def _run_length(frames: Sequence[int], position: int) -> int:

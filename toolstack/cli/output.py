@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from toolstack.xlcfg.cpus import cpus_text
+
 Row = Mapping[str, Any]
 
 
@@ -83,10 +85,10 @@ def vcpu_table(rows: Iterable[Row]) -> str:
         f"{'Name':<32} {'ID':>5} {'VCPU':>5} {'CPU':>5} {'State':>5} {'Time(s)':>9} Affinity (Hard / Soft)"
     ]
     for row in rows:
-        offline = row["state"] == "---"
+        offline = not row["online"]
         cpu = "-" if offline else str(row["cpu"])
         state = "--p" if offline else row["state"]
-        affinity = f"{row.get('hard', 'all')} / {row.get('soft', 'all')}"
+        affinity = f"{cpus_text(row['hard'], row['cpus'])} / {cpus_text(row['soft'], row['cpus'])}"
         lines.append(
             f"{row['name']:<32} {row['domid']:>5} {row['vcpu']:>5} {cpu:>5}   {state} {row['time_s']:>9.1f}  {affinity}"
         )

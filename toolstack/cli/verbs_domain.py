@@ -20,6 +20,7 @@ def add(app: typer.Typer) -> None:
         ("create", create),
         ("list", list_),
         ("vcpu-list", vcpu_list),
+        ("vcpu-pin", vcpu_pin),
         ("console", console),
         ("shutdown", shutdown),
         ("reboot", reboot),
@@ -79,6 +80,35 @@ def vcpu_list(
                 raise MachineError(f"domain {word!r} does not exist: `domicile list` shows those that do")
         rows = [row for row in rows if row["name"] in domain or str(row["domid"]) in domain]
     say(vcpu_table(rows))
+
+
+def vcpu_pin(
+    domain: Domain,
+    vcpu: Annotated[str, typer.Argument(metavar="VCPU|all", help="Number of the virtual processor.")],
+    hard: Annotated[
+        str, typer.Argument(metavar="CPUS|all|-", help="Where it may run, such as 0-1,3; -: as it is.")
+    ],
+    soft: Annotated[
+        str, typer.Argument(metavar="[CPUS|all|-]", help="Where it would best run; only shown.")
+    ] = "-",
+) -> None:
+    """Choose the physical processors of a guest's vCPU. Example: domicile vcpu-pin web all 1"""
+    from toolstack.xlcfg.cpus import MAX_CPU, parse_cpus
+
+    if vcpu != "all" and not vcpu.isdigit():
+        raise InputError(f"vcpu-pin: vCPU {vcpu!r}: a number, or all")
+    wanted: dict[str, list[int]] = {}
+    for name, text in (("hard", hard), ("soft", soft)):
+        if text == "-":
+            continue
+        try:
+            cpus = parse_cpus(text)
+        except ValueError as error:
+            raise InputError(f"vcpu-pin: {error}") from None
+        wanted[name] = sorted(cpus) if cpus is not None else list(range(MAX_CPU + 1))
+    if not wanted:
+        raise InputError("vcpu-pin: neither hard nor soft affinity is given")
+    ask("vcpu-pin", domain=domain, vcpu=None if vcpu == "all" else int(vcpu), **wanted)
 
 
 def console(

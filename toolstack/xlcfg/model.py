@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from toolstack.xlcfg.cpus import parse_cpus
 from toolstack.xlcfg.devices import parse_disk, parse_vif
 from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import Setting, Value, parse
@@ -22,8 +23,6 @@ Action = Literal[
 ]
 Parsed = TypeVar("Parsed")
 MAX_FILE: Final = 1 << 20
-MAX_CPU: Final = 4095
-_CPU_WORD: Final = re.compile(r"(\^?)([0-9]{1,4})(?:-(\^?)([0-9]{1,4}))?")
 
 
 class XlConfig(BaseModel):
@@ -73,7 +72,8 @@ class XlConfig(BaseModel):
         )
         actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
         fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs", "pci")}
-        return {**fields, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
+        cpus = [None if entry is None else sorted(entry) for entry in self.cpus]
+        return {**fields, "cpus": cpus, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
 
 
 def load(path: str, more: list[str] | None = None) -> XlConfig:
@@ -201,10 +201,10 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         raise read.fail("maxvcpus", f"{values['maxvcpus']} is less than vcpus = {values['vcpus']}")
     if values["type"] != "hvm" and not values["kernel"]:
         raise ConfigError(f'kernel is missing: a {values["type"]} guest needs kernel = "PATH"', source)
-    if any(entry is not None for entry in values["cpus"]):
-        warnings.append(
-            f"{source}: cpus: this machine does not pin a guest when it is made: it may use all processors"
-        )
+    if "cpus" in settings and not isinstance(settings["cpus"].value.data, list):
+        values["cpus"] *= (
+            values["maxvcpus"] or values["vcpus"]
+        )  # a string is for all vCPUs, a list for one after the other
     if values["type"] != "hvm":
         warnings += [f"{source}: {key}: only for HVM guests" for key in ("boot", "serial") if key in settings]
     try:
@@ -293,25 +293,7 @@ def _cpu_list(read: _Reader, item: Value) -> set[int] | None:
     """ "0-3,5,^1" or "all" or a number."""
     if isinstance(item.data, list):
         raise read.fail("cpus", 'must be a string such as "0-3,^1"', item)
-    wanted: set[int] = set()
-    every = False
-    without: set[int] = set()
-    for word in str(item.data).replace(" ", "").split(","):
-        if word == "all":
-            every = True
-            continue
-        if word.lstrip("^").startswith("node"):
-            raise read.fail("cpus", f"{word!r}: the machine has one NUMA node: name processors", item)
-        match = _CPU_WORD.fullmatch(word)
-        if match is None or match[3]:
-            raise read.fail("cpus", f"{word!r}: write 3, 0-3, ^2 or all, with commas between", item)
-        first, last = int(match[2]), int(match[4] or match[2])
-        if first > last or last > MAX_CPU:
-            raise read.fail("cpus", f"{word!r}: a range from low to high, up to {MAX_CPU}", item)
-        (without if match[1] else wanted).update(range(first, last + 1))
-    if every and not without:
-        return None
-    result = (set(range(MAX_CPU + 1)) if every else wanted) - without
-    if not result:
-        raise read.fail("cpus", "no processor is left to run on", item)
-    return result
+    try:
+        return parse_cpus(str(item.data))
+    except ValueError as error:
+        raise read.fail("cpus", str(error), item) from None

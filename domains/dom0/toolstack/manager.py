@@ -259,6 +259,9 @@ class Manager:
         else:
             ring = self._build_pv(domid, config, kernel, ramdisk, xenstore_port, console_port)
         xc.scheduler(domid, config.cpu_weight, config.cap)
+        for vcpu, cpus in enumerate(config.cpus[:vcpus]):
+            if cpus is not None:
+                self.pin(domid, vcpu, set(cpus), None)
         guest.xenstore_port = xenstore_port
         guest.console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
         self._write_store(guest, ring, console_port)
@@ -528,6 +531,20 @@ class Manager:
                 }
             )
         return rows
+
+    def pin(self, domid: DomId, vcpu: int, hard: set[int] | None, soft: set[int] | None) -> None:
+        """Set the physical CPUs of a vCPU (hard: it runs on no others). ToolstackError."""
+        machine = self.xc.physinfo().nr_cpus
+        for cpus in (hard, soft):
+            if cpus is not None and not any(cpu < machine for cpu in cpus):
+                raise ToolstackError(
+                    f"vCPU {vcpu} of {self.name_of(domid)}: the machine has CPUs 0 to {machine - 1}, none of them is in"
+                    f" {min(cpus)} to {max(cpus)}"
+                )
+        try:
+            self.xc.affinity(domid, vcpu, hard, soft)
+        except HypercallError as error:
+            raise ToolstackError(f"{self.name_of(domid)} has no vCPU {vcpu} ({error})") from None
 
     def shutdown(self, name: str | int, how: str) -> None:
         """Ask a guest to power off or reboot, through xenstore (control/shutdown)."""

@@ -151,6 +151,7 @@ class ToolstackServer:
             "iommu": self._iommu,
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
             "top": lambda client, args, fds: top_view(manager, traces.disks()),
+            "vcpu-pin": self._vcpu_pin,
             "trace": self._trace,
             "tracing": lambda client, args, fds: traces.watched,
             "down": self._down,
@@ -269,24 +270,44 @@ class ToolstackServer:
 
     def _vcpu_list(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
         rows = []
+        cpus = self.manager.xc.physinfo().nr_cpus
         for info in self.manager.xc.domain_list():
             if args.get("domain") and info.domain != self.manager.find(args["domain"]).domid:
                 continue
             for number in range(info.max_vcpu_id + 1 if info.max_vcpu_id != 0xFFFFFFFF else 0):
                 vcpu = self.manager.xc.vcpu_info(DomId(info.domain), number)
+                hard, soft = self.manager.xc.affinity(DomId(info.domain), number)
                 rows.append(
                     {
                         "name": self.manager.name_of(info.domain),
                         "domid": info.domain,
                         "vcpu": number,
                         "cpu": vcpu.cpu,
-                        "state": "---"
-                        if not vcpu.online
-                        else f"{'r' if vcpu.running else '-'}{'b' if vcpu.blocked else '-'}-",
+                        "online": bool(vcpu.online),
+                        "state": f"{'r' if vcpu.running else '-'}{'b' if vcpu.blocked else '-'}-",
                         "time_s": vcpu.cpu_time / 1e9,
+                        "hard": sorted(hard),
+                        "soft": sorted(soft),
+                        "cpus": cpus,
                     }
                 )
         return rows
+
+    def _vcpu_pin(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        """`vcpu` of `domain` (or all, without it): `hard` and `soft`, lists of CPUs; what is not there stays."""
+        guest = self.manager.find(args["domain"])
+        sets: list[set[int] | None] = []
+        for name in ("hard", "soft"):
+            cpus = args.get(name)
+            if cpus is not None and not (
+                isinstance(cpus, list) and all(isinstance(cpu, int) for cpu in cpus)
+            ):
+                raise ToolstackError(f"vcpu-pin: {name} must be a list of CPUs")
+            sets.append(set(cpus) if cpus is not None else None)
+        vcpu = args.get("vcpu")
+        count = guest.config.maxvcpus or guest.config.vcpus
+        for number in range(count) if vcpu is None else [int(vcpu)]:
+            self.manager.pin(guest.domid, number, *sets)
 
     def _machine_info(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         physical = self.manager.xc.physinfo()

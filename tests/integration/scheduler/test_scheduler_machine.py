@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +58,40 @@ def test_a_woken_guest_costs_no_polling() -> None:
         before = cpu_clock(pid)
         time.sleep(2)
         assert cpu_clock(pid) - before < 60_000_000
+
+
+def test_pinning(tmp_path: Path) -> None:
+    """`cpus=` and `vcpu-pin`: two busy guests share one CPU although another is free, until one is moved there; what is no CPU of the
+    machine is refused in one line."""
+
+    def domicile(*words: str, status: int = 0) -> str:
+        command = [sys.executable, "-m", "toolstack.cli", "-M", machine.machine.runtime.root.name, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def rows() -> dict[str, list[str]]:
+        lines = domicile("vcpu-list").splitlines()[1:]
+        return {line.split()[0]: line.split() for line in lines}
+
+    config = tmp_path / "spin.cfg"
+    config.write_text(f'name="b"\nkernel="{build("spin")}"\nmemory=8\ncpus="0"\n')
+    with running_machine(cpus=2) as machine:
+        machine.create("a", build("spin"), memory_mb=8, cpus=[[0]])
+        domicile("create", "-q", str(config))
+        machine.client.request("console", {"domain": "b"})
+        for name in "ab":
+            machine.expect(name, r"spun \d+")
+        began = time.monotonic()
+        used = shares(machine, 2)
+        assert sum(used.values()) <= 1.15 * (time.monotonic() - began)
+        assert {row[3] for name, row in rows().items() if name in "ab"} == {"0"}
+        assert rows()["b"][6:] == ["0", "/", "all"]
+        domicile("vcpu-pin", "b", "all", "1")
+        machine.expect("b", r"spun \d+")
+        machine.expect("b", r"spun \d+")
+        assert (rows()["b"][3], rows()["b"][6:]) == ("1", ["1", "/", "all"])
+        said = domicile("vcpu-pin", "b", "0", "5", status=1)
+        assert said == "domicile: vCPU 0 of b: the machine has CPUs 0 to 1, none of them is in 5 to 5\n"
+        assert "vCPU 'x'" in domicile("vcpu-pin", "b", "x", "0", status=2)
+        assert "b has no vCPU 4" in domicile("vcpu-pin", "b", "4", "0", status=1)

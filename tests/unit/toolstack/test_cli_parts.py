@@ -106,9 +106,11 @@ class TestTables:
         ]
 
     def test_vcpu_list(self) -> None:
+        every = {"online": True, "hard": [0, 1, 2, 3], "soft": [0, 1, 2, 3], "cpus": 4}
+        some = {"online": False, "hard": [0, 2, 3], "soft": [1], "cpus": 4}
         rows = [
-            {"name": "web", "domid": 1, "vcpu": 0, "cpu": 1, "state": "-b-", "time_s": 0.5},
-            {"name": "web", "domid": 1, "vcpu": 1, "cpu": 0, "state": "---", "time_s": 0.0},
+            {"name": "web", "domid": 1, "vcpu": 0, "cpu": 1, "state": "-b-", "time_s": 0.5, **every},
+            {"name": "web", "domid": 1, "vcpu": 1, "cpu": 0, "state": "---", "time_s": 0.0, **some},
         ]
         header, first, second = vcpu_table(rows).split("\n")
         assert (
@@ -116,7 +118,7 @@ class TestTables:
             == "Name                                ID  VCPU   CPU State   Time(s) Affinity (Hard / Soft)"
         )
         assert first == "web                                  1     0     1   -b-       0.5  all / all"
-        assert second == "web                                  1     1     -   --p       0.0  all / all"
+        assert second == "web                                  1     1     -   --p       0.0  0,2-3 / 1"
 
     def test_scheduler_and_uptime(self) -> None:
         rows = [{"name": "web", "domid": 1, "weight": 512, "cap": 25}]

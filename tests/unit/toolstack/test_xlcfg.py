@@ -208,6 +208,10 @@ class TestModel:
     def test_processor_lists(self, text: str, wanted: list[set[int] | None]) -> None:
         assert model(f"cpus = {text}").cpus == wanted
 
+    def test_a_string_of_processors_is_for_all_vcpus_and_a_list_for_one_after_the_other(self) -> None:
+        assert model("vcpus = 3; cpus = '0-1'").domain_fields()["cpus"] == [[0, 1]] * 3
+        assert model("vcpus = 3; cpus = ['1', 'all']").domain_fields()["cpus"] == [[1], None]
+
     def test_files_beside_the_configuration_are_found_and_the_command_line_adds(self, tmp_path: Path) -> None:
         (tmp_path / "vmlinuz").write_bytes(b"x")
         (tmp_path / "a.cfg").write_text("name='a'\nkernel='vmlinuz'\n")
