@@ -57,6 +57,7 @@ _SAME: Final = {
             hvm_op.HVMOP_get_param,
             hvm_op.HVMOP_set_evtchn_upcall_vector,
             hvm_op.HVMOP_get_time,
+            hvm_op.HVMOP_flush_tlbs,
         )
     ),
     xen.HYPERVISOR_sched_op: frozenset(
@@ -96,11 +97,15 @@ _SAME: Final = {
             gt.GNTTABOP_query_size,
             gt.GNTTABOP_get_version,
             gt.GNTTABOP_set_version,
+            gt.GNTTABOP_swap_grant_ref,
         )
     ),
     xen.HYPERVISOR_memory_op: frozenset(
         (
             mem.XENMEM_maximum_ram_page,
+            mem.XENMEM_get_sharing_freed_pages,
+            mem.XENMEM_get_sharing_shared_pages,
+            mem.XENMEM_reserved_device_memory_map,
             mem.XENMEM_current_reservation,
             mem.XENMEM_maximum_reservation,
             mem.XENMEM_maximum_gpfn,
