@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from bus.abi import event_channel as ec
 from bus.abi import features, vcpu
+from bus.abi import grant_table as gt
 from bus.abi import memory as mem
 from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO, XEN_EOPNOTSUPP
 from bus.abi.hvm import hvm_op, params
@@ -168,6 +169,21 @@ class HvmOtherCalls(OtherCalls):
         return super()._refusal(command)
 
 
+GRANT_COMMANDS: Final = frozenset(
+    (
+        gt.GNTTABOP_map_grant_ref,
+        gt.GNTTABOP_unmap_grant_ref,
+        gt.GNTTABOP_setup_table,
+        gt.GNTTABOP_copy,
+        gt.GNTTABOP_query_size,
+        gt.GNTTABOP_set_version,
+        gt.GNTTABOP_get_version,
+        gt.GNTTABOP_swap_grant_ref,
+    )
+)
+"""What Xen serves for an auto-translated guest."""
+
+
 class HvmMemoryCalls:
     """memory_op and grant_table_op, all served by the hypervisor."""
 
@@ -188,6 +204,8 @@ class HvmMemoryCalls:
 
     def grant_table_op(self, cmd: int, uop: int, count: int, a4: int, a5: int) -> Result:
         """Mapping into the guest's physical map is done by the hypervisor's orders to this process."""
+        if cmd & LOW32 not in GRANT_COMMANDS:
+            return -XEN_ENOSYS
         if (count & LOW32) >> 31:
             return -XEN_EINVAL
         return self._grants(cmd, uop, count, a4, a5)
