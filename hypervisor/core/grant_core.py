@@ -144,8 +144,15 @@ class GrantCore:
                 del self.hosts[mapping.mfn]
         mapping.host = mapping.host and not host
         mapping.device = mapping.device and not device
-        if not mapping.device and (self.domains.is_translated(mapping.mapper) or not mapping.host):
+        if not self.needs_dma(mapping):
             self.leave_dma(mapping)
+
+    def needs_dma(self, mapping: Mapping) -> bool:
+        """Its frame belongs into the mapper's I/O page tables, if the mapper has any."""
+        others = mapping.granter != mapping.mapper
+        if not self.domains.is_translated(mapping.mapper):
+            return others and (mapping.host or mapping.device)
+        return mapping.device or (mapping.host and others and self.domains.dma_by_p2m(mapping.mapper))
 
     def forget_domain(self, domain: DomId) -> None:
         """Drop the table of a domain that is no more. What it had mapped may still be on its way home: a later

@@ -391,7 +391,7 @@ class MapCall:
         """The mapper's I/O page tables and p2m. False, and a status, if the place is taken or there is no memory."""
         core, translated = self._core, self._core.domains.is_translated(self._caller)
         page = Gfn(mapping.host_addr >> PAGE_SHIFT) if translated else Gfn(mapping.mfn)
-        dma = mapping.device if translated else mapping.granter != self._caller
+        dma = core.needs_dma(mapping)
         ready = not dma or not core.dma.has_context(self._caller) or core.enter_dma(mapping, page)
         if ready and translated and mapping.host:
             ready = core.domains.enter_grant(self._caller, page, mapping.mfn, not mapping.readonly)
@@ -439,9 +439,9 @@ def bus_address(core: GrantCore, mapping: Mapping) -> int:
     """`dev_bus_addr`: the I/O virtual address of a translated mapper's device mapping; else the machine address.
 
     A translated domain never learns a machine address: 0 without a device mapping."""
-    if mapping.dma_page is not None:
-        return int(mapping.dma_page) << PAGE_SHIFT
-    return 0 if core.domains.is_translated(mapping.mapper) else int(mapping.mfn) << PAGE_SHIFT
+    if not core.domains.is_translated(mapping.mapper):
+        return int(mapping.mfn) << PAGE_SHIFT
+    return int(mapping.dma_page) << PAGE_SHIFT if mapping.device and mapping.dma_page is not None else 0
 
 
 class _Undo:

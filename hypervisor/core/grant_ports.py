@@ -52,6 +52,10 @@ class GrantDomains(Protocol):
     def is_translated(self, domain: DomId) -> bool:
         """Auto-translated (HVM, PVH, native): its frame numbers are its own (Gfn). A PV domain's are machine frames."""
 
+    def dma_by_p2m(self, domain: DomId) -> bool:
+        """An HVM or PVH guest: its devices reach what is in its p2m, granted frames too, as on Xen where both share tables. (A native
+        domain's reach what it enters with GNTMAP_device_map, and no more.)"""
+
     def controls(self, caller: DomId, target: DomId) -> bool:
         """`caller` may act on `target`'s tables (XSM_TARGET): itself, the control domain, its device model."""
 

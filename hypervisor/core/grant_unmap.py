@@ -125,7 +125,8 @@ class UnmapCall:
             if not core.domains.remove_grant(self._caller, Gfn(mapping.host_addr >> PAGE_SHIFT), mapping.mfn):
                 return GNTST_general_error
         op.mapping, op.host, op.device = mapping, host, device
-        if device and core.domains.is_translated(self._caller):
+        by_p2m = host and core.domains.dma_by_p2m(self._caller) and (device or not mapping.device)
+        if by_p2m or (device and core.domains.is_translated(self._caller)):
             core.leave_dma(mapping)
         return GNTST_okay
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bus.addresses import DomId, Gfn, Mfn
-from hypervisor.core.domains import Domain, DomainTable, Dying, may_target
+from hypervisor.core.domains import Domain, DomainTable, Dying, Kind, may_target
 from hypervisor.core.frames import FrameTable
 from hypervisor.core.lifecycle import Lifecycle
 from hypervisor.core.outbox import Outbox
@@ -56,6 +56,11 @@ class DomainViews:
         """Its frame numbers are its own (Gfn)."""
         found = self._get(domain)
         return found is not None and found.translated
+
+    def dma_by_p2m(self, domain: DomId) -> bool:
+        """HVM and PVH guests."""
+        found = self._get(domain)
+        return found is not None and found.kind is Kind.HVM
 
     def controls(self, caller: DomId, target: DomId) -> bool:
         """XSM_TARGET."""

@@ -85,19 +85,25 @@ class MemfdMemory:
         to_view[to_start : to_start + length] = from_view[from_start : from_start + length]
 
     def clear(self, mfn: Mfn, count: int = 1) -> None:
-        """See MachineMemory. Runs of frames in one extent become holes in one step."""
-        index = bisect_right(self._bases, mfn) - 1
-        base = self._bases[index] if index >= 0 else -1
-        region = self._extents.get(base)
-        if region is None or mfn + count > base + region.frames or self._placed:
-            for one in range(mfn, mfn + count):
-                view, start = self._at(one)
-                view[start : start + PAGE_SIZE] = bytes(PAGE_SIZE)
-            if region is None or mfn + count > base + region.frames:
-                return
+        """See MachineMemory. Runs of frames in one extent become holes in one step; a frame that lives in a window is zeroed there as
+        well."""
+        run, placed = range(mfn, mfn + count), self._placed
+        for one in run if count < len(placed) else list(placed):
+            if one in placed and one in run:
+                region, frame = placed[Mfn(one)]
+                region.view[frame << PAGE_SHIFT : frame + 1 << PAGE_SHIFT] = bytes(PAGE_SIZE)
         flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-        if _libc.fallocate(region.fd, flags, (mfn - base) << PAGE_SHIFT, count << PAGE_SHIFT) != 0:
-            raise OSError(ctypes.get_errno(), "fallocate(PUNCH_HOLE)")
+        start, end = int(mfn), mfn + count
+        while start < end:
+            index = bisect_right(self._bases, start) - 1
+            base = self._bases[index] if index >= 0 else Mfn(0)
+            extent = self._extents.get(base)
+            if extent is None or start >= base + extent.frames:
+                raise KeyError(f"no machine memory at mfn {start:#x}")
+            here = min(end, base + extent.frames) - start
+            if _libc.fallocate(extent.fd, flags, (start - base) << PAGE_SHIFT, here << PAGE_SHIFT) != 0:
+                raise OSError(ctypes.get_errno(), "fallocate(PUNCH_HOLE)")
+            start += here
 
     def create_extent(self, base: Mfn, frames: int) -> None:
         """See MachineMemory."""

@@ -102,15 +102,12 @@ class Server:
             timeout = (
                 IDLE_S if deadline is None else min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
             )
-            for fd, events in self._epoll.poll(timeout):
-                if fd == self.processes.fileno():
-                    self._process_news()
-                elif not self.leases.rang(fd):
-                    peer = self._by_fd.get(fd)
-                    if peer is not None:
-                        self._serve(peer, fd, events)
+            self._round(timeout)
             now = time.monotonic_ns()
             if deadline is not None and now >= deadline:
+                # What arrived while we were busy ourselves was in time: it is looked at before anything expires.
+                self._round(0.0)
+                now = time.monotonic_ns()
                 self.core.tick(now)
                 self.devices.tick(now)
                 self._apply()
@@ -121,6 +118,16 @@ class Server:
             if beat is not None and now >= beat:
                 self._beat(now)
         return self._stopped
+
+    def _round(self, timeout: float) -> None:
+        """Wait for at most `timeout` seconds, then serve all that is there."""
+        for fd, events in self._epoll.poll(timeout):
+            if fd == self.processes.fileno():
+                self._process_news()
+            elif not self.leases.rang(fd):
+                peer = self._by_fd.get(fd)
+                if peer is not None:
+                    self._serve(peer, fd, events)
 
     def _beat(self, now: int) -> None:
         """Ask devices, and the native domains that own them, for a sign of life; end those that owe one."""

@@ -79,9 +79,14 @@ class Images:
         return len(self.descriptors) - 1
 
 
+def elsewhere(disk: dict[str, Any]) -> bool:
+    """Its target is something of the domain that serves it (backend=), no file of ours."""
+    return disk.get("backend", "") not in ("", "DomIO")
+
+
 def _with_file(disk: dict[str, Any], images: Images) -> dict[str, Any]:
     """`file` is the index of its descriptor: -1 for a drive without a medium."""
-    if not disk["target"]:
+    if not disk["target"] or elsewhere(disk):
         return {**disk, "file": -1}
     return {**disk, "file": images.add(disk["target"], "disk", writable=not disk["readonly"])}
 

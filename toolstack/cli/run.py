@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from toolstack.cli.images import Images, make_config, open_image
+from toolstack.cli.images import Images, elsewhere, make_config, open_image
 from toolstack.cli.script import ConsoleScript
 from toolstack.cli.terminal import WRITE_S, EscapeKeys, RawTerminal, write_all
 from toolstack.errors import (
@@ -110,7 +110,7 @@ class Run:
                     if request.domain.get(key):
                         os.close(open_image(request.domain[key], key))
                 for disk in request.domain.get("disks", ()):
-                    if disk["target"]:
+                    if disk["target"] and not elsewhere(disk):
                         os.close(open_image(disk["target"], "disk", writable=not disk["readonly"]))
                 for device in request.hardware:
                     os.close(open_image(device["target"], "disk", writable=not device["readonly"]))

@@ -35,11 +35,15 @@ def block_attach(
     spec: Annotated[list[str], typer.Argument(metavar="DISKSPEC...", help="As in xl-disk-configuration.")],
 ) -> None:
     """Give a running guest a disk. Example: domicile block-attach web data.img,raw,xvdb,w"""
-    from toolstack.cli.images import open_image
+    from toolstack.cli.images import elsewhere, open_image
     from toolstack.xlcfg.devices import parse_disk
 
     disk = parse_disk(",".join(spec), "block-attach")
-    fds = [open_image(disk["target"], "disk", writable=not disk["readonly"])] if disk["target"] else []
+    fds = (
+        [open_image(disk["target"], "disk", writable=not disk["readonly"])]
+        if disk["target"] and not elsewhere(disk)
+        else []
+    )
     try:
         client = connect()
         try:

@@ -176,7 +176,8 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "cpus": _cpus(read),
     }
     for disk in values["disks"]:
-        disk["target"] = _path(disk["target"], base)
+        if disk["backend"] in ("", "DomIO"):  # else it is a path of that domain's
+            disk["target"] = _path(disk["target"], base)
     names = [disk["vdev"] for disk in values["disks"]]
     for name in names:
         if names.count(name) > 1:

@@ -38,6 +38,10 @@ FAST_RESTARTS: Final = 20
 """A process that ends more often than this within ten seconds is left alone, and an error is logged."""
 
 
+NO_DEVICE: Final = -1
+"""Instead of the PCI address of a disk that another driver domain serves."""
+
+
 class DiskError(Exception):
     """Told to the user in one line."""
 
@@ -53,6 +57,8 @@ class Disk:
     number: int
     config: dict[str, Any]
     settings: dict[str, Any]
+    backend: DomId
+    """The domain that serves it: DomIO, or a driver domain of the user's own, which has no device of ours for it."""
     waiting: int | None = None
     """Its file, while an emulated drive of the guest's has it: the device process gets it when the guest has unplugged that."""
 
@@ -81,6 +87,8 @@ class Disks:
         self._log = log
         self.domio: DomId | None = None
         self.disks: dict[str, Disk] = {}
+        self.find_domain: Callable[[str], DomId | None] = lambda name: None
+        """A running domain by its name or number."""
         self.others: Callable[[int], tuple[str, str] | None] = lambda bdf: None
         """(role, name) of a device that is no disk of ours, by its PCI address."""
         self._restarts: dict[object, _Restarts] = {}
@@ -160,7 +168,9 @@ class Disks:
         if domid is None:
             raise DiskError("there is no DomIO: it comes with the first disk")
         self.domio = None
-        disks, self.disks = list(self.disks.values()), {}
+        disks = [disk for disk in self.disks.values() if disk.backend == domid]
+        for disk in disks:
+            del self.disks[disk.name]
         for disk in disks:
             self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
             self.deposit(disk.name, [], [], {})
@@ -228,6 +238,9 @@ class Disks:
             raise DiskError(str(error)) from None
         if any(disk.domid == domid and disk.number == number for disk in self.disks.values()):
             raise DiskError(f"domain {domid} has a disk {vdev} already")
+        served = str(config.get("backend") or "")
+        if served and served != "DomIO":
+            return self._attach_foreign(domid, vdev, number, config, served)
         if fd is None:
             raise DiskError(f"disk {vdev}: no file was given (an empty drive is not served)")
         backend = self.domio if self.domio is not None else self._start_domio()
@@ -238,10 +251,29 @@ class Disks:
             "serial": f"DOMICILE{self._serial:04d}",
             "namespace1": {"format": config.get("format", "raw"), "read_only": readonly},
         }
-        disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config, settings, fd)
+        disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config, settings, backend, fd)
         self.disks[disk.name] = disk
         if not emulated:
             self._plug_in(disk, backend)
+        self._write_nodes(disk, backend, readonly)
+        return disk
+
+    def _attach_foreign(
+        self, domid: DomId, vdev: str, number: int, config: dict[str, Any], name: str
+    ) -> Disk:
+        """backend=DOMAIN: nodes as libxl writes them; what `target` is, is that domain's to know (its `xl devd`, or whatever it has for
+        that, writes physical-device)."""
+        backend = self.find_domain(name)
+        if backend is None:
+            raise DiskError(f"disk {vdev}: there is no domain {name!r} to serve it (backend=)")
+        if backend in (0, domid):
+            raise DiskError(
+                f"disk {vdev}: domain {name!r} cannot serve it (backend=): it has no block back end"
+            )
+        self._serial += 1
+        disk = Disk(f"disk{self._serial}", NO_DEVICE, domid, vdev, number, config, {}, backend)
+        self.disks[disk.name] = disk
+        readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))
         self._write_nodes(disk, backend, readonly)
         return disk
 
@@ -256,8 +288,8 @@ class Disks:
     def hand_over(self, domid: DomId, vdev: str) -> None:
         """The guest's device model has closed the disk's image: the back end opens it now."""
         for disk in self.disks.values():
-            if disk.domid == domid and disk.vdev == vdev and self.domio is not None:
-                self._plug_in(disk, self.domio)
+            if disk.domid == domid and disk.vdev == vdev:
+                self._plug_in(disk, disk.backend)
 
     def wait_offered(self, domid: DomId) -> None:
         """Wait, as libxl does before it starts a guest, until the back ends of its disks offer them (InitWait or beyond). One that
@@ -265,7 +297,7 @@ class Disks:
         deadline = time.monotonic() + READY_TIMEOUT_S
         mine = [disk for disk in self.disks.values() if disk.domid == domid and disk.waiting is None]
         for disk in mine:
-            state = f"/local/domain/{self.domio}/backend/vbd/{domid}/{disk.number}/state"
+            state = f"/local/domain/{disk.backend}/backend/vbd/{domid}/{disk.number}/state"
             while self._store.read(state) in (None, "1"):
                 if time.monotonic() > deadline:
                     self._log(f"{disk.vdev} of domain {domid}: its back end does not come up")
@@ -274,7 +306,7 @@ class Disks:
 
     def _write_nodes(self, disk: Disk, backend: DomId, readonly: bool) -> None:
         """Both ends' directories, as libxl writes them (docs/misc/xenstore-paths)."""
-        store, domid = self._store, disk.domid
+        store, domid, ours = self._store, disk.domid, disk.bdf != NO_DEVICE
         back = f"/local/domain/{backend}/backend/vbd/{domid}/{disk.number}"
         front = f"/local/domain/{domid}/device/vbd/{disk.number}"
         store.remove(back)
@@ -291,10 +323,11 @@ class Disks:
             ("bootable", "1"),
             ("state", "1"),
             ("dev", disk.vdev),
-            ("type", "nvme"),
+            ("type", "nvme" if ours else "phy"),
             ("mode", "r" if readonly else "w"),
             ("device-type", "cdrom" if disk.config.get("cdrom") else "disk"),
-            ("params", f"nvme:{disk.bdf:x}"),
+            ("params", f"nvme:{disk.bdf:x}" if ours else str(disk.config.get("target", ""))),
+            *([] if ours else [("script", str(disk.config.get("script") or "/etc/xen/scripts/block"))]),
             ("discard-enable", "1" if disk.config.get("discard", True) else "0"),
         ):
             store.write(f"{back}/{path}", value)
@@ -313,13 +346,13 @@ class Disks:
         for disk in self.disks.values():
             if disk.domid != domid:
                 continue
-            back = f"/local/domain/{self.domio}/backend/vbd/{domid}/{disk.number}"
+            back = f"/local/domain/{disk.backend}/backend/vbd/{domid}/{disk.number}"
             front = f"/local/domain/{domid}/device/vbd/{disk.number}"
             rows.append(
                 {
                     "vdev": disk.number,
                     "name": disk.vdev,
-                    "backend_id": int(self.domio or 0),
+                    "backend_id": int(disk.backend),
                     "handle": int(domid),
                     "state": int(self._store.read(f"{back}/state") or 0),
                     "event_channel": int(self._store.read(f"{front}/event-channel") or -1),
@@ -340,7 +373,7 @@ class Disks:
 
     def _detach(self, disk: Disk, *, force: bool) -> None:
         store = self._store
-        back = f"/local/domain/{self.domio}/backend/vbd/{disk.domid}/{disk.number}"
+        back = f"/local/domain/{disk.backend}/backend/vbd/{disk.domid}/{disk.number}"
         front = f"/local/domain/{disk.domid}/device/vbd/{disk.number}"
         if not force and store.read(f"{back}/state") is not None:
             store.write(f"{back}/online", "0")
@@ -353,7 +386,7 @@ class Disks:
         del self.disks[disk.name]
         store.remove(back)
         store.remove(front)
-        if disk.waiting is None:
+        if disk.waiting is None and disk.bdf != NO_DEVICE:
             self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
             self.deposit(disk.name, [], [], {})
 

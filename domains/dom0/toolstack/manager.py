@@ -101,6 +101,7 @@ class Manager:
         self.xc = xc
         self.disks = disks
         self.hardware = Hardware(host, xc, disks)
+        disks.find_domain = self._domain_called
         self._consoles = consoles
         self.guests: dict[DomId, Guest] = {}
         self.on_end: list[Ended] = []
@@ -490,6 +491,14 @@ class Manager:
         return "\n".join(mine[-60:])
 
     # ------------------------------------------------------------------ the command's verbs
+
+    def _domain_called(self, name: str) -> DomId | None:
+        if name in ("0", "Domain-0"):
+            return DomId(0)
+        for guest in self.guests.values():
+            if name in (str(guest.domid), guest.config.name) and not guest.ending:
+                return guest.domid
+        return None
 
     def find(self, name: str | int) -> Guest:
         """By domid or name. ToolstackError if there is none."""

@@ -168,6 +168,7 @@ class Dom:
     """What the fake domain table knows."""
 
     translated: bool = False
+    by_p2m: bool = False
     dying: bool = False
     process: Process | None = None
     p2m: dict[int, tuple[int, str]] = field(default_factory=dict)
@@ -210,7 +211,9 @@ class World:
         self.grants = GrantTables(self.frames, self, self.memory, self.outbox, self.dma)  # type: ignore[arg-type]
         for number, kind in enumerate(kinds, 1):
             domain = DomId(number)
-            dom = self.doms[domain] = Dom(translated=kind != "pv", process=Process(self, domain))
+            dom = self.doms[domain] = Dom(
+                translated=kind != "pv", by_p2m=kind == "hvm", process=Process(self, domain)
+            )
             self.frames.create_extent(domain, ram)
             for index in range(ram):
                 mfn = self.frames.allocate_ram(domain, 0)
@@ -234,6 +237,9 @@ class World:
 
     def is_translated(self, domain: DomId) -> bool:
         return self.doms[domain].translated
+
+    def dma_by_p2m(self, domain: DomId) -> bool:
+        return self.doms[domain].by_p2m
 
     def controls(self, caller: DomId, target: DomId) -> bool:
         return caller == target or caller == 1

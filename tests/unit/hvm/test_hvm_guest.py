@@ -9,7 +9,7 @@ from hvm_rig import BASE, CODE, DATA, FRAMES, GDT, Rig, mov
 
 from bus.abi import grant_table as gt
 from bus.abi import memory as mem
-from bus.abi.errno import XEN_EFAULT, XEN_ENOSYS, XEN_EPERM
+from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
 from bus.abi.hvm import params
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.xen import (
@@ -76,6 +76,22 @@ def test_add_to_physmap_of_32_bit_code_is_translated() -> None:
     number, command, sent = rig.upstream.calls[-1]
     assert (number, command) == (HYPERVISOR_memory_op, mem.XENMEM_add_to_physmap)
     assert mem.XEN_ADD_TO_PHYSMAP.unpack(sent) == mem.xen_add_to_physmap(0x7FF0, 0, 0, 5, 0x123)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_grant_operations_of_any_count_are_passed_on(count: int) -> None:
+    """One structure, or an odd number of them, is as good as two."""
+    layout = gt.GNTTAB_MAP_GRANT_REF
+    data = b"".join(layout.pack(layout.zero()._replace(ref=8 + number)) for number in range(count))
+    rc, rig = result(64, HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, DATA, count, data=data)
+    assert rc == 0
+    sent = [call[2] for call in rig.upstream.calls if call[0] == HYPERVISOR_grant_table_op]
+    assert b"".join(sent) == data
+
+
+def test_a_negative_count_of_grant_operations_is_einval() -> None:
+    rc, _ = result(64, HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref, DATA, 0x80000001)
+    assert rc == -XEN_EINVAL
 
 
 @pytest.mark.parametrize("bits", [32, 64])
