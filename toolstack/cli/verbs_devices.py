@@ -58,7 +58,7 @@ def block_attach(
 def block_list(
     domain: Annotated[list[str], typer.Argument(metavar="DOMAIN...", help="Name or id.")],
 ) -> None:
-    """Virtual disks of guests."""
+    """Virtual disks of guests. Example: domicile block-list web db"""
     rows = [row for name in domain for row in ask("block-list", domain=name)]
     say(block_table(rows))
 
@@ -68,7 +68,7 @@ def block_detach(
     device: Annotated[str, typer.Argument(metavar="DEVID", help="Its name (xvdb) or number.")],
     force: Annotated[bool, typer.Option("--force", help="Even if the guest does not let go of it.")] = False,
 ) -> None:
-    """Take a disk away from a running guest."""
+    """Take a disk away from a running guest. Example: domicile block-detach web xvdb"""
     ask("block-detach", domain=domain, vdev=device, force=force)
 
 
@@ -114,14 +114,14 @@ def device_plug(
 def device_unplug(
     bdf: Annotated[str, typer.Argument(metavar="BDF", help="Its PCI address.")],
 ) -> None:
-    """Pull a device out that no guest has."""
+    """Pull a device out that no guest has. Example: domicile device-unplug 0000:00:02.0"""
     from toolstack.xlcfg.pci import parse_bdf
 
     ask("device-unplug", bdf=parse_bdf(bdf, "device-unplug"))
 
 
 def pci_list(domain: Domain) -> None:
-    """PCI devices that a guest has."""
+    """PCI devices that a guest has. Example: domicile pci-list web"""
     rows = ask("pci-list", domain=domain)
     say(
         "\n".join(
@@ -134,7 +134,7 @@ def pci_list(domain: Domain) -> None:
 
 
 def pci_assignable_list() -> None:
-    """PCI devices that no guest has, and that can be given to one."""
+    """PCI devices that no guest has, and that can be given to one. Example: domicile pci-assignable-list"""
     for row in ask("pci-list"):
         if row["domid"] is None:
             say(bdf_text(row["bdf"]))

@@ -57,7 +57,7 @@ def list_(
     domain: Annotated[list[str] | None, typer.Argument(metavar="[DOMAIN]...", help="Name or id.")] = None,
     long: Annotated[bool, typer.Option("--long", "-l", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Domains and their state (r running, b blocked, p paused, s shut down, c crashed, d dying)."""
+    """Domains and their state (r running, b blocked, p paused, s shut down, c crashed, d dying). Example: domicile list -l web"""
     rows = ask("list")
     if domain:
         rows = [row for row in rows if row["name"] in domain or str(row["domid"]) in domain]
@@ -71,7 +71,7 @@ def list_(
 def vcpu_list(
     domain: Annotated[list[str] | None, typer.Argument(metavar="[DOMAIN]...", help="Name or id.")] = None,
 ) -> None:
-    """Virtual processors."""
+    """Virtual processors. Example: domicile vcpu-list web"""
     rows = ask("vcpu-list")
     if domain:
         known = {str(row["domid"]) for row in rows} | {row["name"] for row in rows}
@@ -117,7 +117,7 @@ def console(
         bool, typer.Option("--replay/--no-replay", help="Show first what the guest wrote before.")
     ] = True,
 ) -> None:
-    """Attach to a domain's console; ^] leaves it."""
+    """Attach to a domain's console; ^] leaves it. Example: domicile console web"""
     from toolstack.cli.attach import attach
 
     attach(domain, replay=replay)
@@ -134,7 +134,7 @@ def shutdown(
         float, typer.Option(metavar="S", min=0, help="How long -w waits; then status 124.")
     ] = 300,
 ) -> None:
-    """Ask guests to power off."""
+    """Ask guests to power off. Example: domicile shutdown -a -w --timeout 60"""
     from toolstack.cli.attach import ask_to_stop
 
     ask_to_stop("poweroff", domain, every=every, wait=wait, fallback=fallback, timeout=timeout)
@@ -147,26 +147,26 @@ def reboot(
         bool, typer.Option("-F", help="Use the ACPI reset where a guest has no PV drivers (HVM).")
     ] = False,
 ) -> None:
-    """Ask guests to reboot."""
+    """Ask guests to reboot. Example: domicile reboot web"""
     from toolstack.cli.attach import ask_to_stop
 
     ask_to_stop("reboot", domain, every=every, wait=False, fallback=fallback, timeout=0)
 
 
 def destroy(domain: Domain) -> None:
-    """End a domain at once."""
+    """End a domain at once. Example: domicile destroy web"""
     _not_dom0(domain, "destroy")
     ask("destroy", domain=domain)
 
 
 def pause(domain: Domain) -> None:
-    """Stop a domain's virtual processors."""
+    """Stop a domain's virtual processors. Example: domicile pause web"""
     _not_dom0(domain, "pause")
     ask("pause", domain=domain)
 
 
 def unpause(domain: Domain) -> None:
-    """Let a paused domain run."""
+    """Let a paused domain run. Example: domicile unpause web"""
     ask("unpause", domain=domain)
 
 
@@ -176,12 +176,12 @@ def _not_dom0(domain: str, verb: str) -> None:
 
 
 def domid(domain: Domain) -> None:
-    """The id of a domain."""
+    """The id of a domain. Example: domicile domid web"""
     say("0" if domain in ("0", "Domain-0") else str(ask("domid", domain=domain)))
 
 
 def domname(domain: Annotated[str, typer.Argument(metavar="DOMID", help="Id.")]) -> None:
-    """The name of a domain."""
+    """The name of a domain. Example: domicile domname 3"""
     if not domain.isdigit():
         raise InputError(f"domname {domain!r}: give a number (`domicile domid NAME` goes the other way)")
     say(ask("domname", domain=domain))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import os
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,23 +31,33 @@ def add(app: typer.Typer) -> None:
 
 
 def up(
-    memory: Annotated[int, typer.Option(metavar="MB", min=64, max=1 << 20, help="Machine memory.")] = 4096,
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE.toml]", help="A machine file: the machine and its domains.")
+    ] = "",
+    memory: Annotated[
+        int | None,
+        typer.Option(metavar="MB", min=64, max=1 << 20, help="Machine memory; 4096 if nothing is said."),
+    ] = None,
     cpus: Annotated[
-        int, typer.Option(metavar="N", min=0, max=64, help="Physical processors; 0: as many as the host has.")
-    ] = 0,
+        int | None,
+        typer.Option(metavar="N", min=0, max=64, help="Physical processors; 0: as many as the host has."),
+    ] = None,
 ) -> None:
-    """Start a machine, which lives until `domicile down`. Example: domicile up && domicile create guest.cfg"""
-    from toolstack.doctor import require_quick
-    from toolstack.machine import Machine
+    """Start a machine, which lives until `domicile down`. With a file all of its domains come up, or nothing does.
 
-    require_quick(0)
-    start = time.monotonic()
-    Machine(state.machine, memory_mb=memory, cpus=cpus, detached=True).close()
-    say(f"machine {state.machine!r} is up ({time.monotonic() - start:.2f} s): {memory} MB")
+    Examples:
+
+      domicile up && domicile create guest.cfg
+
+      domicile up machine.toml                docs/reference.md has what may be in it
+    """
+    from toolstack.cli.up import start
+
+    start(file, memory, cpus)
 
 
 def down() -> None:
-    """End every domain and the machine."""
+    """End every domain and the machine. Example: domicile -M test down"""
     from toolstack.machine import answers, runtime_directory, warden_pidfd
 
     runtime = runtime_directory(state.machine)
@@ -90,7 +99,7 @@ def _wait(pidfd: int, timeout: float) -> bool:
 
 
 def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """What the machine is: processors, memory, scheduler, and whether its processes are isolated."""
+    """What the machine is: processors, memory, scheduler, and whether its processes are isolated. Example: domicile info --json"""
     answer: dict[str, Any] = ask("info")
     names = os.uname()
     isolation = (
@@ -124,7 +133,7 @@ def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False)
 def uptime(
     domain: Annotated[list[str] | None, typer.Argument(metavar="[DOMAIN]...", help="Name or id.")] = None,
 ) -> None:
-    """How long the machine and its domains have been up."""
+    """How long the machine and its domains have been up. Example: domicile uptime web"""
     rows = ask("uptime")
     if domain:
         wanted = {str(word) for word in domain}
@@ -138,7 +147,7 @@ def uptime(
 def dmesg(
     clear: Annotated[bool, typer.Option("--clear", "-c", help="Empty the log after reading.")] = False,
 ) -> None:
-    """The hypervisor's log."""
+    """The hypervisor's log. Example: domicile dmesg -c"""
     from toolstack.cli.terminal import write_all
 
     data = ask("dmesg", clear=clear)
@@ -146,7 +155,7 @@ def dmesg(
 
 
 def version() -> None:
-    """Versions of Domicile and of the Xen interface."""
+    """Versions of Domicile and of the Xen interface. Example: domicile version"""
     say(f"domicile {_version()} (Xen 4.17 guest interface)")
 
 
@@ -186,7 +195,7 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Check what a machine needs of this host, and for leaks: each finding with its mend. Status 1 if no machine can run."""
+    """Check what a machine needs of this host, and for leaks: each finding with its mend. Status 1 if no machine can run. Example: domicile doctor --json"""
     from dataclasses import asdict
 
     from toolstack.doctor import examine

@@ -29,7 +29,7 @@ def ls(
     full: Annotated[bool, typer.Option("-f", help="Full paths.")] = False,
     permissions: Annotated[bool, typer.Option("-p", help="With permissions.")] = False,
 ) -> None:
-    """The tree below a path."""
+    """The tree below a path. Example: domicile xenstore-ls -f /local/domain/1"""
     from toolstack.cli.xenstore import Store, tree
 
     with Store() as store:
@@ -42,7 +42,7 @@ def read(
     prefix: Annotated[bool, typer.Option("-p", help="Put `PATH: ` before each value.")] = False,
     raw: Annotated[bool, typer.Option("-R", help="Bytes as they are, without escapes.")] = False,
 ) -> None:
-    """Values."""
+    """Values. Example: domicile xenstore-read -p /local/domain/1/name"""
     from toolstack.cli.terminal import write_all
     from toolstack.cli.xenstore import Store, printable
 
@@ -54,7 +54,7 @@ def read(
 
 
 def write(pairs: Annotated[list[str], typer.Argument(metavar="PATH VALUE...", help="In pairs.")]) -> None:
-    """Set values, all of them or none."""
+    """Set values, all of them or none. Example: domicile xenstore-write /tool/mine 1"""
     from toolstack.cli.xenstore import Store
     from toolstack.errors import InputError
 
@@ -65,7 +65,7 @@ def write(pairs: Annotated[list[str], typer.Argument(metavar="PATH VALUE...", he
 
 
 def rm(paths: Paths) -> None:
-    """Remove paths and all below them."""
+    """Remove paths and all below them. Example: domicile xenstore-rm /tool/mine"""
     from toolstack.cli.xenstore import Store
 
     with Store() as store:
@@ -74,7 +74,7 @@ def rm(paths: Paths) -> None:
 
 
 def list_(paths: Paths) -> None:
-    """Names of the children."""
+    """Names of the children. Example: domicile xenstore-list /local/domain"""
     from toolstack.cli.xenstore import Store
 
     with Store() as store:
@@ -88,7 +88,7 @@ def watch(
     count: Annotated[int, typer.Option("-n", min=0, help="End after so many events; 0: go on.")] = 0,
     timeout: Annotated[float, typer.Option(metavar="S", min=0, help="Then status 124; 0: none.")] = 0,
 ) -> None:
-    """Print each path that changes; each watch tells its own path once at the start."""
+    """Print each path that changes; each watch tells its own path once at the start. Example: domicile xenstore-watch -n 1 /local/domain/1/memory/target"""
     from toolstack.cli.xenstore import Store
 
     with Store() as store:
