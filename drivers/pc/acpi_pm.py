@@ -48,6 +48,9 @@ class AcpiPm(PciFunction):
         for offset in (*range(0x44, 0x80), 0x90, 0x91, 0xD2, 0xD3):
             self.mask[offset] = 0xFF
         self.data[0x90] = 1
+        self.data[0x5B] = (
+            2  # APMC_EN: firmware takes it that system management mode is set up already; there is none
+        )
         self._block: Range | None = None
         self._space: PortSpace | None = None
         self._gpe_status = self._gpe_enable = 0

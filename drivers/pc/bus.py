@@ -82,6 +82,8 @@ class Range:
     read: Read
     write: Write
     width: int = 1
+    aligned: bool = True
+    """False, for ports: an access of up to `width` arrives whole wherever it begins."""
 
     @property
     def end(self) -> int:
@@ -163,7 +165,8 @@ class PortSpace(_Space):
         """BusError: it cannot be."""
         self._insert(new)
         for offset in range(new.length):
-            most = min(new.width - (new.start + offset) % new.width, new.length - offset)
+            before = (new.start + offset) % new.width if new.aligned else 0
+            most = min(new.width - before, new.length - offset)
             self._table[new.start + offset] = (new.read, new.write, offset, most)
         self._tell(new, True)
 

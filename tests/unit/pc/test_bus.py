@@ -75,6 +75,14 @@ def test_an_access_across_a_multiple_of_the_width_is_split_there(
     assert device.content[3:7] == bytes([0xAA, 0xBB, 0xCC, 0xDD])
 
 
+def test_ports_that_take_words_anywhere() -> None:
+    device, space = Bytes(), PortSpace()
+    space.add(Range("words", 0x1CE, 3, device.read, device.write, 2, aligned=False))
+    assert space.read(0x1CF, 2) == 0x0302
+    assert space.read(0x1D0, 2) == 0xFF03
+    assert device.log[0] == ("r", 1, 2, 0x0302)
+
+
 def test_ports_wrap_at_64k() -> None:
     device, space = Bytes(), PortSpace()
     space.add(device.at(0, 1))
