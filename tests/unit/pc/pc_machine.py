@@ -7,8 +7,10 @@ import mmap
 import os
 import time
 from pathlib import Path
+from uuid import UUID
 
 from bus.addresses import MachineAddr
+from domains.dom0.builder.firmware.layout import FirmwareConfig, build_firmware
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from drivers.hw.nvme.media import RawMedia
@@ -23,6 +25,7 @@ from drivers.pc.ide_disk import Disk
 from drivers.pc.ide_pci import IdeFunction
 from drivers.pc.keys import keys_of_character
 from drivers.pc.pci import PciBus
+from drivers.pc.pci_setup import set_up_pci
 from drivers.pc.pic import PicPair
 from drivers.pc.piix3 import Piix3Isa
 from drivers.pc.pit import Pit
@@ -49,6 +52,7 @@ class Machine:
         disk: Path | None = None,
         cdrom: Path | None = None,
         boot: str = "c",
+        xen: bool = False,
     ) -> None:
         self.size = memory
         self.ram = mmap.mmap(-1, memory)
@@ -73,6 +77,28 @@ class Machine:
         self.rom[:] = image
         self.ram[(1 << 20) - len(image) : 1 << 20] = image
         self._map_memory(len(image))
+        self.xen = xen
+        self.hypercalls: list[int] = []
+        if xen:
+            self._as_hvmloader(image)
+
+    def _as_hvmloader(self, bios: bytes) -> None:
+        """What the toolstack does for an HVM guest."""
+        config = FirmwareConfig(self.size, 0, 1, UUID("12345678-1234-5678-1234-567812345678"), hpet=False)
+        self.firmware = build_firmware(config, bios)
+        pages = self.firmware.special_pages()
+        self.special = mmap.mmap(-1, len(pages) << 12)
+        for address, data in self.firmware.pieces:
+            memory, at = (
+                (self.special, address - (pages.start << 12))
+                if address >= 0xFC00_0000
+                else (self.ram, address)
+            )
+            memory[at : at + len(data)] = data
+        where = MachineAddr(pages.start << 12)
+        self.vcpu.unmap(where, len(self.special))
+        self.vcpu.map(where, ctypes.addressof(ctypes.c_char.from_buffer(self.special)), len(self.special))
+        assert set_up_pci(self.ports) == []
 
     def _make_devices(self, vgabios: bytes, boot: str) -> None:
         self.pic = PicPair(self._intr)
@@ -103,6 +129,7 @@ class Machine:
             device.attach(self.ports)  # type: ignore[attr-defined]
         Port92(self.a20, self._reset).attach(self.ports)
         DebugPort(0x402, self.log.append).attach(self.ports)
+        DebugPort(0xE9, self.log.append).attach(self.ports)
         FwCfg(self, {}, ram_size=self.size, vcpus=1).attach(self.ports)
         self.bus.attach()
         self.vga.attach_window(self.mmio)
@@ -176,6 +203,10 @@ class Machine:
         self.mmio.write(address, size, value)
 
     def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        if self.xen and leaf == 0x4000_0000:
+            return 0x4000_0002, 0x566E_6558, 0x6558_4D4D, 0x4D4D_566E
+        if self.xen and 0x4000_0000 < leaf < 0x4000_0003:
+            return (4 << 16 | 17, 0, 0, 0) if leaf == 0x4000_0001 else (1, 0x4000_0000, 0, 0)
         a, b, c, d = self.vcpu.native_cpuid(leaf, subleaf)
         return (a, b, c & ~(1 << 21 | 1 << 24), d & ~(1 << 9)) if leaf == 1 else (a, b, c, d)
 
@@ -183,10 +214,15 @@ class Machine:
         return 0
 
     def on_wrmsr(self, index: int, value: int) -> None:
-        pass
+        if index == 0x4000_0000:
+            for number in range(64):
+                code = b"\xb8" + number.to_bytes(4, "little") + b"\x0f\x01\xc1\xc3"
+                self.ram[value + 32 * number : value + 32 * number + len(code)] = code
 
     def on_hypercall(self) -> None:
-        self.vcpu.raise_fault(6)
+        regs = self.vcpu.regs
+        self.hypercalls.append(regs.rax)
+        regs.rax = 0
 
     def on_rdtsc(self) -> int:
         return self.now()

@@ -80,3 +80,27 @@ def el_torito(sector: bytes) -> bytes:
     disc[19 * 2048 : 19 * 2048 + 44] = bytes(validation) + entry
     disc[20 * 2048 : 20 * 2048 + len(sector)] = sector
     return bytes(disc)
+
+
+def test_under_xen_it_takes_what_hvmloader_leaves(tmp_path: Path) -> None:
+    """SeaBIOS finds Xen by CPUID, takes e820 and tables from 0x1000, sets no PCI up, and boots a disk."""
+    image = tmp_path / "image"
+    image.write_bytes(boot_sector() + bytes(63 * 16 * 512 * 4))
+    machine = Machine(BIOS, VGABIOS, disk=image, boot="c", xen=True)
+    # hvmloader enters the BIOS at F000:FFF0 below 1 MiB; the vector below 4 GiB holds the same far jump.
+    assert machine.run(60, lambda: "Sector one was read." in machine.text()), machine.log[-1500:].decode(
+        "latin-1"
+    )
+    log = machine.log.decode("latin-1")
+    for line in (
+        "Found Xen hypervisor signature",
+        "xen: copy e820",
+        "Detected Xen v4.17",
+        "xen: copy BIOS tables",
+    ):
+        assert line in log
+    for table in ("Copying ACPI RSDP", "Copying SMBIOS", "Copying MPTABLE", "Copying PIR"):
+        assert table in log, table
+    assert "PCI: init bdf" not in log
+    assert "Using pmtimer, ioport 0xb008" in log
+    assert machine.hypercalls == [17]
