@@ -139,11 +139,12 @@ class Drive:
     def read_data(self, size: int) -> int:
         """From the data port."""
         at = self._at
-        if at >= self._end or self._incoming:
+        end = self._end
+        if at >= end or self._incoming:
             return ONES[size]
         value = int.from_bytes(self._buffer[at : at + size], "little")
-        self._at = at + size
-        if self._at >= self._end:
+        self._at = at = at + size
+        if at >= end:
             self._end = 0
             self.status &= ~DRQ
             self._after()

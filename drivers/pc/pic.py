@@ -62,10 +62,13 @@ class _Chip:
 
     def pending(self) -> int:
         """The line to be served now, -1 for none."""
-        requests = self.irr & ~self.imr
+        elcr = self.elcr
+        requests = (self.latched & ~elcr | self.lines & elcr) & ~self.imr
         if not requests:
             return -1
         blocked = self.isr
+        if not blocked:
+            return self._order(requests) + self.lowest + 1 & 7
         if self.special_mask:
             blocked &= ~self.imr
         if self.special_nested:
@@ -108,7 +111,7 @@ class _Chip:
         if code in (0, 4):
             self.rotate_auto = code == 4
         elif code in (1, 5):  # non-specific EOI, and rotate
-            serving = self._highest_in_service()
+            serving = self._highest_in_service() if self.isr else -1
             if serving >= 0:
                 self.isr &= ~(1 << serving)
                 if code == 5:
