@@ -212,7 +212,8 @@ class RfbServer:
             waiting = self._asked is not None and not self._asked[0]
             self._asked = bool(incremental) and not waiting, x, y, width, height
         elif kind == KEY:
-            self._key(*struct.unpack(">xB2xI", body), events)
+            pressed, keysym = struct.unpack(">xB2xI", body)
+            self._key(pressed, keysym, events)
         elif kind == POINTER:
             events.extend(self._pointer_moved(*struct.unpack(">xBHH", body)))
         else:
