@@ -23,6 +23,11 @@ Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], None]
 """(offset in the range, size in bytes, value); the value has no bits beyond its size."""
 
+ReadString = Callable[[int, int, int], bytes]
+"""(offset, size, count) -> what `count` reads of `size` bytes there give, one behind the other."""
+WriteString = Callable[[int, int, bytes], None]
+"""(offset, size, data): the data in writes of `size` bytes there."""
+
 ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
 """What is read where nothing answers."""
 PORTS: Final = 0x10000
@@ -82,6 +87,9 @@ class Range:
     read: Read
     write: Write
     width: int = 1
+    read_string: ReadString | None = None
+    write_string: WriteString | None = None
+    """For ports that take many accesses in a row (REP INS and OUTS): all of them in one call."""
     aligned: bool = True
     """False, for ports: an access of up to `width` arrives whole wherever it begins."""
 
@@ -158,6 +166,7 @@ class PortSpace(_Space):
     def __init__(self, on_change: Changed | None = None) -> None:
         super().__init__(on_change)
         self._table: dict[int, tuple[Read, Write, int, int]] = {}
+        self._strings: dict[int, tuple[int, ReadString | None, WriteString | None]] = {}
         self.unclaimed: Final[dict[int, int]] = {}
         """Accesses by port where nothing is."""
 
@@ -168,6 +177,8 @@ class PortSpace(_Space):
             before = (new.start + offset) % new.width if new.aligned else 0
             most = min(new.width - before, new.length - offset)
             self._table[new.start + offset] = (new.read, new.write, offset, most)
+            if new.read_string is not None or new.write_string is not None:
+                self._strings[new.start + offset] = (offset, new.read_string, new.write_string)
         self._tell(new, True)
 
     def remove(self, old: Range) -> None:
@@ -175,6 +186,7 @@ class PortSpace(_Space):
         self._take_out(old)
         for port in range(old.start, old.end):
             del self._table[port]
+            self._strings.pop(port, None)
         self._tell(old, False)
 
     def read(self, port: int, size: int) -> int:
@@ -191,6 +203,23 @@ class PortSpace(_Space):
             entry[1](entry[2], size, value & ONES[size])
         else:
             self._write_split(port, size, value)
+
+    def read_string(self, port: int, size: int, count: int) -> bytes:
+        """`count` times IN of `size` bytes, as REP INS makes them: size * count bytes. The caller bounds `count`."""
+        found = self._strings.get(port)
+        if found is not None and found[1] is not None:
+            return found[1](found[0], size, count)
+        read = self.read
+        return b"".join([read(port, size).to_bytes(size, "little") for _ in range(count)])
+
+    def write_string(self, port: int, size: int, data: bytes) -> None:
+        """OUT of `size` bytes as often as `data` lasts, as REP OUTS makes them."""
+        found = self._strings.get(port)
+        if found is not None and found[2] is not None:
+            found[2](found[0], size, data)
+            return
+        for at in range(0, len(data), size):
+            self.write(port, size, int.from_bytes(data[at : at + size], "little"))
 
     def _nothing(self, port: int) -> None:
         self.unclaimed[port] = self.unclaimed.get(port, 0) + 1

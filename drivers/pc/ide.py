@@ -150,6 +150,33 @@ class Drive:
             self._after()
         return value
 
+    def read_block(self, length: int) -> bytes:
+        """Up to `length` bytes of the block that is offered; ones if there is none."""
+        at = self._at
+        if at >= self._end or self._incoming:
+            return b"\xff" * length
+        piece = bytes(self._buffer[at : min(at + length, self._end)])
+        self._at = at + len(piece)
+        if self._at >= self._end:
+            self._end = 0
+            self.status &= ~DRQ
+            self._after()
+        return piece
+
+    def write_block(self, data: bytes) -> int:
+        """As much of `data` as is asked for, which is the answer; all of it where nothing is."""
+        at = self._at
+        if at >= self._end or not self._incoming:
+            return len(data)
+        piece = data[: self._end - at]
+        self.received[at : at + len(piece)] = piece
+        self._at = at + len(piece)
+        if self._at >= self._end:
+            self._end = 0
+            self.status &= ~DRQ
+            self._after()
+        return len(piece)
+
     def write_data(self, size: int, value: int) -> None:
         """To the data port."""
         at = self._at
@@ -184,7 +211,11 @@ class Channel:
     def attach(self, ports: PortSpace, place: tuple[int, int, int] = PRIMARY) -> None:
         """Its ports: eight, and the device control port. BusError."""
         base, control, _ = place
-        ports.add(Range(f"IDE {base:#x}", base, 8, self._read, self._write, 4))
+        ports.add(
+            Range(
+                f"IDE {base:#x}", base, 8, self._read, self._write, 4, self._read_string, self._write_string
+            )
+        )
         ports.add(Range(f"IDE control {control:#x}", control, 1, self._read_control, self._write_control))
 
     def plug(self, unit: int, drive: Drive) -> None:
@@ -297,6 +328,32 @@ class Channel:
                 drive.device = value
             else:
                 drive.hob[port - 1], drive.lba[port - 3] = drive.lba[port - 3], value
+
+    def _read_string(self, port: int, size: int, count: int) -> bytes:
+        if port:
+            return b"".join([self._read(port, size).to_bytes(size, "little") for _ in range(count)])
+        length = size * count
+        out = bytearray()
+        while len(out) < length:
+            drive = self.drives[self._selected]
+            left = length - len(out)
+            piece = b"\xff" * left if drive is None else drive.read_block(left)
+            out += piece.ljust(
+                -(-len(piece) // size) * size, b"\0"
+            )  # an odd end of a block takes a whole access
+        return bytes(out)
+
+    def _write_string(self, port: int, size: int, data: bytes) -> None:
+        if port:
+            for at in range(0, len(data), size):
+                self._write(port, size, int.from_bytes(data[at : at + size], "little"))
+            return
+        while data:
+            drive = self.drives[self._selected]
+            if drive is None:
+                return
+            used = drive.write_block(data)
+            data = data[-(-used // size) * size :]
 
     def _command(self, code: int) -> None:
         self._quiet()

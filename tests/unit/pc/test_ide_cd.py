@@ -222,3 +222,11 @@ def test_unplugging_leaves_optical_drives(host: Host) -> None:
     assert len(host.ide.unplug_disks()) == 1
     host.packet(bytes(12))
     assert host.settled() == 0x50
+
+
+def test_a_string_takes_an_odd_block_in_whole_accesses(host: Host) -> None:
+    host.packet(bytes((0x12, 0, 0, 0, 35)), limit=64)
+    assert host.settled() & 8
+    data = host.ports.read_string(0x1F0, 2, 18)
+    assert (len(data), data[8:16], data[35]) == (36, b"Domicile", 0)
+    assert host.settled() == 0x50

@@ -430,3 +430,33 @@ def test_unplugging(medium: Memory) -> None:
     host.ide.plug(0, Disk(medium, serial="a"))
     with pytest.raises(ValueError, match="taken"):
         host.ide.plug(0, Disk(medium, serial="a"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_strings_of_accesses(host: Host, medium: Memory, size: int) -> None:
+    """REP INSW of sectors and of more than is there; REP OUTSW."""
+    host.taskfile(0x20, lba=3, count=3)
+    data = host.ports.read_string(0x1F0, size, 1024 // size)
+    assert data == medium.data[3 * 512 : 5 * 512]
+    assert host.irq.level
+    assert host.get(7) == 0x58
+    assert (
+        host.ports.read_string(0x1F0, size, 514 // size + 1)[:516]
+        == medium.data[5 * 512 : 6 * 512] + b"\xff" * 4
+    )
+    host.taskfile(0x30, lba=8, count=2)
+    host.ports.write_string(0x1F0, size, b"Q" * 1024 + b"R" * 8)
+    assert host.settled() == 0x50
+    assert medium.data[8 * 512 : 11 * 512] == b"Q" * 1024 + pattern(11)[10 * 512 :]
+    assert host.ports.read_string(0x1F7, 1, 3) == b"\x50" * 3
+    host.ports.write_string(0x1F3, 1, b"\x01\x02")
+    assert host.get(3) == 2
+
+
+def test_strings_where_nothing_is() -> None:
+    host = Host()
+    assert host.ports.read_string(0x1F0, 2, 2) == b"\xff" * 4
+    host.ports.write_string(0x1F0, 2, b"abcd")
+    assert host.ports.read_string(0x80, 1, 2) == b"\xff\xff"
+    host.ports.write_string(0x80, 1, b"ab")
+    assert host.ports.unclaimed[0x80] == 4
