@@ -23,10 +23,10 @@ Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], None]
 """(offset in the range, size in bytes, value); the value has no bits beyond its size."""
 
-ReadString = Callable[[int, int, int], bytes]
-"""(offset, size, count) -> what `count` reads of `size` bytes there give, one behind the other."""
-WriteString = Callable[[int, int, bytes], None]
-"""(offset, size, data): the data in writes of `size` bytes there."""
+ReadString = Callable[[int, int], bytes]
+"""(size, count) -> what `count` reads of `size` bytes give, one behind the other."""
+WriteString = Callable[[int, bytes], None]
+"""(size, data): the data in writes of `size` bytes."""
 
 ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
 """What is read where nothing answers."""
@@ -89,7 +89,7 @@ class Range:
     width: int = 1
     read_string: ReadString | None = None
     write_string: WriteString | None = None
-    """For ports that take many accesses in a row (REP INS and OUTS): all of them in one call."""
+    """Of the first port, if it takes many accesses in a row (REP INS and OUTS): all of them in one call."""
     aligned: bool = True
     """False, for ports: an access of up to `width` arrives whole wherever it begins."""
 
@@ -166,7 +166,7 @@ class PortSpace(_Space):
     def __init__(self, on_change: Changed | None = None) -> None:
         super().__init__(on_change)
         self._table: dict[int, tuple[Read, Write, int, int]] = {}
-        self._strings: dict[int, tuple[int, ReadString | None, WriteString | None]] = {}
+        self._strings: dict[int, tuple[ReadString | None, WriteString | None]] = {}
         self.unclaimed: Final[dict[int, int]] = {}
         """Accesses by port where nothing is."""
 
@@ -177,16 +177,16 @@ class PortSpace(_Space):
             before = (new.start + offset) % new.width if new.aligned else 0
             most = min(new.width - before, new.length - offset)
             self._table[new.start + offset] = (new.read, new.write, offset, most)
-            if new.read_string is not None or new.write_string is not None:
-                self._strings[new.start + offset] = (offset, new.read_string, new.write_string)
+        if new.read_string is not None or new.write_string is not None:
+            self._strings[new.start] = (new.read_string, new.write_string)
         self._tell(new, True)
 
     def remove(self, old: Range) -> None:
         """BusError: this very range is not there."""
         self._take_out(old)
+        self._strings.pop(old.start, None)
         for port in range(old.start, old.end):
             del self._table[port]
-            self._strings.pop(port, None)
         self._tell(old, False)
 
     def read(self, port: int, size: int) -> int:
@@ -207,16 +207,16 @@ class PortSpace(_Space):
     def read_string(self, port: int, size: int, count: int) -> bytes:
         """`count` times IN of `size` bytes, as REP INS makes them: size * count bytes. The caller bounds `count`."""
         found = self._strings.get(port)
-        if found is not None and found[1] is not None:
-            return found[1](found[0], size, count)
+        if found is not None and found[0] is not None:
+            return found[0](size, count)
         read = self.read
         return b"".join([read(port, size).to_bytes(size, "little") for _ in range(count)])
 
     def write_string(self, port: int, size: int, data: bytes) -> None:
         """OUT of `size` bytes as often as `data` lasts, as REP OUTS makes them."""
         found = self._strings.get(port)
-        if found is not None and found[2] is not None:
-            found[2](found[0], size, data)
+        if found is not None and found[1] is not None:
+            found[1](size, data)
             return
         for at in range(0, len(data), size):
             self.write(port, size, int.from_bytes(data[at : at + size], "little"))

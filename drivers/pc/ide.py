@@ -329,9 +329,7 @@ class Channel:
             else:
                 drive.hob[port - 1], drive.lba[port - 3] = drive.lba[port - 3], value
 
-    def _read_string(self, port: int, size: int, count: int) -> bytes:
-        if port:
-            return b"".join([self._read(port, size).to_bytes(size, "little") for _ in range(count)])
+    def _read_string(self, size: int, count: int) -> bytes:
         length = size * count
         out = bytearray()
         while len(out) < length:
@@ -343,11 +341,7 @@ class Channel:
             )  # an odd end of a block takes a whole access
         return bytes(out)
 
-    def _write_string(self, port: int, size: int, data: bytes) -> None:
-        if port:
-            for at in range(0, len(data), size):
-                self._write(port, size, int.from_bytes(data[at : at + size], "little"))
-            return
+    def _write_string(self, size: int, data: bytes) -> None:
         while data:
             drive = self.drives[self._selected]
             if drive is None:
