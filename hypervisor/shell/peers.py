@@ -6,7 +6,7 @@ import itertools
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from bus.addresses import DomId
@@ -36,7 +36,23 @@ class Cork:
     def __init__(self) -> None:
         self.is_in = False
         self.waiting: dict[DomId, Peer] = {}
-        """Peers with something to send, in the order in which it came: their own, not those of before a restart."""
+        """Peers with something to send, in the order in which it came."""
+
+    def pull(self, peers: Mapping[DomId, Peer]) -> tuple[list[Peer], list[tuple[DomId, str]]]:
+        """Send what waits, to the peer first that was the first to be sent something; who was sent to, and who is lost, and why. `peers`:
+        those whose processes are there still."""
+        self.is_in = False
+        waiting, self.waiting = self.waiting, {}
+        sent: list[Peer] = []
+        lost: list[tuple[DomId, str]] = []
+        for domain, peer in waiting.items():
+            if peers.get(domain) is peer:
+                try:
+                    peer.flush()
+                    sent.append(peer)
+                except PeerLost as error:
+                    lost.append((domain, str(error)))
+        return sent, lost
 
 
 class _Connection:

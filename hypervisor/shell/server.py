@@ -218,6 +218,8 @@ class Server:
             messages = peer.receive(fd)
             last = len(messages) - 1
             for number, message in enumerate(messages):
+                if self.peers.get(peer.domain) is not peer:
+                    return  # it was found not to read, and dropped: what else it sent counts no more
                 # Batches of DMA that came together: their answers, interrupts and stale frames go out together.
                 self._take(peer, message, apply=number == last or not isinstance(message, Dma))
             self._watch(peer)
@@ -257,6 +259,8 @@ class Server:
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
+            if message.nr == HYPERVISOR_domctl:
+                self._sweep_traces()  # of a domain that is gone now: its process may have ended long before
             if self._trace.on[0]:
                 spent = time.monotonic_ns() - now
                 domain, nr = peer.domain, message.nr
@@ -443,17 +447,10 @@ class Server:
                 self._lose(domain, why)
 
     def _uncork(self) -> None:
-        """Send what waited: to the peer first that was the first to be sent something."""
-        self._cork.is_in = False
-        waiting, self._cork.waiting = self._cork.waiting, {}
-        for domain, peer in waiting.items():
-            if self.peers.get(domain) is not peer:
-                continue  # its process is gone
-            try:
-                peer.flush()
-                self._watch(peer)
-            except PeerLost as lost:
-                self._lost.append((domain, str(lost)))
+        sent, lost = self._cork.pull(self.peers)
+        self._lost += lost
+        for peer in sent:
+            self._watch(peer)
 
     def _send_raised(self, domain: DomId, events: list[tuple[int, int]]) -> None:
         peer = self.peers.get(domain)
