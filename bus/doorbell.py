@@ -6,6 +6,7 @@ a spurious wake-up is normal.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -24,11 +25,9 @@ class Doorbell:
 
     def ring(self) -> None:
         """Notify. Never blocks; a full counter is a notification that was not taken yet."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.set_blocking(self.fd, False)
             os.eventfd_write(self.fd, 1)
-        except BlockingIOError:  # suppress() would take as long as the write
-            pass
 
     def take(self) -> bool:
         """Forget rings so far; True if there was one."""

@@ -5,6 +5,8 @@
 | 0 | one `struct ioreq` (hvm/ioreq.h) a vCPU: the accesses under way | both, in turn by its state |
 | PRODUCED, CONSUMED | indexes of the ring of notes, free running | device model; guest's process |
 | NOTES | the ring: what the device model has done or wants done, in order | device model; `status` by the guest's process |
+| POSTED, TAKEN | indexes of the ring of posted writes, free running | guest's process; device model |
+| POSTS | the ring: writes that need no answer, in order; they come before any access that is made ready later | guest's process |
 | BLOCK | data of REP INS and REP OUTS, one page a vCPU | both, with the ioreq |
 | STAGING | bytes on their way to or from the guest's memory | both |
 | VRAM | the frame buffer, which the guest's process maps into the guest | guest and device model |
@@ -35,10 +37,16 @@ from bus.abi.hvm.ioreq import (
 MAX_VCPUS: Final = 128
 PRODUCED: Final = 0x1000
 CONSUMED: Final = 0x1040
+POSTED: Final = 0x1080
+TAKEN: Final = 0x10C0
 NOTES: Final = 0x2000
 NOTE_SIZE: Final = 32
 RING: Final = 256
 """Notes that may wait."""
+POSTS: Final = 0x10000
+POST_SIZE: Final = 16
+POST_RING: Final = 4096
+"""Writes that may wait."""
 BLOCK: Final = 0x80000
 BLOCK_SIZE: Final = 0x1000
 STAGING: Final = 0x100000
@@ -48,14 +56,15 @@ VRAM_SIZE: Final = 16 << 20
 SIZE: Final = VRAM + VRAM_SIZE
 EVENTFDS: Final = ("request", "response", "note", "done")
 
-ISA_IRQ, PCI_INTX, MSI, READ, WRITE, MAP, UNMAP, LINK = range(1, 9)
+ISA_IRQ, PCI_INTX, MSI, READ, WRITE, MAP, UNMAP, LINK, A20 = range(1, 10)
 """Notes: a line of an ISA interrupt (a: line, b: level); of a PCI device (a: device << 2 | pin, b: level); an interrupt message
 (address, a: data); bytes from the guest's memory to the staging area (address, length, place), which waits for `done`; bytes to
 the guest's memory; the frame buffer at a guest-physical address (address, length, place in it; whole pages); no longer; the ISA interrupt of a PCI link (a: link, b: line,
-0 for none)."""
+0 for none); address line 20 as the keyboard controller has it (a: level)."""
 PENDING, CARRIED_OUT, REFUSED = range(3)
 """Status of a note."""
 _NOTE: Final = Struct("<IIIIQII")
+_POST: Final = Struct("<QIBB2x")
 _WORD: Final = Struct("<I")
 _IOREQ: Final = Struct("<QQIIIHBB")
 _STATE_AT: Final = 30
@@ -137,6 +146,18 @@ class IoreqArea:
         """The page for data of string instructions of a vCPU."""
         start = BLOCK + vcpu * BLOCK_SIZE
         return self.octets[start : start + BLOCK_SIZE]
+
+    # --- posted writes
+
+    def put_post(self, index: int, access: Access) -> None:
+        """A write of at most four bytes, at a free-running index; `POSTED` is the caller's business."""
+        at = POSTS + index % POST_RING * POST_SIZE
+        _POST.pack_into(self.octets, at, access.address, access.data & 0xFFFFFFFF, access.size, access.kind)
+
+    def get_post(self, index: int) -> Access:
+        """A copy of it, unchecked."""
+        address, data, size, kind = _POST.unpack_from(self.octets, POSTS + index % POST_RING * POST_SIZE)
+        return Access(address, data, 1, size, kind, False, False)
 
     # --- notes
 

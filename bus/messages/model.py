@@ -48,6 +48,13 @@ class ModelScreen(Message):
     token: U32
 
 
+class ModelFlush(Message):
+    """The guest does not run any more: say what it wrote last, then that this is done."""
+
+    KIND: ClassVar[str] = "model_flush"
+    token: U32
+
+
 class ModelButton(Message):
     """The power button is pressed, or sleep."""
 
@@ -100,5 +107,5 @@ class ModelFailed(Message):
     why: Annotated[str, Field(max_length=400)]
 
 
-TO_MODEL = registry(ModelGo, ModelInput, ModelKeys, ModelScreen, ModelButton)
+TO_MODEL = registry(ModelGo, ModelInput, ModelKeys, ModelScreen, ModelFlush, ModelButton)
 FROM_MODEL = registry(ModelReady, ModelOutput, ModelUnplugged, ModelPicture, ModelDone, ModelFailed)

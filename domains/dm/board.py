@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bus.abi.sched import SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.process import Start
-from domains.dm.guest import Guest
+from domains.dm.guest import PAGE, Guest
 from domains.dm.server import Spaces
 from drivers.hw.nvme.media import Media, RawMedia
 from drivers.hw.nvme.media_qcow2 import Qcow2Media
@@ -16,20 +17,26 @@ from drivers.pc.acpi_pm import S5, SCI_IRQ, AcpiPm
 from drivers.pc.bus import Clock, Timed, earliest
 from drivers.pc.fw_cfg import FwCfg
 from drivers.pc.i440fx import I440fx
+from drivers.pc.i8042 import AUX_IRQ, I8042, KEYBOARD_IRQ
 from drivers.pc.ide import Drive
 from drivers.pc.ide_cd import OpticalDrive
 from drivers.pc.ide_disk import Disk
 from drivers.pc.ide_pci import IdeFunction
+from drivers.pc.keys import parse_combination
 from drivers.pc.pci import PciBus
 from drivers.pc.pci_setup import set_up_pci
 from drivers.pc.piix3 import Piix3Isa
-from drivers.pc.system import ResetControl
+from drivers.pc.system import A20, ResetControl
 from drivers.pc.uart import COM1, COM1_IRQ, Uart
+from drivers.pc.vga import PlainRange, Vga
+from drivers.pc.vga_render import Picture, render
 from drivers.pc.xen_platform import DISKS, SECONDARY_DISKS, XenPlatform
 
 ISA, ISA_FUNCTION, IDE_FUNCTION, PM_FUNCTION = 1, 0, 1, 3
-PLATFORM: Final = 3
+VIDEO, PLATFORM = 2, 3
 """PCI device numbers, as QEMU's xenfv machine has them."""
+VIDEO_BIOS: Final = "pci1234,1111.rom"
+"""SeaBIOS takes an option ROM by this name in place of the device's own (src/optionroms.c): one transfer and not ten thousand reads."""
 SLOTS: Final = ("hda", "hdb", "hdc", "hdd")
 MAX_VIDEO_BIOS: Final = 1 << 17
 MAX_INPUT: Final = 1 << 20
@@ -103,6 +110,11 @@ class Settings:
         )
 
 
+def _video_bios(settings: Settings) -> bytes:
+    fd = settings.files.get("video_bios")
+    return b"" if fd is None else os.pread(fd, MAX_VIDEO_BIOS, 0)
+
+
 def firmware_files(settings: Settings) -> dict[str, bytes]:
     """What SeaBIOS finds by name: where its console is besides the screen, and what it boots."""
     files: dict[str, bytes] = {}
@@ -110,6 +122,9 @@ def firmware_files(settings: Settings) -> dict[str, bytes]:
         files["etc/sercon-port"] = COM1.to_bytes(2, "little")
     places = [path for letter in settings.boot for path in BOOT_PATHS.get(letter, ())]
     files["bootorder"] = "\n".join([*places, "HALT"]).encode() + b"\0"
+    bios = _video_bios(settings)
+    if settings.vga == "stdvga" and bios:
+        files[VIDEO_BIOS] = bios
     files["etc/boot-menu-wait"] = (0).to_bytes(4, "little")
     return files
 
@@ -161,6 +176,7 @@ class Board:
         log: Callable[[str], None],
     ) -> None:
         ports = spaces.ports
+        self._guest: Final = guest
         self.uart: Final = Uart(lambda level: guest.isa_irq(COM1_IRQ, level), transmit)
         if settings.serial:
             self.uart.attach(ports, COM1)
@@ -181,6 +197,13 @@ class Board:
 
         self.power: Final = AcpiPm(now, lambda level: guest.isa_irq(SCI_IRQ, level), sleep)
         self.power.attach(ports)
+        self.keyboard: Final = I8042(
+            lambda level: guest.isa_irq(KEYBOARD_IRQ, level),
+            lambda level: guest.isa_irq(AUX_IRQ, level),
+            A20(guest.a20),
+            lambda: shutdown(SHUTDOWN_reboot),
+        )
+        self.keyboard.attach(ports)
         self.platform: Final = XenPlatform(now, self._unplug, log)
         self.platform.attach(ports)
         self.pci.add(0, 0, I440fx())
@@ -194,6 +217,14 @@ class Board:
             self._plug(slot, open_medium(slot, settings.files))
         self.pci.add(ISA, IDE_FUNCTION, self.ide)
         self.pci.add(ISA, PM_FUNCTION, self.power)
+        self.vga: Vga | None = None
+        self._shown: tuple[PlainRange, ...] = ()
+        if settings.vga == "stdvga":
+            vga = self.vga = Vga(guest.vram)
+            vga.on_layout = self._layout
+            vga.attach(ports)
+            vga.attach_window(spaces.mmio)
+            self.pci.add(VIDEO, 0, vga)
         self.pci.add(PLATFORM, 0, self.platform)
         self.unplugged: Callable[[list[str]], None] = lambda slots: None
         self._timed: Final[list[Timed]] = [self.power, self._input]
@@ -226,13 +257,39 @@ class Board:
         if names:
             self.unplugged(names)
 
+    def _layout(self) -> None:
+        """What of the frame buffer is plain memory of the guest has changed."""
+        assert self.vga is not None
+        wanted = self.vga.plain_ranges()
+        whole = tuple(r for r in wanted if not (r.gpa | r.size | r.offset) & PAGE - 1)
+        for old in self._shown:
+            if old not in whole:
+                self._guest.unmap_vram(old.gpa, old.size)
+        for new in whole:
+            if new not in self._shown:
+                self._guest.map_vram(new.gpa, new.size, new.offset)
+        self._shown = whole
+
+    def picture(self, now: int) -> Picture | None:
+        """The screen; None: there is none."""
+        return None if self.vga is None else render(self.vga, now)
+
     def serial_input(self, data: bytes) -> None:
         """Bytes for the guest's serial line; what finds no room is lost."""
         self._input.put(data)
 
     def send_keys(self, keys: Sequence[str]) -> str:
-        """Press and release keys; why not, or ''."""
-        return "this device model has no keyboard"
+        """Press and release keys, each a combination such as ctrl-alt-delete; why not, or ''."""
+        try:
+            combinations = [parse_combination(text) for text in keys]
+        except ValueError as error:
+            return str(error)[:200]
+        for names in combinations:
+            for name in names:
+                self.keyboard.key(name, True)
+            for name in reversed(names):
+                self.keyboard.key(name, False)
+        return ""
 
     def next_deadline(self) -> int | None:
         """See Timed."""

@@ -45,6 +45,9 @@ class Guest:
         self._produced = self._area.word(area.PRODUCED)
         self._carried_out = self._produced
         self._place = 0
+        self._told = self._produced
+        self._taken = self._area.word(area.TAKEN)
+        self.posts = 0
         self._serving = False
         self.alive: Callable[[], None] = lambda: None
         """Called while waiting for the guest's process, now and then: raises if there is no use in it."""
@@ -62,7 +65,31 @@ class Guest:
         while self._more.poll(NEXT_S) and time.monotonic() < end:
             self._answer()
 
+    def _take_posts(self) -> None:
+        """Carry out the writes that wait, at most a ring full."""
+        posted = self._area.word(area.POSTED)
+        waiting = posted - self._taken & 0xFFFFFFFF
+        if not waiting:
+            return
+        if waiting > area.POST_RING:
+            raise GuestGone("the index of the ring of posted writes makes no sense")
+        self._serving = True
+        try:
+            for _ in range(waiting):
+                access = self._area.get_post(self._taken)
+                self._taken = self._taken + 1 & 0xFFFFFFFF
+                if access.size in (1, 2, 4):
+                    self._access(0, access)
+        finally:
+            self._serving = False
+        self.posts += waiting
+        self._area.set_word(area.TAKEN, self._taken)
+        if self._produced != self._told:
+            self._told = self._produced
+            self._note.ring()  # what came of them: nobody waits for an answer
+
     def _answer(self) -> None:
+        self._take_posts()
         for vcpu in range(self.vcpus):
             if self._area.ready(vcpu):
                 access = self._area.take_access(vcpu)
@@ -84,25 +111,23 @@ class Guest:
         if access.kind == IOREQ_TYPE_PIO and (size > 4 or access.address >= 0x10000):
             return ONES[8]
         if access.block:
-            return self._block(vcpu, access, space)
+            return self._block(vcpu, access)
         if access.read:
             return space.read(access.address, size)
         space.write(access.address, size, access.data & ONES[size])
         return 0
 
-    def _block(self, vcpu: int, access: Access, space: PortSpace | MmioSpace) -> int:
-        """Accesses of a string instruction, all to one address. The result: how many were made."""
+    def _block(self, vcpu: int, access: Access) -> int:
+        """Accesses of a string instruction, all to one port. The result: how many were made."""
         size, octets = access.size, self._area.block(vcpu)
         count = min(access.steps, len(octets) // size)
-        address = access.address
+        if not count or access.kind != IOREQ_TYPE_PIO:
+            return 0
         if access.read:
-            read = space.read
-            data = b"".join(read(address, size).to_bytes(size, "little") for _ in range(count))
+            data = self._ports.read_string(access.address, size, count)
             octets[: len(data)] = data
         else:
-            data = bytes(octets[: count * size])
-            for at in range(0, len(data), size):
-                space.write(address, size, int.from_bytes(data[at : at + size], "little"))
+            self._ports.write_string(access.address, size, bytes(octets[: count * size]))
         return count
 
     # --- notes
@@ -152,6 +177,10 @@ class Guest:
     def set_link(self, link: int, line: int) -> None:
         """Route a PCI link to an ISA interrupt; 0: to none."""
         self._put(Note(area.LINK, link, line))
+
+    def a20(self, level: bool) -> None:
+        """Address line 20, as the keyboard controller has it."""
+        self._put(Note(area.A20, int(level)))
 
     def msi(self, address: int, data: int) -> None:
         """Send an interrupt message."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from bus import sealed
 from bus.messages.domain import Order, Report
 from bus.messages.envelope import Message
 from bus.messages.model import (
     TO_MODEL,
+    ModelButton,
     ModelDone,
     ModelFailed,
+    ModelFlush,
     ModelGo,
     ModelInput,
     ModelKeys,
     ModelOutput,
+    ModelPicture,
     ModelReady,
     ModelScreen,
     ModelUnplugged,
@@ -59,6 +64,8 @@ class ModelProcess:
             ModelInput: self._input,
             ModelKeys: self._keys,
             ModelScreen: self._screen,
+            ModelButton: self._button,
+            ModelFlush: self._finish,
         }
         reactor.reader(self._dom0.fileno(), self._from_dom0)
 
@@ -123,8 +130,28 @@ class ModelProcess:
         error = "it does not run yet" if self.board is None else self.board.send_keys(message.keys)
         self._tell(ModelDone(token=message.token, error=error))
 
+    def _finish(self, message: ModelFlush) -> None:
+        if self._guest is not None:
+            self._guest.serve()
+        self._flush()
+        self._tell(ModelDone(token=message.token))
+
+    def _button(self, message: ModelButton) -> None:
+        if self.board is not None and message.button == "power":
+            self.board.power.press_power_button()
+
     def _screen(self, message: ModelScreen) -> None:
-        self._tell(ModelDone(token=message.token, error="this device model has no screen"))
+        picture = self.board.picture(time.monotonic_ns()) if self.board is not None else None
+        if picture is None:
+            self._tell(ModelDone(token=message.token, error="this domain has no screen (vga = none)"))
+            return
+        fd = sealed.create("domicile-picture", len(picture.rgb))
+        try:
+            os.pwrite(fd, picture.rgb, 0)
+            answer = ModelPicture(token=message.token, width=picture.width, height=picture.height)
+            self._tell(answer, (fd,))
+        finally:
+            os.close(fd)
 
     def _unplugged(self, slots: list[str]) -> None:
         self._tell(ModelUnplugged(slots=slots))

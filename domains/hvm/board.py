@@ -12,7 +12,9 @@ from typing import Final
 
 from domains.hvm.interrupts import Interrupts
 from drivers.pc.bus import Clock, MmioSpace, PortSpace, Timed, earliest
-from drivers.pc.fabric import LINKS, Fabric
+from drivers.pc.fabric import GSIS, LINKS, Fabric
+from drivers.pc.hpet import Hpet
+from drivers.pc.ioapic import IoApic, Message, decode_msi
 from drivers.pc.pci_setup import ELCR
 from drivers.pc.pci_setup import LINES as LINK_LINES
 from drivers.pc.pic import CASCADE, PicPair
@@ -22,7 +24,6 @@ from drivers.pc.system import A20, SEABIOS_DEBUG, XEN_DEBUG, DebugPort, Port92, 
 
 ISA_LINES: Final = 16
 SECOND: Final = 1_000_000_000
-MSI_PREFIX: Final = 0xFEE
 MAX_LINE: Final = 200
 """Bytes of one line of a debug port's log."""
 
@@ -60,9 +61,11 @@ class Board:
         self.ports: Final = PortSpace()
         self.mmio: Final = MmioSpace()
         self.pic: Final = PicPair(self._intr)
-        self.fabric: Final = Fabric(self._pic_line, lambda number, level: None)
+        self.ioapic: Final = IoApic(self._message)
+        self.fabric: Final = Fabric(self._pic_line, self.ioapic.set_input)
         self.pit: Final = Pit(now, self.fabric.isa_line(0))
         self.rtc: Final = Rtc(now, self.fabric.isa_line(8), (wall() - now()) // SECOND)
+        self.hpet: Final = Hpet(now, self.ioapic.set_input, self.fabric.set_isa)
         self.a20: Final = A20(a20)
         debug = DebugLog(log)
         for device in (
@@ -75,15 +78,40 @@ class Board:
             DebugPort(SEABIOS_DEBUG, debug.put),
         ):
             device.attach(self.ports)
+        self.ioapic.attach(self.mmio)
+        self.hpet.attach(self.mmio)
         triggers = sum(1 << line for line in set(LINK_LINES))
         self.ports.write(ELCR, 1, triggers & 0xFF)  # as hvmloader leaves it
         self.ports.write(ELCR + 1, 1, triggers >> 8)
-        self._timed: Final[list[Timed]] = [self.pit, self.rtc]
+        self._timed: Final[list[Timed]] = [self.pit, self.rtc, self.hpet]
 
     def _intr(self, level: bool) -> None:
         self._interrupts.changed = True
         if level:
             self._interrupts.states[0].wake()
+
+    def _message(self, message: Message) -> None:
+        self._interrupts.message(
+            message.vector, message.mode, message.destination, logical=message.logical, level=message.level
+        )
+
+    def end_of_interrupt(self, vector: int) -> None:
+        """A local APIC ended a level-triggered interrupt."""
+        self._interrupts.changed = True
+        self._interrupts.follow_upcall()
+        self.ioapic.end_of_interrupt(vector)
+
+    def gsi_line(self, number: int, level: bool) -> None:
+        """Drive an interrupt by its global number: an ISA line, or an input of the I/O APIC alone. Others than these: nothing."""
+        if number < ISA_LINES:
+            self.isa_line(number, level)
+        elif number < GSIS:
+            self._interrupts.changed = True
+            self.ioapic.set_input(number, level)
+
+    def callback_pin(self, device: int, pin: int, level: bool) -> None:
+        """Drive a PCI pin beside what the device itself does there."""
+        self.fabric.set_intx(device, pin, level)
 
     def _pic_line(self, number: int, level: bool) -> None:
         self._interrupts.changed = True
@@ -112,13 +140,17 @@ class Board:
         self.fabric.set_route(link, line)
         return True
 
+    def a20_by_keyboard(self, level: bool) -> bool:
+        """The keyboard controller's output for address line 20."""
+        self.a20.keyboard(level)
+        return True
+
     def msi(self, address: int, data: int) -> bool:
         """An interrupt message (SDM volume 3, 11.11). False if it is none."""
-        if address >> 20 != MSI_PREFIX:
+        message = decode_msi(address, data)
+        if message is None:
             return False
-        self._interrupts.message(
-            data & 0xFF, data >> 8 & 7, address >> 12 & 0xFF, logical=bool(address & 4), level=False
-        )
+        self._message(message)
         return True
 
     # --- time

@@ -16,7 +16,7 @@ from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO, HYPERVISOR_grant_table_op, HYPERVISOR_hvm_op, HYPERVISOR_memory_op
 from bus.addresses import PAGE_SHIFT, DomId, Mfn
-from domains.hvm.board import MSI_PREFIX, Board, DebugLog
+from domains.hvm.board import Board, DebugLog
 from domains.hvm.calls import (
     HvmEventCalls,
     HvmMemoryCalls,
@@ -54,6 +54,7 @@ from domains.vcpu.hvm_thunks import HF_CS64
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from domains.vcpu.walk import NotMapped
 from drivers.pc.assigned import AssignedFunction
+from drivers.pc.ioapic import decode_msi
 
 SHARED_INFO_VCPUS: Final = 32
 START_NS: Final = 1_000_000
@@ -142,6 +143,8 @@ class HvmDomain(Turns[HvmState]):
             self.vcpu.set_a20,
         )
         wired.pic = board.pic
+        for state in self.states:
+            state.apic.ended = board.end_of_interrupt
         return board
 
     def give_devices(self, functions: Mapping[int, AssignedFunction]) -> None:
@@ -153,9 +156,14 @@ class HvmDomain(Turns[HvmState]):
 
     def msi(self, address: int, data: int) -> None:
         """A device's interrupt message. What is none is dropped, as on a bus where nobody takes it."""
-        if address >> 20 == MSI_PREFIX:
+        message = decode_msi(address, data)
+        if message is not None:
             self.interrupts.message(
-                data & 0xFF, data >> 8 & 7, address >> 12 & 0xFF, logical=bool(address & 4), level=False
+                message.vector,
+                message.mode,
+                message.destination,
+                logical=message.logical,
+                level=message.level,
             )
 
     def join_model(self, number: int, fds: list[int], idle: Callable[[], None]) -> Model:
@@ -258,11 +266,24 @@ class HvmDomain(Turns[HvmState]):
             self.triple_fault_reason = value & 0xFF
 
     def set_callback(self, value: int) -> None:
-        """HVM_PARAM_CALLBACK_IRQ: by vector. By a line (GSI, INTx) there is none in a guest without interrupt controllers
-        besides the local APIC. The layout of the shared info follows the mode of the code that sets it."""
+        """HVM_PARAM_CALLBACK_IRQ: by vector, or by a line (GSI, INTx), which a guest without interrupt controllers besides the
+        local APIC does not have. The layout of the shared info follows the mode of the code that sets it."""
         self._latch_layout()
-        vector = value & 0xFF if value >> 56 == params.HVM_PARAM_CALLBACK_TYPE_VECTOR else 0
+        kind = value >> 56
+        vector = value & 0xFF if kind == params.HVM_PARAM_CALLBACK_TYPE_VECTOR else 0
         self.interrupts.callback_vector = vector if vector >= 16 else 0
+        self.interrupts.set_callback_line(self._callback_line(kind, value))
+
+    def _callback_line(self, kind: int, value: int) -> Callable[[bool], None] | None:
+        """The line that a full HVM guest asks to be told by: an input of the I/O APIC, or a PCI pin (hvm/params.h)."""
+        board = self.board
+        if board is None:
+            return None
+        if kind == params.HVM_PARAM_CALLBACK_TYPE_GSI and value & 0xFF:
+            return lambda level: board.gsi_line(value & 0xFF, level)
+        if kind == params.HVM_PARAM_CALLBACK_TYPE_PCI_INTX:
+            return lambda level: board.callback_pin(value >> 11 & 31, value & 3, level)
+        return None
 
     def _make_page(self, gfn: int) -> bool:
         self._latch_layout()

@@ -96,8 +96,11 @@ class Exits:
             state: Any = self._cpu.current
             if state.armed is not None:
                 self._interrupts.settle(state)
+            if port in PIC_PORTS:
+                self._interrupts.follow_upcall()
+                self._interrupts.changed = True
             board.ports.write(port, size, value)
-            if self._interrupts.changed or port in PIC_PORTS:
+            if self._interrupts.changed:
                 self._interrupts.arm(state)
             return
         if port != DEBUG_PORT:

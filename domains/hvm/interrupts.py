@@ -41,8 +41,7 @@ class Interrupts:
         self.stopped: Callable[[HvmState], None] = lambda state: None
         self.callback_vector = 0
         """HVM_PARAM_CALLBACK_IRQ by vector; 0: none."""
-        self.callback_line: Callable[[bool], None] | None = None
-        """HVM_PARAM_CALLBACK_IRQ by a line: follows the upcall flag of vCPU 0."""
+        self._callback_line: Callable[[bool], None] | None = None
         self.pic: InterruptController | None = None
         """The 8259 pair of a guest that has one."""
         self.changed = False
@@ -52,8 +51,8 @@ class Interrupts:
 
     def _wanted(self, state: HvmState) -> tuple[int, int] | None:
         """In Xen's order: the upcall, the 8259, the local APIC."""
-        if self.callback_line is not None:
-            self._follow_upcall()
+        if self._callback_line is not None:
+            self.follow_upcall()
         elif self.callback_vector and state.info >= 0 and self._octets[state.info]:
             return CALLBACK, self.callback_vector
         if self.pic is not None and self.accepts_pic(state):
@@ -71,10 +70,18 @@ class Interrupts:
         apic = state.apic
         return not apic.hardware_enabled or apic.lvt[LVT_LINT0] & (MASKED | 0x700) == EXTINT << 8
 
-    def _follow_upcall(self) -> None:
-        state = self.states[0]
-        assert self.callback_line is not None
-        self.callback_line(state.info >= 0 and bool(self._octets[state.info]))
+    def set_callback_line(self, line: Callable[[bool], None] | None) -> None:
+        """HVM_PARAM_CALLBACK_IRQ by a line, which is high while the upcall flag of vCPU 0 is up; the old one goes low."""
+        if self._callback_line is not None:
+            self._callback_line(False)
+        self._callback_line = line
+        self.follow_upcall()
+
+    def follow_upcall(self) -> None:
+        """The guest may have cleared its upcall flag: before a controller looks at the line again, it has the level of now."""
+        if self._callback_line is not None:
+            state = self.states[0]
+            self._callback_line(state.info >= 0 and bool(self._octets[state.info]))
 
     def has_work(self, state: HvmState) -> bool:
         """Something would interrupt the vCPU (or does as soon as it lets it)."""
@@ -123,6 +130,7 @@ class Interrupts:
 
     def upcall(self, state: HvmState) -> None:
         """The vCPU's upcall flag went up."""
+        self.follow_upcall()
         if state.upcall_vector:
             state.apic.accept(state.upcall_vector, always=True)
         state.wake()
@@ -159,6 +167,8 @@ class Interrupts:
             elif ipi.mode == NMI:
                 state.nmi = True
                 state.wake()
+            elif ipi.mode == EXTINT and self.pic is not None:
+                state.wake()  # the 8259 pair's vector is taken where it is accepted (virtual wire)
             elif ipi.mode == INIT and ipi.assert_level:
                 state.apic.reset()
                 state.sipi = None

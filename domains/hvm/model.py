@@ -30,6 +30,11 @@ QUICK_S: Final = 0.002
 """So long only the answer is waited for; then this process's other duties as well."""
 STEP_S: Final = 0.05
 M32: Final = 0xFFFFFFFF
+POSTED_MEMORY: Final = range(0xA0000, 0xC0000)
+"""Writes there are posted, as Xen's buffered ioreqs: the VGA window, in modes in which it is no plain memory."""
+POSTED_PORTS: Final = frozenset((0x3C0, 0x3C6, 0x3C7, 0x3C8, 0x3C9, 0x3D4, 0x3D5, 0x3F8))
+"""Attribute controller, DAC, CRT controller, the serial line's data: nothing that a guest does next depends on their effect having
+come. (A VGA register that decides how memory is addressed is not among them.)"""
 
 
 class Model:
@@ -62,7 +67,9 @@ class Model:
         for bell in (self._response, self.note):
             self._quick.register(bell.fd, select.EPOLLIN | select.EPOLLET)
         self._vram: Final = _address(self._area.octets) + area.VRAM
+        self._posted = self._area.word(area.POSTED)
         self.accesses = 0
+        self.posts = 0
         self.refused = 0
         """Notes that made no sense, or aimed at what is not this guest's memory."""
 
@@ -94,8 +101,13 @@ class Model:
         def read(offset: int, size: int) -> int:
             return self.access(Access(first + offset, 0, 1, size, ioreq, True, False))
 
+        posted = POSTED_MEMORY if kind == dm_op.XEN_DMOP_IO_RANGE_MEMORY else POSTED_PORTS
+
         def write(offset: int, size: int, value: int) -> None:
-            self.access(Access(first + offset, value, 1, size, ioreq, False, False))
+            address = first + offset
+            access = Access(address, value, 1, size, ioreq, False, False)
+            if address not in posted or size > 4 or not self._post(access):
+                self.access(access)
 
         width = 4 if kind == dm_op.XEN_DMOP_IO_RANGE_PORT else 8
         wanted = Range(f"ioreq server {self.number}", first, last + 1 - first, read, write, width)
@@ -122,6 +134,21 @@ class Model:
     def access(self, access: Access) -> int:
         """Have the device model do it; ones if it does not."""
         return self._exchange(access, None)
+
+    def _post(self, access: Access) -> bool:
+        """A write that needs no answer. False: it must be made as an access (the ring is full, or nobody is there)."""
+        if not self._enabled or self._gone:
+            return False
+        waiting = self._posted - self._area.word(area.TAKEN) & M32
+        if waiting >= area.POST_RING:
+            return False
+        self._area.put_post(self._posted, access)
+        self._posted = self._posted + 1 & M32
+        self._area.set_word(area.POSTED, self._posted)
+        if waiting == 0:
+            self._request.ring()
+        self.posts += 1
+        return True
 
     def string_in(self, port: int, size: int, count: int) -> bytes:
         """The values of so many IN from a port, at least one."""
@@ -222,6 +249,8 @@ class Model:
             return self._board.pci_line(note.a >> 2, note.a & 3, bool(note.b))
         elif kind == area.LINK:
             return self._board.set_link(note.a, note.b)
+        elif kind == area.A20:
+            return self._board.a20_by_keyboard(bool(note.a))
         elif kind == area.MSI:
             return self._board.msi(note.address, note.a)
         elif kind in (area.READ, area.WRITE):

@@ -6,7 +6,7 @@ import itertools
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from bus.addresses import DomId
@@ -30,31 +30,6 @@ class PeerLost(ConnectionError):
     """The domain's process takes nothing any more."""
 
 
-class Cork:
-    """While it is in, what is sent to peers waits, so that messages to one of them go out by one system call."""
-
-    def __init__(self) -> None:
-        self.is_in = False
-        self.waiting: dict[DomId, Peer] = {}
-        """Peers with something to send, in the order in which it came."""
-
-    def pull(self, peers: Mapping[DomId, Peer]) -> tuple[list[Peer], list[tuple[DomId, str]]]:
-        """Send what waits, to the peer first that was the first to be sent something; who was sent to, and who is lost, and why. `peers`:
-        those whose processes are there still."""
-        self.is_in = False
-        waiting, self.waiting = self.waiting, {}
-        sent: list[Peer] = []
-        lost: list[tuple[DomId, str]] = []
-        for domain, peer in waiting.items():
-            if peers.get(domain) is peer:
-                try:
-                    peer.flush()
-                    sent.append(peer)
-                except PeerLost as error:
-                    lost.append((domain, str(error)))
-        return sent, lost
-
-
 class _Connection:
     def __init__(self, sock: socket.socket, keys: ServerCredentials) -> None:
         sock.setblocking(False)
@@ -75,8 +50,6 @@ class Peer:
     ) -> None:
         """Takes over `descriptors`, the hypervisor's end of the descriptor socket. `kinds`: what the peer may send."""
         self.domain = domain
-        self.cork = Cork()
-        """The server has one for all its peers."""
         self._kinds = kinds
         self._keys = keys
         # The domain may send anything here; nothing is ever read, so its descriptors never arrive in this process.
@@ -191,22 +164,9 @@ class Peer:
         return None
 
     def send(self, message: Message) -> None:
-        """Send, or queue if the domain is not there yet or slow, or the cork is in. PeerLost if it takes nothing any more."""
+        """Send, or queue if the domain is not there yet or slow. PeerLost if it takes nothing any more."""
         self._backlog.append(encode(message))
-        self._send()
-
-    def _send(self) -> None:
-        if self.cork.is_in:
-            self.cork.waiting[self.domain] = self
-        else:
-            self.flush()
-
-    def _next(self, connection: _Connection) -> bytes:
-        """The next message that waits, for the wire."""
-        first = self._backlog.popleft()
-        return connection.zmtp.encode(
-            first if isinstance(first, bytes) else encode(Raised(events=list(first)))
-        )
+        self.flush()
 
     def flush(self) -> None:
         """Send what waits, as far as it goes."""
@@ -217,9 +177,9 @@ class Peer:
             return
         while self._partial or self._backlog:
             if not self._partial:
-                self._partial = self._next(connection)
-                while self._backlog and len(self._partial) < CHUNK:
-                    self._partial += self._next(connection)
+                first = self._backlog.popleft()
+                raw = first if isinstance(first, bytes) else encode(Raised(events=list(first)))
+                self._partial = connection.zmtp.encode(raw)
             try:
                 sent = connection.socket.send(self._partial)
             except BlockingIOError:
@@ -258,7 +218,7 @@ class Peer:
             if not isinstance(last, dict) or len(last) >= MAX_ITEMS:
                 self._backlog.append(last := {})
             last[event] = None
-        self._send()
+        self.flush()
 
     def close(self) -> None:
         """Close every socket (which takes them out of epoll)."""

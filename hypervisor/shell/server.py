@@ -18,16 +18,7 @@ from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.doorbell import Doorbell
 from bus.log import Logger
-from bus.messages.device import (
-    FROM_DEVICE,
-    Attach,
-    DeviceAccess,
-    DeviceHello,
-    DeviceVector,
-    Dma,
-    Inspect,
-    Plug,
-)
+from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, DeviceVector, Inspect, Plug
 from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
 from bus.messages.envelope import Message
 from bus.packets import close_all
@@ -44,7 +35,7 @@ from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats
 from hypervisor.shell.inspection import iommu_view
 from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
-from hypervisor.shell.peers import Cork, Peer, PeerLost
+from hypervisor.shell.peers import Peer, PeerLost
 from hypervisor.shell.processes import Processes
 from hypervisor.shell.trace_pages import TracePages
 
@@ -80,7 +71,6 @@ class Server:
         self._trace = traces.own
         self.doorbells = doorbells
         self.peers: dict[DomId, Peer] = {}
-        self._cork = Cork()
         self._epoll = select.epoll()
         self._epoll.register(processes.fileno(), select.EPOLLIN)
         self._by_fd: dict[int, Peer] = {}
@@ -215,19 +205,14 @@ class Server:
             if events & select.EPOLLOUT:
                 peer.flush()
                 self._epoll.modify(fd, select.EPOLLIN)
-            messages = peer.receive(fd)
-            last = len(messages) - 1
-            for number, message in enumerate(messages):
-                if self.peers.get(peer.domain) is not peer:
-                    return  # it was found not to read, and dropped: what else it sent counts no more
-                # Batches of DMA that came together: their answers, interrupts and stale frames go out together.
-                self._take(peer, message, apply=number == last or not isinstance(message, Dma))
+            for message in peer.receive(fd):
+                self._take(peer, message)
             self._watch(peer)
         except PeerLost as lost:
             self._lose(peer.domain, str(lost))
             self._apply()
 
-    def _take(self, peer: Peer, message: Message, *, apply: bool = True) -> None:
+    def _take(self, peer: Peer, message: Message) -> None:
         try:
             self._obey(peer, message)
         except PeerLost:
@@ -240,8 +225,7 @@ class Server:
                 self._lose(peer.domain, f"hypervisor fault: {error!r}"[:200])
                 return
             self.core.crash_domain(time.monotonic_ns(), peer.domain, f"hypervisor fault: {error!r}"[:200])
-        if apply:
-            self._apply()
+        self._apply()
 
     def _obey(self, peer: Peer, message: Message) -> None:
         now = time.monotonic_ns()
@@ -259,8 +243,6 @@ class Server:
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
-            if message.nr == HYPERVISOR_domctl:
-                self._sweep_traces()  # of a domain that is gone now: its process may have ended long before
             if self._trace.on[0]:
                 spent = time.monotonic_ns() - now
                 domain, nr = peer.domain, message.nr
@@ -360,7 +342,6 @@ class Server:
             control.order(0, "device_ended", {"bdf": int(bdf), "how": how})
 
     def _add_peer(self, peer: Peer) -> None:
-        peer.cork = self._cork
         self.peers[peer.domain] = peer
         if peer.listener is not None:
             self._by_fd[peer.listener.fileno()] = peer
@@ -419,16 +400,15 @@ class Server:
     def _watch(self, peer: Peer) -> None:
         """Have epoll tell when a connection with something to send takes more."""
         fd = peer.write_fd
-        if fd is not None and not self._cork.is_in:
+        if fd is not None:
             self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 
     # ------------------------------------------------------------------ effects
 
     def _apply(self) -> None:
-        """Carry out what the core wants, in order; event notifications of one batch go together, and so do all messages to one peer."""
+        """Carry out what the core wants, in order; event notifications of one batch go together."""
         raised: dict[DomId, list[tuple[int, int]]] = defaultdict(list)
         while batch := self.core.take_effects():
-            self._cork.is_in = True
             for effect in batch:
                 if isinstance(effect, fx.Raise):
                     if self._trace.on[0]:
@@ -441,16 +421,9 @@ class Server:
             for domain, events in raised.items():
                 self._send_raised(domain, events)
             raised.clear()
-            self._uncork()
             lost, self._lost = self._lost, []
             for domain, why in lost:
                 self._lose(domain, why)
-
-    def _uncork(self) -> None:
-        sent, lost = self._cork.pull(self.peers)
-        self._lost += lost
-        for peer in sent:
-            self._watch(peer)
 
     def _send_raised(self, domain: DomId, events: list[tuple[int, int]]) -> None:
         peer = self.peers.get(domain)

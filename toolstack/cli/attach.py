@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 SHUTDOWN_CODES: Final = {"poweroff": 0, "reboot": 1, "suspend": 2, "crash": 3, "watchdog": 4, "soft_reset": 5}
 
 
-def attach(domain: str, *, replay: bool) -> None:
+def attach(domain: str, *, replay: bool, kind: str = "") -> None:
     """Keys to the guest and its output here, until ^], the end of input, or the domain's end."""
     client = connect()
     try:
         if domain in ("0", "Domain-0"):
             raise InputError("console: Domain-0 has none: `domicile dmesg` shows the hypervisor's log")
         client.request("follow")
-        client.request("console", {"domain": domain, "replay": replay})
+        client.request("console", {"domain": domain, "replay": replay, "type": kind})
         name = client.request("domname", {"domain": domain})
         number = client.request("domid", {"domain": domain})
-        converse(client, name, number)
+        converse(client, name, number, kind)
     finally:
         client.close()
 
 
-def converse(client: ControlClient, name: str, number: int) -> None:
+def converse(client: ControlClient, name: str, number: int, kind: str = "") -> None:
     """With the console of a domain that the client is attached to and follows."""
     with RawTerminal() as terminal:
         poller = select.poll()
@@ -56,7 +56,7 @@ def converse(client: ControlClient, name: str, number: int) -> None:
                 if leave:
                     keys = keys[: keys.index(ESCAPE)]
                 if keys:
-                    client.request("type", {"domain": name, "data": keys})
+                    client.request("type", {"domain": name, "data": keys, "type": kind})
                 if leave:
                     return
                 if not keys:
@@ -81,7 +81,8 @@ def ask_to_stop(
         targets = {
             row["domid"]: row
             for row in rows
-            if row["domid"] and (every or row["name"] == domain or str(row["domid"]) == domain)
+            if row["domid"]
+            and ((every and row["config"]) or row["name"] == domain or str(row["domid"]) == domain)
         }
         if not targets and not every:
             if domain in ("0", "Domain-0"):
@@ -93,7 +94,7 @@ def ask_to_stop(
                     f"{row['name']}: -F: a PV guest has no ACPI: it is asked through xenstore, as without -F"
                 )
             say(f"{'Shutting down' if how == 'poweroff' else 'Rebooting'} domain {number}")
-            client.request("shutdown", {"domain": number, "how": how})
+            client.request("shutdown", {"domain": number, "how": how, "fallback": fallback})
         if wait:
             _wait(client, set(targets), timeout)
     finally:

@@ -22,8 +22,8 @@ _ESCAPES: Final = {
     "'": b"'",
     '"': b'"',
 }
-_SEQUENCE: Final = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[ -/]*[0-Z\\-~])")
-_UNFINISHED: Final = re.compile(rb"\x1b(?:\[[0-?]{0,30}[ -/]{0,4}|[ -/]{0,4})\Z")
+_SEQUENCE: Final = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[ -/]*[0-Z\\-~])|\r(?![\r\n])")
+_UNFINISHED: Final = re.compile(rb"\r?\x1b(?:\[[0-?]{0,30}[ -/]{0,4}|[ -/]{0,4})\Z|\r\Z")
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(.)|$)", re.DOTALL)
 
 
@@ -55,7 +55,8 @@ def compile_pattern(text: str, option: str) -> re.Pattern[bytes]:
 
 
 class Plain:
-    """Output without the control sequences of a screen (ECMA-48: CSI and two-byte escapes), which may come in pieces.
+    """Output without the control sequences of a screen (ECMA-48: CSI and two-byte escapes; carriage returns within a line), which may come
+    in pieces.
 
     A BIOS's serial console moves the cursor wherever its clock ticked, in the middle of words too.
     """
@@ -65,11 +66,11 @@ class Plain:
 
     def feed(self, data: bytes) -> bytes:
         """What is left of it."""
-        text = _SEQUENCE.sub(b"", self._rest + data)
+        text = self._rest + data
         cut = _UNFINISHED.search(text)
         at = cut.start() if cut is not None else len(text)
         self._rest = text[at:]
-        return text[:at]
+        return _SEQUENCE.sub(b"", text[:at])
 
 
 class ConsoleScript:

@@ -22,6 +22,8 @@ def add(app: typer.Typer) -> None:
         ("vcpu-list", vcpu_list),
         ("vcpu-pin", vcpu_pin),
         ("console", console),
+        ("screenshot", screenshot),
+        ("send-key", send_key),
         ("shutdown", shutdown),
         ("reboot", reboot),
         ("destroy", destroy),
@@ -116,11 +118,43 @@ def console(
     replay: Annotated[
         bool, typer.Option("--replay/--no-replay", help="Show first what the guest wrote before.")
     ] = True,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "-t", "--type", metavar="KIND", help="pv or serial; by default serial where there is one."
+        ),
+    ] = "",
 ) -> None:
     """Attach to a domain's console; ^] leaves it. Example: domicile console web"""
     from toolstack.cli.attach import attach
 
-    attach(domain, replay=replay)
+    if kind not in ("", "pv", "serial"):
+        raise InputError(f"console -t {kind}: there are pv and serial")
+    attach(domain, replay=replay, kind=kind)
+
+
+def screenshot(
+    domain: Domain,
+    file: Annotated[str, typer.Argument(metavar="FILE.png", help="Where to put it; - for standard output.")],
+) -> None:
+    """A picture of a full HVM guest's screen, as PNG. Example: domicile screenshot pc screen.png"""
+    from toolstack.cli.screen import save
+
+    save(domain, file)
+
+
+def send_key(
+    domain: Domain,
+    keys: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY...", help="Keys, or several at once such as ctrl-alt-delete."),
+    ],
+    text: Annotated[bool, typer.Option("--text", help="The words are text to type (US keyboard).")] = False,
+) -> None:
+    """Press keys of a full HVM guest's keyboard. Example: domicile send-key pc esc 2 ret"""
+    from toolstack.cli.screen import key_names
+
+    ask("send-key", domain=domain, keys=key_names(keys, text=text))
 
 
 def shutdown(

@@ -31,6 +31,7 @@ UNDERSTOOD: Final[dict[str, str]] = {
     "pci": "list",
     "boot": "string",
     "serial": "string or list",
+    "vga": "string",
 }
 """Key -> kind of its value."""
 
@@ -103,7 +104,6 @@ IGNORED: Final[dict[str, str]] = {
             *(
                 "spice_image_compression",
                 "spice_streaming_video",
-                "vga",
                 "stdvga",
                 "videoram",
                 "nographic",

@@ -54,6 +54,9 @@ class XlConfig(BaseModel):
     """Processors that each vCPU may use; None: all. One entry for all vCPUs, or one each."""
     boot: str = ""
     serial: list[str] = Field(default=[], max_length=4)
+    serial_by_default: bool = True
+    """No `serial=` in the file: an HVM guest has a serial line all the same, and it is its first console."""
+    vga: Literal["stdvga", "none"] = "stdvga"
     warnings: list[str] = []
 
     def domain_fields(self) -> dict[str, Any]:
@@ -72,6 +75,12 @@ class XlConfig(BaseModel):
         )
         actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
         fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs", "pci")}
+        if self.type == "hvm":
+            fields |= {
+                "serial": bool(self.serial) or self.serial_by_default,
+                "vga": self.vga,
+                "boot": self.boot,
+            }
         cpus = [None if entry is None else sorted(entry) for entry in self.cpus]
         return {**fields, "cpus": cpus, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
 
@@ -171,7 +180,9 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "disks": [_device(read, "disk", text, at, parse_disk) for text, at in read.strings("disk")],
         "vifs": [_device(read, "vif", text, at, parse_vif) for text, at in read.strings("vif")],
         "pci": [_device(read, "pci", text, at, parse_pci) for text, at in read.strings("pci")],
-        "boot": read.string("boot"),
+        "boot": _boot(read),
+        "vga": _vga(read),
+        "serial_by_default": "serial" not in settings,
         "serial": [text for text, _ in read.strings("serial")],
         "cpus": _cpus(read),
     }
@@ -206,8 +217,17 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         values["cpus"] *= (
             values["maxvcpus"] or values["vcpus"]
         )  # a string is for all vCPUs, a list for one after the other
-    if values["type"] != "hvm":
-        warnings += [f"{source}: {key}: only for HVM guests" for key in ("boot", "serial") if key in settings]
+    if values["type"] == "hvm":
+        warnings += [
+            f"{source}: {key}: a full HVM guest boots from its disks: {key}= is left out"
+            for key in ("kernel", "ramdisk")
+            if values[key]
+        ]
+        values["kernel"] = values["ramdisk"] = ""
+    else:
+        warnings += [
+            f"{source}: {key}: only for HVM guests" for key in ("boot", "serial", "vga") if key in settings
+        ]
     try:
         return XlConfig(**values, warnings=warnings)
     except ValidationError as error:
@@ -246,6 +266,22 @@ def _type(read: _Reader) -> str:
     if builder not in kinds:
         raise read.fail("builder", f'{builder!r}: write type = "pv", "pvh" or "hvm" instead')
     return kinds[builder]
+
+
+def _boot(read: _Reader) -> str:
+    """Letters of xl.cfg's `boot=`: c disk, d optical drive; a and n are taken, and there is nothing there to boot from."""
+    order = read.string("boot", "cd")
+    if not re.fullmatch(r"[acdn]{0,4}", order):
+        raise read.fail("boot", f"{order!r}: letters of c (disk), d (optical drive), a (floppy), n (network)")
+    return order
+
+
+def _vga(read: _Reader) -> str:
+    """The graphics card of an HVM guest."""
+    kind = read.string("vga", "stdvga")
+    if kind not in ("stdvga", "none"):
+        raise read.fail("vga", f"{kind!r}: there are stdvga and none")
+    return kind
 
 
 def _cmdline(read: _Reader) -> str:

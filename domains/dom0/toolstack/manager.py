@@ -240,6 +240,8 @@ class Manager:
                 self._firmware(config, files),
                 config.memory_mb << 8,
                 (vcpus, config.vcpus),
+                config.uuid,
+                config.serial,
                 xenstore_port,
                 console_port,
             ).console_gfn
@@ -555,10 +557,21 @@ class Manager:
         except HypercallError as error:
             raise ToolstackError(f"{self.name_of(domid)} has no vCPU {vcpu} ({error})") from None
 
-    def shutdown(self, name: str | int, how: str) -> None:
-        """Ask a guest to power off or reboot, through xenstore (control/shutdown)."""
+    def shutdown(self, name: str | int, how: str, *, fallback: bool = False) -> None:
+        """Ask a guest to power off or reboot, through xenstore (control/shutdown). `fallback`: a full HVM guest without PV drivers has
+        its power button pressed, or is reset."""
         guest = self.find(name)
+        if fallback and guest.model is not None and not self._has_drivers(guest.domid):
+            if how == "poweroff":
+                guest.model.press("power")
+            else:
+                self.xc.remote_shutdown(guest.domid, sched.SHUTDOWN_reboot)
+            return
         self.store.write(f"/local/domain/{guest.domid}/control/shutdown", how)
+
+    def _has_drivers(self, domid: DomId) -> bool:
+        """The guest watches control/shutdown: it says so (Linux writes control/feature-poweroff when its driver is up)."""
+        return self.store.read(f"/local/domain/{domid}/control/feature-poweroff") == "1"
 
     def destroy(self, name: str | int) -> None:
         """End a domain at once."""

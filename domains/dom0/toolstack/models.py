@@ -10,15 +10,17 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from bus.addresses import DomId
 from bus.messages.control import DomainConfig
 from bus.messages.envelope import BadMessage, Message
 from bus.messages.model import (
     FROM_MODEL,
+    ModelButton,
     ModelDone,
     ModelFailed,
+    ModelFlush,
     ModelGo,
     ModelInput,
     ModelKeys,
@@ -38,7 +40,7 @@ FIRST_DOMID: Final = 0x4000
 """Device models have domids from here on: this and the guest's."""
 READY_S: Final = 20.0
 ANSWER_S: Final = 5.0
-DRAIN_S: Final = 0.05
+DRAIN_S: Final = 2.0
 BURST: Final = 64
 ROLE: Final = 2
 """ssidref of a device model (hypervisor.core.domains.ROLES)."""
@@ -228,6 +230,10 @@ class DeviceModel:
         _, fds = self._ask(lambda token: ModelKeys(token=token, keys=keys))
         close_all(fds)
 
+    def press(self, button: Literal["power", "sleep"]) -> None:
+        """Press a button of the PC's case."""
+        self._send(ModelButton(button=button))
+
     def screen(self) -> tuple[int, int, int]:
         """(width, height, descriptor of a memfd with three bytes a pixel), the caller's. ModelError."""
         message, fds = self._ask(lambda token: ModelScreen(token=token))
@@ -239,11 +245,16 @@ class DeviceModel:
     # --- the end
 
     def drain(self) -> None:
-        """The guest does not run any more: take what it wrote last on its serial line, which is on its way for some milliseconds."""
+        """The guest does not run any more: take what it wrote last on its serial line. A device model that does not say so in time is
+        not waited for."""
+        token = next(self._tokens)
+        nothing = ModelDone(token=token)
+        self._answers[token] = (nothing, [])
+        self._send(ModelFlush(token=token))
         deadline = time.monotonic() + DRAIN_S
-        while self._link is not None and time.monotonic() < deadline:
-            self._reactor.once(0.01)
-        self._receive()
+        while self._link is not None and self._answers[token][0] is nothing and time.monotonic() < deadline:
+            self._reactor.once(0.02)
+        close_all(self._answers.pop(token)[1])
 
     def close(self) -> None:
         """The guest is gone: end the process."""

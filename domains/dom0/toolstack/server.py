@@ -22,6 +22,7 @@ from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.disks import DiskError
 from domains.dom0.toolstack.hardware import HardwareError
 from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
+from domains.dom0.toolstack.models import DeviceModel, ModelError
 from domains.dom0.toolstack.top import top_view
 from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xenstore_service import XenstoreError
@@ -126,9 +127,11 @@ class ToolstackServer:
             "vcpu-list": self._vcpu_list,
             "console": self._console,
             "type": self._type,
+            "screenshot": self._screenshot,
+            "send-key": self._send_key,
             "tty": lambda client, args, fds: self._line(args).tty,
             "shutdown": lambda client, args, fds: manager.shutdown(
-                args["domain"], args.get("how", "poweroff")
+                args["domain"], args.get("how", "poweroff"), fallback=bool(args.get("fallback"))
             ),
             "destroy": self._destroy,
             "pause": lambda client, args, fds: manager.pause(args["domain"]),
@@ -213,7 +216,7 @@ class ToolstackServer:
             response = Response(
                 id=request.id, ok=False, error=f"{request.verb}: the hypervisor says: {error}"[:4000]
             )
-        except (ToolstackError, DiskError, HardwareError, XenstoreError) as error:
+        except (ToolstackError, DiskError, HardwareError, ModelError, XenstoreError) as error:
             response = Response(id=request.id, ok=False, error=str(error)[:4000])
         except KeyError as error:
             response = Response(id=request.id, ok=False, error=f"{request.verb}: argument {error} is missing")
@@ -245,6 +248,25 @@ class ToolstackServer:
         line = self._line(args)
         client.attach(line, replay=bool(args.get("replay", True)))
         return line.tty
+
+    def _model(self, args: dict[str, Any]) -> DeviceModel:
+        model = self.manager.find(args["domain"]).model
+        if model is None:
+            raise ToolstackError(
+                f"domain {args['domain']} has no screen and no keyboard: only full HVM guests have"
+            )
+        return model
+
+    def _screenshot(self, client: Client, args: dict[str, Any], fds: list[int]) -> Answer:
+        """Width and height; the pixels, three bytes each, are in a memfd that comes along."""
+        width, height, fd = self._model(args).screen()
+        return Answer({"width": width, "height": height}, [fd])
+
+    def _send_key(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        keys = args["keys"]
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ToolstackError("send-key: keys must be a list of names")
+        self._model(args).keys(keys)
 
     def _line(self, args: dict[str, Any]) -> Terminal:
         """`domain`, and `type`: 'pv', 'serial', or none for its first console."""

@@ -16,7 +16,7 @@ from hvm_rig import DATA, Rig, mov
 from bus import ioreq_area as area
 from bus.abi.hvm import dm_op
 from bus.ioreq_area import Note
-from domains.dm.guest import Guest
+from domains.dm.guest import Guest, GuestGone
 from domains.hvm import model as model_module
 from domains.hvm.model import Model
 from drivers.pc.bus import GuestMemoryError, MmioSpace, PortSpace, Range
@@ -335,3 +335,53 @@ def test_a_request_that_makes_no_sense_reads_as_ones(pairs: Callable[..., Pair])
     pair.guest._area.put_access(0, area.Access(0x1F0, 0, 0xFFFFFFFF, 4, 0, True, True))
     pair.guest.serve()
     assert pair.guest._area.take_answer(0) == area.BLOCK_SIZE // 4, "no more than the block holds"
+
+
+def test_posted_writes_are_no_exits_and_come_before_the_next_access(pairs: Callable[..., Pair]) -> None:
+    """A thousand writes to the serial line's data port, then a read of another port: all are there before it, in order."""
+    seen: list[tuple[int, int | None]] = []
+    code = (
+        mov("ecx", 1000) + "66baf803" + "88c8 ee e2fb".replace(" ", "") + in8(PORT) + HLT
+    )  # 1: mov al, cl; out dx, al; loop 1b
+    pair = pairs(code, lambda offset, size, value: seen.append((-1, None)) or 0)
+    pair.ports.add(
+        Range("line", 0x3F8, 1, lambda o, s: 0, lambda offset, size, value: seen.append((0x3F8, value)))
+    )
+    assert pair.rig.domain.model_changed({"id": 0, "add": [0, 0x3F8, 0x3F8]})
+    pair.run()
+    assert seen == [*((0x3F8, (1000 - index) & 0xFF) for index in range(1000)), (-1, None)]
+    assert pair.model.accesses == 1
+    assert pair.model.posts == 1000
+
+
+def test_a_full_ring_of_posts_waits_for_the_device_model(pairs: Callable[..., Pair]) -> None:
+    seen: list[int] = []
+    count = area.POST_RING + 500
+    code = mov("ecx", count) + "66baf803" + "88c8eee2fb" + HLT
+    pair = pairs(code, lambda offset, size, value: 0)
+    pair.ports.add(Range("line", 0x3F8, 1, lambda o, s: 0, lambda offset, size, value: seen.append(value)))
+    assert pair.rig.domain.model_changed({"id": 0, "add": [0, 0x3F8, 0x3F8]})
+    pair.run(200)
+    deadline = time.monotonic() + 5
+    while len(seen) < count and time.monotonic() < deadline:
+        time.sleep(0.01)  # the device model's thread takes the last ones
+    assert seen == [(count - index) & 0xFF for index in range(count)]
+
+
+def test_posts_that_make_no_sense_end_the_device_model_not_the_machine(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    for index, access in enumerate(
+        (
+            area.Access(0x1F0, 1, 1, 3, 0, False, False),
+            area.Access(1 << 60, 1, 1, 4, 0, False, False),
+            area.Access(0x1F0, 1, 1, 4, 9, False, False),
+        )
+    ):
+        pair.guest._area.put_post(index, access)
+    pair.guest._area.set_word(area.POSTED, 3)
+    pair.guest.serve()
+    assert pair.guest.posts == 3
+    pair.guest._area.set_word(area.POSTED, 1 << 31)
+    with pytest.raises(GuestGone):
+        pair.guest.serve()

@@ -60,11 +60,11 @@ class TestScript:
     @pytest.mark.parametrize("size", [1, 2, 3, 1000])
     def test_a_screens_control_sequences_do_not_hide_what_was_written(self, size: int) -> None:
         """As SeaBIOS's serial console writes: the cursor is moved in the middle of a word."""
-        data = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mGNU GR\x1b[04;13H\x1b[04;14HUB \x1b(Bready\x1b[0m"
-        script = ConsoleScript(until=re.compile(b"GNU GRUB ready"), plain=True)
+        data = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mGNU G\r\x1b[04;12HR\x1b[04;13H\x1b[04;14HUB\r\n\x1b(Bready\x1b[0m"
+        script = ConsoleScript(until=re.compile(rb"GNU GRUB\r\nready"), plain=True)
         for start in range(0, len(data), size):
             script.feed(data[start : start + size])
-        assert script.matched == "GNU GRUB ready"
+        assert script.matched == "GNU GRUB\r\nready"
 
     def test_input_is_typed_once_after_the_first_output(self) -> None:
         script = ConsoleScript(first=b"x\r")

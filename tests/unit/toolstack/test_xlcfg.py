@@ -339,7 +339,7 @@ OTHERS = {
     "extra": '"y"', "memory": "99", "maxmem": "99", "vcpus": "3", "maxvcpus": "3", "cpus": '"0"', "cpu_weight": "77", "cap": "50",
     "on_poweroff": '"restart"', "on_reboot": '"destroy"', "on_watchdog": '"restart"', "on_crash": '"restart"',
     "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]', "pci": '["01:00.0"]',
-    "boot": '"d"', "serial": '"pty"',
+    "boot": '"d"', "serial": '"pty"', "vga": '"none"',
 }  # fmt: skip
 """A value of each key that is not its default."""
 
