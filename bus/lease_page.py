@@ -1,7 +1,7 @@
 """The lease page: one sealed memfd page a domain, shared by the hypervisor and the domain's process.
 
 Words are u64, little-endian, written by one side each. The hypervisor believes nothing that the domain writes: it measures CPU
-time itself. Beside the page go two eventfds: one by which the hypervisor says "look at the page", one by which the domain does.
+time itself. Beside the page go two doorbells: one by which the hypervisor says "look at the page", one by which the domain does.
 """
 
 from __future__ import annotations

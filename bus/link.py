@@ -195,7 +195,7 @@ class DeviceLink(_Link):
         super().__init__(keys, descriptors, TO_DEVICE)
 
     def descriptors_of(self, attach: Attach, timeout: float = 1.0) -> list[int]:
-        """Staging memory, then a page and an eventfd for each doorbell range. HypervisorGone if they do not come."""
+        """Staging memory, then a page and a doorbell for each doorbell range. HypervisorGone if they do not come."""
         return self._bundle(attach.bundle, attach.descriptors, "attach", timeout)
 
 

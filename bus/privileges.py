@@ -7,6 +7,7 @@ host kernel, and `domicile info` says so.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -33,6 +34,9 @@ class Limits:
     """RLIMIT_NOFILE."""
     processes: int | None = None
     """RLIMIT_NPROC of the uid (threads count); only set where the process has a uid of its own."""
+    oom_score: int = 0
+    """oom_score_adj (proc(5)): who is ended first where the host runs out of memory. A guest's process, which nothing keeps from
+    allocating it, has a high one; those that all others depend on have a low one, where the machine is started as root."""
 
 
 def die_with_parent(signal_number: int) -> None:
@@ -63,6 +67,9 @@ def drop(uid: int | None, limits: Limits = Limits(), death_signal: int | None = 
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if limits.oom_score:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
+            file.write(b"%d" % limits.oom_score)  # before privileges go: it cannot be lowered then
     if own:
         if limits.processes is not None:
             resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))

@@ -1,4 +1,4 @@
-"""A device's doorbell registers as the domain that owns it has them: memory and an eventfd, no message."""
+"""A device's doorbell registers as the domain that owns it has them: memory and a doorbell, no message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bus.doorbell import Doorbell
 
 
 class DeviceBell:
-    """A doorbell range of a device's BAR: a page shared with the device, and an eventfd."""
+    """A doorbell range of a device's BAR: a page shared with the device, and a doorbell of this process."""
 
     def __init__(self, page: int, bell: int, bar: int, offset: int, length: int) -> None:
         """Takes over both descriptors. ValueError if the page is not a sealed memfd of that length."""

@@ -36,7 +36,7 @@ TABLE_FRAMES = 16384
 
 def main() -> None:
     """Entry point of the process."""
-    start = begin(privileges.Limits(open_files=16384))
+    start = begin(privileges.Limits(open_files=16384, oom_score=-500))
     settings = start.settings
     memory = MemfdMemory()
     processes = Processes(

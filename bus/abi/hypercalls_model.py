@@ -22,6 +22,11 @@ MAX_WIRE: Final = 60 * 1024
 lists."""
 
 
+MAX_FRAMES: Final = 1024
+"""Most frames that one memory_op of an unprivileged domain works on, as Xen's continuations bound it: the hypervisor serves others in
+between. A domain's process divides what is more."""
+
+
 class Guests(enum.Flag):
     """Kinds of guest that have the hypercall; for the others the number is not there (-ENOSYS)."""
 

@@ -109,6 +109,9 @@ _MEMORY: Final = (
         memory.XEN_ADD_TO_PHYSMAP,
         NO_DOMAIN,
         NOT_ALLOWED,
+        Error(
+            errno.XEN_E2BIG, "a gmfn_range of more than 1024 frames (the control domain has no such limit)"
+        ),
         Error(errno.XEN_EINVAL, "index beyond what the space has"),
         Error(errno.XEN_ENOSYS, "unknown space"),
         Error(errno.XEN_EACCES, "the domain is not auto-translated"),
@@ -174,7 +177,10 @@ _MEMORY: Final = (
         NO_DOMAIN,
         Error(errno.XEN_EINVAL, "the two sides have not the same amount of memory, or domains differ"),
         Error(errno.XEN_EPERM, "an order over 9 without a device"),
-        Error(errno.XEN_ENOMEM, "no contiguous frames"),
+        Error(
+            errno.XEN_ENOMEM,
+            "no contiguous frames, or more than 1024 at once (the control domain has no such limit)",
+        ),
         Error(errno.XEN_EOPNOTSUPP, "an auto-translated domain"),
         arrays=(
             frames("in_.extent_start", "in_.nr_extents", Direction.IN, MAX_PAIRS),

@@ -66,7 +66,7 @@ class AccessDone(Message):
 
 class Attach(Message):
     """The device is told its address and epoch, and gets its descriptors (`bundle`, as in `Order`): staging memory, then for each
-    doorbell range of its BARs a page memfd and an eventfd to listen to. Sent again at each new epoch, with new doorbell pages: that is
+    doorbell range of its BARs a page memfd and a doorbell to listen to. Sent again at each new epoch, with new doorbell pages: that is
     a function-level reset, after which the device knows its media and nothing else."""
 
     KIND: ClassVar[str] = "attach"

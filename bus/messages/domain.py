@@ -82,6 +82,9 @@ class Descriptors(Message):
 
     KIND: ClassVar[str] = "descriptors"
     bundle: U64
+    padding: Data = b""
+    """Means nothing. It makes a packet as long as its descriptors are many, so that the socket's buffer bounds how many of them lie
+    unread: the host kernel has one limit for all that one user has under way to others."""
 
 
 class Raised(Message):

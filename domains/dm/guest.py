@@ -13,7 +13,7 @@ from typing import Final
 
 from bus import ioreq_area as area
 from bus.abi.hvm.ioreq import IOREQ_TYPE_COPY, IOREQ_TYPE_PIO
-from bus.doorbell import Doorbell
+from bus.doorbell import EventBell
 from bus.ioreq_area import Access, Note
 from drivers.pc.bus import ONES, GuestMemoryError, MmioSpace, PortSpace
 
@@ -35,7 +35,7 @@ class Guest:
     def __init__(self, fds: list[int], ports: PortSpace, mmio: MmioSpace, vcpus: int) -> None:
         """Takes over the descriptors of an order `ioreq_area`."""
         self._area: Final = area.map_area(fds[0])
-        self.request, self._response, self._note, self._done = (Doorbell(fd) for fd in fds[1:5])
+        self.request, self._response, self._note, self._done = (EventBell(fd) for fd in fds[1:5])
         self._ports: Final = ports
         self._mmio: Final = mmio
         self.vcpus: Final = min(vcpus, area.MAX_VCPUS)

@@ -23,7 +23,7 @@ from domains.native.reactor import Reactor
 
 def main() -> None:
     """Entry point of the process."""
-    start = begin(privileges.Limits(open_files=8192))
+    start = begin(privileges.Limits(open_files=8192, oom_score=-400))
     reactor = Reactor()
     host = NativeDomain(start, reactor)
     traces = Traces(host)

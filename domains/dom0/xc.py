@@ -30,6 +30,8 @@ E820: Final = Struct("<QQI")
 E820_RAM: Final = 1
 MAX_EVENT_CHANNELS: Final = 1023
 """The highest port of a guest: xl's default for max_event_channels."""
+CONSOLE_MAX: Final = 1 << 20
+"""Bytes after which the log is not read on: guests may write to it as fast as it is read."""
 XEN_SCHEDULER_CREDIT2: Final = 6
 """sched_id of xen_domctl_scheduler_op (domctl.h)."""
 
@@ -213,7 +215,7 @@ class ControlInterface:
             reply = self._sysctl(sysctl.XEN_SYSCTL_readconsole, layout, payload)
             answer = layout.unpack(sysctl.XEN_SYSCTL.unpack(reply).u)
             out += reply[sysctl.XEN_SYSCTL.size :][: answer.count_]
-            if answer.count_ < CONSOLE_CHUNK:
+            if answer.count_ < CONSOLE_CHUNK or len(out) >= CONSOLE_MAX:
                 return out
             index = answer.index_
 

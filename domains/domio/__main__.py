@@ -110,7 +110,7 @@ class DomIo:
 
 def main() -> None:
     """Entry point of the process."""
-    start = begin(privileges.Limits(open_files=4096, processes=16))
+    start = begin(privileges.Limits(open_files=4096, processes=16, oom_score=-200))
     reactor = Reactor()
     host = NativeDomain(start, reactor)
     domio = DomIo(host, host.trace, host.counters)

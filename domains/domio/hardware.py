@@ -88,6 +88,8 @@ class NvmePort:
                 break
             at = self.config_read(at + 1, 1) & 0xFC
         table = self.config_read(at + 4, 4)
+        if table & 7 > 5 or (table & ~7) + 16 * vectors > 1 << 32:
+            return False  # no device of ours: it names a register where none can be
         for entry in range(vectors):
             base = (table & ~7) + 16 * entry
             for offset, value in ((0, MSI_ADDRESS | entry << 5), (4, 0), (8, 0), (12, 0)):

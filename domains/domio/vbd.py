@@ -39,6 +39,7 @@ VECTORS: Final = 2
 START_POLL_S: Final = 0.003
 POLL_S: Final = 0.1
 LOOK_AGAIN_S: Final = 0.001
+CHANGES_AT_ONCE: Final = 4
 
 
 class VbdServer:
@@ -162,7 +163,14 @@ class VbdServer:
         self._log(f"controller: {reason}")
 
     def _ready(self) -> None:
-        """The controller works: the disk can be offered, or served again."""
+        """The controller works: the disk can be offered, or served again. Its nodes may be gone meanwhile, and what it says of its disk
+        may be nonsense: then it is not served, and the others are."""
+        try:
+            self._offer()
+        except (XenstoreError, TimeoutError, ValueError) as error:
+            self._log(f"cannot be offered: {error}")
+
+    def _offer(self) -> None:
         if self._device is None:
             sectors = self.driver.sectors
             disk = Disk(
@@ -206,11 +214,13 @@ class VbdServer:
             return
         self._running = True
         try:
-            while True:
+            for _ in range(CHANGES_AT_ONCE):
                 self._again = False
                 self._store.run(self._device.changed())
                 if not self._again or self.closed:
                     break
+            else:  # a frontend that writes its state all the time waits with the others
+                self._host.reactor.soon(lambda: self._changed(""))
         except (XenstoreError, TimeoutError) as error:
             self._log(f"xenstore: {error}")
         finally:
@@ -275,7 +285,14 @@ class VbdServer:
             self._log(f"goes on with {self._backend.counters.redone if self._backend else 0} requests")
         except (LedgerError, ConnectError, ValueError) as error:
             self._log(f"cannot go on: {error}")
-            self._store.run(self._device.fail(str(error)))
+            self._fail(self._device, str(error))
+
+    def _fail(self, device: BackDevice, reason: str) -> None:
+        """Tell the frontend, whose nodes may be gone by now."""
+        try:
+            self._store.run(device.fail(reason))
+        except (XenstoreError, TimeoutError) as error:
+            self._log(f"xenstore: {error}")
 
     def _notify(self, number: int) -> None:
         """There are responses in that ring."""
@@ -305,13 +322,16 @@ class VbdServer:
 
     def _after(self, backend: Backend) -> None:
         """What every turn ends with: answers without an interrupt, a frontend that broke the rules, draining."""
+        for queue in backend.queues:
+            if queue.unfinished:
+                self._host.reactor.soon(self._kick(queue.number))
         if self.driver.wants_poll:
             self._host.reactor.soon(lambda: self.driver.poll(time.monotonic_ns()))
         if backend.error is not None and not backend.closing and self._device is not None:
             self._log(f"frontend: {backend.error}")
             backend.close()
             device, reason = self._device, backend.error
-            self._host.reactor.soon(lambda: self._store.run(device.fail(reason)))
+            self._host.reactor.soon(lambda: self._fail(device, reason))
         if backend.closing and backend.drained and self._backend is backend:
             self._release()
             self._host.reactor.soon(lambda: self._changed(""))

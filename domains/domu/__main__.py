@@ -13,7 +13,7 @@ from domains.domu.hvm_process import GuestProcess
 def main() -> None:
     """Entry point of the process."""
     sys.setswitchinterval(1e-4)  # the ear must get its turn at once (docs/vcpu.md)
-    start = begin(privileges.Limits(open_files=4096, processes=32))
+    start = begin(privileges.Limits(open_files=4096, processes=8, oom_score=700))
     process = GuestProcess(start)
     try:
         process.run()

@@ -13,7 +13,7 @@ from bus.abi import grant_table as gt
 from bus.abi import memory as mem
 from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO, XEN_EOPNOTSUPP
 from bus.abi.hvm import hvm_op, params
-from bus.abi.hypercalls_model import Command, Guests, State
+from bus.abi.hypercalls_model import MAX_FRAMES, Command, Guests, State
 from bus.abi.xen import (
     DOMID_SELF,
     VCPU_INFO,
@@ -227,7 +227,7 @@ class HvmMemoryCalls:
             return start
         width, done = 4 if self.guest32 else 8, start
         while done < item.nr_extents:
-            count = min(EXTENTS, item.nr_extents - done)
+            count = min(EXTENTS, max(1, MAX_FRAMES >> item.extent_order), item.nr_extents - done)
             try:
                 raw = memory.read_virtual(item.extent_start + width * done, width * count)
             except GuestFault:

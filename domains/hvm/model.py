@@ -17,7 +17,7 @@ from bus import ioreq_area as area
 from bus.abi.hvm import dm_op
 from bus.abi.hvm.ioreq import IOREQ_TYPE_COPY, IOREQ_TYPE_PIO
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE
-from bus.doorbell import Doorbell
+from bus.doorbell import EventBell
 from bus.ioreq_area import Access, Note
 from domains.hvm.board import Board
 from domains.hvm.cpu import HvmCpu
@@ -52,7 +52,7 @@ class Model:
         """Takes over the descriptors of an order `ioreq_area`. `held`: the guest must not go on now (it is paused)."""
         self.number: Final = number
         self._area: Final = area.map_area(fds[0])
-        self._request, self._response, self.note, self._done = (Doorbell(fd) for fd in fds[1:5])
+        self._request, self._response, self.note, self._done = (EventBell(fd) for fd in fds[1:5])
         self._board: Final = board
         self._cpu: Final = cpu
         self._idle: Final = idle

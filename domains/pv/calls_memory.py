@@ -10,7 +10,7 @@ from typing import Any, Final
 from bus.abi import memory as mem
 from bus.abi.arch_x86_64 import MACH2PHYS_VIRT_START
 from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM, XEN_ESRCH
-from bus.abi.hypercalls_model import Command, State
+from bus.abi.hypercalls_model import MAX_FRAMES, Command, State
 from bus.abi.xen import (
     DOMID_FIRST_RESERVED,
     DOMID_SELF,
@@ -238,7 +238,7 @@ class MemoryCalls:
             return start
         done = start
         while done < total:
-            count = min(CHUNK, total - done)
+            count = min(CHUNK, max(1, MAX_FRAMES >> item.extent_order), total - done)
             place = item.extent_start + 8 * done
             try:
                 if number == mem.XENMEM_decrease_reservation:

@@ -41,6 +41,8 @@ from drivers.block.requests import Disk, Request, indirect_pages, parse
 from drivers.block.watch import DiskTrace
 from drivers.block.wire import RESPONSE, X86_64, Abi
 
+ROUNDS: Final = 4
+"""Rings full of requests that one `poll` takes: a frontend can publish as fast as requests that are in error are answered."""
 PERSISTENT_LIMIT: Final = 1056
 """Default bound of persistent grants of a queue (what Linux's back end allows)."""
 
@@ -73,6 +75,8 @@ class Queue:
         self.barrier = False
         """One is under way."""
         self.look_again = False
+        self.unfinished = False
+        """There was more than one `poll` takes: poll again when others had their turn."""
 
 
 class Backend:
@@ -194,8 +198,9 @@ class Backend:
         return self._poll(self.queues[number])
 
     def _poll(self, queue: Queue) -> bool:
-        took = False
+        took = 0
         ring = queue.ring
+        queue.unfinished = False
         while self.error is None and not self.closing:
             produced = ring.req_prod
             count = distance(produced, queue.req_cons)
@@ -209,11 +214,14 @@ class Backend:
                     f"{distance(queue.req_cons, queue.rsp_prod)} of them in use"
                 )
                 break
+            if took >= ROUNDS * ring.size:
+                queue.unfinished = True
+                break
             full_barrier()  # the slots are read after the index
             self._take(queue, count)
-            took = True
+            took += count
         queue.look_again = not took
-        return took
+        return bool(took)
 
     def _take(self, queue: Queue, count: int) -> None:
         abi, disk, entry = self.abi, self.disk, self.abi.slot

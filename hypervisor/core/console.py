@@ -21,6 +21,26 @@ LINE_LIMIT = 1024
 """Longest line that is collected before it is passed on."""
 
 
+LINE_COST = 16
+"""What a line costs of a domain's rate beside its bytes: it gets a prefix, and an entry in the log."""
+
+
+def _affordable(data: bytes, tokens: int) -> tuple[bytes, int]:
+    """As much of `data` as there are tokens for, and what that costs."""
+    end = cost = 0
+    while end < len(data):
+        stop = data.find(b"\n", end) + 1
+        part = (stop or len(data)) - end
+        price = part + (LINE_COST if stop else 0)
+        if cost + price > tokens:
+            room = max(
+                0, min(tokens - cost, part - bool(stop))
+            )  # of the line that is too much, what it has before its end
+            return data[: end + room], cost + room
+        end, cost = end + part, cost + price
+    return data, cost
+
+
 class ConsoleRing:
     """A byte ring addressed by a 32-bit index that only grows (and wraps), as readconsole's `index` field
     is."""
@@ -95,8 +115,8 @@ class Console(DomainHooks):
             if refill > 0:
                 line.tokens = min(self._config.console_burst, line.tokens + refill)
                 line.filled_at = now
-            kept = data[: line.tokens]
-            line.tokens -= len(kept)
+            kept, cost = _affordable(data, line.tokens)
+            line.tokens -= cost
             line.dropped += len(data) - len(kept)
             data = kept
             if line.dropped and data:

@@ -57,7 +57,7 @@ class Raise:
 
 @dataclass(frozen=True, slots=True)
 class Bind:
-    """An interdomain channel now joins two ports: give both processes a doorbell pair (eventfds)."""
+    """An interdomain channel now joins two ports: give both processes a doorbell pair each way."""
 
     left: DomId
     left_port: Port

@@ -307,31 +307,27 @@ class FrameTable:
             extent.state = bytearray(extent.count)
             self._drop_if_empty(extent)
             return True
-        start = -1
-        """First of a run of frames that go at once: one step for the run, not one for each of a million frames."""
-        for index in range(extent.count + 1):
-            state = extent.state[index] if index < extent.count else FREE
-            owned = state in (RAM, XENHEAP)
-            if owned and not extent.refs[index]:
-                start = index if start < 0 else start
-                continue
-            if start >= 0:
-                self._free_run(extent, start, index - start)
-                start = -1
-            if owned:
+        start = 0
+        for index in [i for i, count in enumerate(extent.refs) if count] + [extent.count]:
+            self._free_run(extent, start, index)
+            if index < extent.count and extent.state[index] in (RAM, XENHEAP):
                 extent.state[index] |= LEAVING
+            start = index + 1
         self._drop_if_empty(extent)
         return domain not in self._by_domain
 
-    def _free_run(self, extent: Extent, start: int, count: int) -> None:
-        """As `_free` for frames in a row, without a look at whether the range is empty."""
-        ram = sum(1 for state in extent.state[start : start + count] if state & RAM)
+    def _free_run(self, extent: Extent, start: int, end: int) -> None:
+        """Free what is allocated in a part of a range of which nothing is referenced: in one step, however much it is."""
+        states = extent.state[start:end]
+        ram, xenheap = states.count(RAM), states.count(XENHEAP)
+        if not ram and not xenheap:
+            return
         extent.ram -= ram
-        extent.xenheap -= count - ram
+        extent.xenheap -= xenheap
+        self._used -= ram + xenheap
+        extent.state[start:end] = bytes(end - start)
         extent.search = min(extent.search, start)
-        extent.state[start : start + count] = bytes([FREE]) * count
-        self._used -= count
-        self._memory.clear(Mfn(extent.base + start), count)
+        self._memory.clear(Mfn(extent.base + start), end - start)
 
     def _drop_if_empty(self, extent: Extent) -> None:
         if extent.ram or extent.xenheap:

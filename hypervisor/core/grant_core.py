@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Final
 
 from bus.abi.grant_table import GTF_reading, GTF_writing
 from bus.abi.xen import DOMID_INVALID
@@ -32,6 +33,12 @@ from hypervisor.core.grant_ports import DmaMap, GrantDomains, GrantFrames, Grant
 from hypervisor.core.grant_state import ActiveEntry, EntryKey, Mapping, Table, Window
 from hypervisor.core.ports import MachineMemory
 
+CLEARS_PER_ORDER: Final = 1024
+"""Entries of one order (bus.messages.envelope.MAX_MESSAGE: 64 KiB, some 20 bytes each)."""
+WINDOWS_OF_A_GRANTER: Final = 2048
+WINDOWS: Final = 8192
+"""Windows there may be: each is a memfd that the hypervisor holds open, and it may have 16,384 descriptors."""
+
 
 @dataclass(slots=True)
 class _Return:
@@ -41,6 +48,13 @@ class _Return:
     """(frame, window, index)"""
     clears: list[tuple[ActiveEntry, int]] = field(default_factory=list)
     """(entry, bits)"""
+
+    def parts(self) -> list[_Return]:
+        """The same in as many orders as it takes, moves first: a frame that was granted by thousands of entries has them all cleared
+        when it comes home, which is more than one message carries."""
+        step = CLEARS_PER_ORDER
+        rest = [_Return([], self.clears[at : at + step]) for at in range(step, len(self.clears), step)]
+        return [_Return(self.moves, self.clears[:step]), *rest]
 
 
 class GrantCore:
@@ -62,6 +76,8 @@ class GrantCore:
         self.jobs = Jobs(outbox, domains.has_process)
         self.tables: dict[DomId, Table] = {}
         self.windows: dict[int, Window] = {}
+        self.window_counts: dict[DomId, int] = {}
+        """How many windows each granter has."""
         self.homes: dict[Mfn, tuple[int, int]] = {}
         """Frames that are in a window: (window, index)."""
         self.entries_of: dict[Mfn, set[EntryKey]] = {}
@@ -216,9 +232,15 @@ class GrantCore:
     def new_window(self, granter: DomId, size: int) -> Window:
         """A window of `size` frames, empty."""
         window = Window(next(self._window_numbers), granter, size)
-        self.windows[window.number] = window
         self.memory.create_window(window.number, size)
+        self.windows[window.number] = window
+        self.window_counts[granter] = self.window_counts.get(granter, 0) + 1
         return window
+
+    def has_room(self, granter: DomId) -> bool:
+        """The granter, and the machine, may have two more windows (what a batch needs of one granter)."""
+        mine = self.window_counts.get(granter, 0)
+        return mine + 2 <= WINDOWS_OF_A_GRANTER and len(self.windows) + 2 <= WINDOWS
 
     def may_join(self, window: Window, mapper: DomId, writable: bool) -> bool:
         """May `mapper` get this window's descriptor for a frame that is in it? (See the module's text.)"""
@@ -253,6 +275,11 @@ class GrantCore:
         """Give a window back that no frame is in."""
         if not window.live and window.number in self.windows:
             del self.windows[window.number]
+            left = self.window_counts[window.granter] - 1
+            if left:
+                self.window_counts[window.granter] = left
+            else:
+                del self.window_counts[window.granter]
             self.memory.drop_window(window.number)
 
     # -- what the core does for a domain that has no process ------------------------------------------------------
@@ -280,8 +307,9 @@ class GrantCore:
         orders, waiting = list[OrderSpec](), list[tuple[DomId, _Return]]()
         for granter, back in work.items():
             if self.domains.has_process(granter) and not self.domains.is_dying(granter):
-                orders.append(self._unmap_order(granter, back))
-                waiting.append((granter, back))
+                for part in back.parts():
+                    orders.append(self._unmap_order(granter, part))
+                    waiting.append((granter, part))
             else:
                 self._return_by_us(granter, back)
         if not orders:

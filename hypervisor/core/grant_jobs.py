@@ -181,6 +181,9 @@ class Jobs:
         except StopIteration:
             self._end(job)
             return
+        except Exception:
+            self._end(job)  # a bug of ours: nobody waits for its locks for ever
+            raise
         job.outcomes = [None] * len(orders)
         job.waiting = len(orders)
         if not orders:

@@ -217,7 +217,11 @@ class MapCall:
             core.hold(entry.mfn)
         except XenError:
             return GNTST_general_error
-        if host and self._caller != table.domain and not self._find_home(part, entry.mfn, write):
+        if (
+            host
+            and self._caller != table.domain
+            and not self._find_home(table.domain, part, entry.mfn, write)
+        ):
             core.let_go(entry.mfn)
             return GNTST_general_error
         if missing:
@@ -229,13 +233,15 @@ class MapCall:
         op.mapping, op.entry = mapping, entry
         return GNTST_okay
 
-    def _find_home(self, part: _Part, mfn: Mfn, write: bool) -> bool:
+    def _find_home(self, granter: DomId, part: _Part, mfn: Mfn, write: bool) -> bool:
         """Is there, or will there be, a window in which this mapper may have the frame?"""
         home = self._core.homes.get(mfn)
         if home is not None:
             return self._core.may_join(self._core.windows[home[0]], self._caller, write)
         if mfn in part.new.get(True, ()):
             return True
+        if not self._core.has_room(granter):
+            return False
         if write and mfn in part.new.get(False, ()):
             part.new[False].remove(mfn)
         group = part.new.setdefault(write, [])
@@ -247,7 +253,12 @@ class MapCall:
         for granter, part in self._parts.items():
             for writable, group in sorted(part.new.items(), reverse=True):
                 if group:
-                    window = self._core.new_window(granter, len(group))
+                    try:
+                        window = self._core.new_window(granter, len(group))
+                    except OSError as error:  # no descriptor, or no memory: what needed it fails
+                        self._core.outbox.log("error", f"no window of granted frames: {error}", granter)
+                        part.failed |= {self._core.frame_key(mfn) for mfn in group}
+                        continue
                     if writable:
                         part.writable = window
                     part.moves += [(mfn, window, index) for index, mfn in enumerate(group)]

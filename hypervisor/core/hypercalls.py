@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from errno import EINVAL, ENOSYS, EPERM, ESRCH
-from typing import Any, NamedTuple
+from errno import EAGAIN, EINVAL, ENOSYS, EPERM, ESRCH
+from typing import Any, Final, NamedTuple
 
 from bus.abi.hypercalls_model import (
     Command,
@@ -32,6 +32,10 @@ from hypervisor.core.domains import Domain, DomainTable, Dying, Kind
 from hypervisor.core.effects import Reply
 from hypervisor.core.errors import XenError
 from hypervisor.core.outbox import Outbox
+
+MAX_WAITING: Final = 256
+"""Calls of one domain that may wait for others. Its process makes one at a time for each vCPU; one that does not wait for its answers
+gets EAGAIN, for what waits is kept."""
 
 
 class Result(NamedTuple):
@@ -56,6 +60,10 @@ class Call:
     answered: bool = False
     life: int = 0
     """Of the domain, when the call was made."""
+    waits: bool = False
+    """Its reply comes later."""
+    settled: Callable[[Call], None] = lambda call: None
+    """Told when a call that waits is answered."""
 
     @property
     def item(self) -> Any:
@@ -101,6 +109,8 @@ class Call:
         if self.answered:
             raise AssertionError(f"{self.command.name} answered twice")
         self.answered = True
+        if self.waits:
+            self.settled(self)
         if self.domain.process_alive and self.domain.life == self.life:
             self._send(Reply(self.domain.domid, self.token, result.rc, result.data))
 
@@ -125,6 +135,8 @@ class Dispatcher:
         self._outbox = outbox
         self._commands = {(h.number, c.number): c for h in table.values() for c in h.commands}
         self._handlers: dict[tuple[int, int], Handler] = {}
+        self._waiting: dict[DomId, int] = {}
+        """Calls of each domain that are not answered yet."""
         self.counts: dict[DomId, dict[int, int]] = {}
         """Calls by domain and hypercall number."""
         self.prechecks: dict[int, Callable[[Call], None]] = {}
@@ -164,6 +176,9 @@ class Dispatcher:
             return
         if not domain.process_alive:  # it was still under way when the process ended
             return
+        if self._waiting.get(domid, 0) >= MAX_WAITING:
+            self._outbox.emit(Reply(domid, token, -EAGAIN))
+            return
         call: Call | None = None
         try:
             call, handler = self._admit(now, domain, vcpu, token, nr, cmd, data)
@@ -171,6 +186,9 @@ class Dispatcher:
         except XenError as error:
             result = Result(-error.errno, error.data)
         if result is None:
+            if call is not None and not call.answered:
+                call.waits = True
+                self._waiting[domid] = self._waiting.get(domid, 0) + 1
             return
         if call is not None:
             call.answer(result)
@@ -206,7 +224,18 @@ class Dispatcher:
                 )  # no handler makes an array that no message could carry
         except WireError as error:
             raise XenError(EINVAL, str(error)) from None
-        call = Call(now, domain, vcpu, token, nr, command, message, self._reply, life=domain.life)
+        call = Call(
+            now,
+            domain,
+            vcpu,
+            token,
+            nr,
+            command,
+            message,
+            self._reply,
+            life=domain.life,
+            settled=self._settled,
+        )
         precheck = self.prechecks.get(nr)
         if precheck is not None:
             precheck(call)
@@ -221,6 +250,14 @@ class Dispatcher:
             raise XenError(ENOSYS)
         return call, handler
 
+    def _settled(self, call: Call) -> None:
+        left = self._waiting.get(call.domain.domid, 1) - 1
+        if left > 0:
+            self._waiting[call.domain.domid] = left
+        else:
+            self._waiting.pop(call.domain.domid, None)
+
     def forget(self, domid: DomId) -> None:
         """Drop a removed domain's counters."""
         self.counts.pop(domid, None)
+        self._waiting.pop(domid, None)

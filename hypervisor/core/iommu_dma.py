@@ -121,7 +121,9 @@ class DmaService:
     def submit(self, now: int, batch: DmaBatch, staging: Staging, done: Callable[[DmaResult], None]) -> None:
         """Carry the batch out and call `done`: at once, unless one of its frames, or an earlier batch, must be waited
         for. It never raises for what a device says."""
-        if len(batch.items) > MAX_ITEMS or len(batch.vectors) > MAX_VECTORS:
+        # No two items of a batch share staging memory; a device that says so wants the hypervisor busy.
+        total = sum(item.length for item in batch.items)
+        if len(batch.items) > MAX_ITEMS or len(batch.vectors) > MAX_VECTORS or total > staging.size:
             done(self._refused(now, batch, 0, FaultReason.MALFORMED))
             return
         queue = self._queues.setdefault(batch.bdf, deque())

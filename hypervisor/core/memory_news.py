@@ -64,7 +64,7 @@ class MemoryNews(DomainHooks):
         """Send what was collected, in its order."""
         if not self._news:
             return
-        news, self._news = self._news, []
+        news, self._news = _unmapped_first(self._news), []
         start = 0
         for index in range(1, len(news) + 1):
             domid, what, _ = news[start]
@@ -74,6 +74,27 @@ class MemoryNews(DomainHooks):
                 if found is not None and found.process_alive:
                     self._outbox.tell(domid, "memory", {what: [run for _, _, run in news[start:index]]})
                 start = index
+
+
+def _unmapped_first(news: list[tuple[DomId, str, list[int]]]) -> list[tuple[DomId, str, list[int]]]:
+    """Where a domain gives back many frames, each is unmapped and then lost: told in that order of all together, as a few long orders
+    instead of two for each frame."""
+    out: list[tuple[DomId, str, list[int]]] = []
+    lost: list[tuple[DomId, str, list[int]]] = []
+    for item in news:
+        domid, what, run = item
+        if lost and domid != lost[0][0]:
+            out += lost
+            lost = []
+        if what == "removed":
+            lost.append(item)
+        elif what == "p2m" and run[3] == 0:
+            out.append(item)
+        else:
+            out += lost
+            lost = []
+            out.append(item)
+    return out + lost
 
 
 def _continues(what: str, last: list[int], run: list[int]) -> bool:

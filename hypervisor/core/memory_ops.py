@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable
-from errno import EACCES, EFAULT, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
+from errno import E2BIG, EACCES, EFAULT, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
 
 from bus.abi import memory as abi
 from bus.abi.arch_x86 import ARCH_SHARED_INFO
+from bus.abi.hypercalls_model import MAX_FRAMES
 from bus.abi.xen import SHARED_INFO, HYPERVISOR_memory_op
 from bus.addresses import PAGE_SHIFT, Gfn, Mfn
 from hypervisor.core.config import MachineConfig
@@ -76,8 +77,8 @@ class MemoryOps:
     # -- reservations
     # ---------------------------------------------------------------------------------------------
 
-    def _reservation(self, call: Call) -> tuple[Domain, array[int], int] | None:
-        """(domain, list of extents, order). None where Xen answers 0, "nothing done". EPERM."""
+    def _reservation(self, call: Call) -> tuple[Domain, array[int], int, int] | None:
+        """(domain, list of extents, order, how many extents this call may do). None where Xen answers 0, "nothing done". EPERM."""
         op: abi.xen_memory_reservation = call.item
         try:
             domain = self._domains.target(call.domain, op.domid)
@@ -90,7 +91,8 @@ class MemoryOps:
             return None
         extents = array("Q")
         extents.frombytes(call.array("extent_start"))
-        return domain, extents, op.extent_order
+        most = len(extents) if call.domain.privileged else max(1, MAX_FRAMES >> op.extent_order)
+        return domain, extents, op.extent_order, most
 
     def allocate(self, domain: Domain, order: int, address_bits: int = 0) -> Mfn | None:
         """One extent within the domain's maximum, or None."""
@@ -111,10 +113,10 @@ class MemoryOps:
         found = self._reservation(call)
         if found is None:
             return self._extents_reply(call, 0, array("Q"))
-        domain, given, order = found
+        domain, given, order, most = found
         extents = array("Q", given)
         done = 0
-        for index in range(len(extents)):
+        for index in range(min(most, len(extents))):
             mfn = self.allocate(domain, order, call.item.mem_flags & 0xFF)
             if mfn is None:
                 break
@@ -126,11 +128,11 @@ class MemoryOps:
         found = self._reservation(call)
         if found is None:
             return self._extents_reply(call, 0, array("Q"))
-        domain, extents, order = found
+        domain, extents, order, most = found
         if call.item.mem_flags & abi.XENMEMF_populate_on_demand:
             return self._extents_reply(call, 0, extents)
         count, done = 1 << order, 0
-        for index, gpfn in enumerate(extents):
+        for index, gpfn in enumerate(extents[:most]):
             if domain.p2m is not None and (
                 gpfn + count > GFN_LIMIT or self._physmap.is_obstructed(domain, gpfn, count)
             ):
@@ -154,9 +156,9 @@ class MemoryOps:
         found = self._reservation(call)
         if found is None:
             return self._extents_reply(call, 0, array("Q"))
-        domain, extents, order = found
+        domain, extents, order, most = found
         done = 0
-        for first in extents:
+        for first in extents[:most]:
             if not all(self._give_back(domain, first + step) for step in range(1 << order)):
                 break
             done += 1
@@ -196,6 +198,8 @@ class MemoryOps:
         pages = op.in_.nr_extents << op.in_.extent_order
         if pages != op.out.nr_extents << op.out.extent_order or pages > self._frames.ram_pages(domain.domid):
             raise XenError(EINVAL)
+        if pages > MAX_FRAMES and not call.domain.privileged:
+            raise XenError(ENOMEM)
         given, wanted = array("Q"), array("Q")
         given.frombytes(call.array("in_.extent_start"))
         wanted.frombytes(call.array("out.extent_start"))
@@ -260,6 +264,8 @@ class MemoryOps:
         if op.space != abi.XENMAPSPACE_gmfn_range:
             self._physmap.add(call.domain, domain, op.space, op.idx, op.gpfn)
             return call.reply(0)
+        if op.size > MAX_FRAMES and not call.domain.privileged:
+            raise XenError(E2BIG)
         for step in range(op.size):
             self._physmap.add(call.domain, domain, abi.XENMAPSPACE_gmfn, op.idx + step, op.gpfn + step)
         return call.reply(0)

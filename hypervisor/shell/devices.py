@@ -96,11 +96,12 @@ class DeviceShell:
 
     def attach(
         self, attach: Attach, hello: DeviceHello, device: Peer, owner: Peer | None, doorbells: bool
-    ) -> None:
-        """Send `Attach` with its descriptors, and the other ends of the doorbells to the owner. PeerLost."""
+    ) -> PeerLost | None:
+        """Send `Attach` with its descriptors, and the other ends of the doorbells to the owner. PeerLost is the device's; the owner's is
+        returned."""
         slot = self.slots.get(Bdf(attach.bdf))
         if slot is None:
-            return
+            return None
         fds, ranges, shared = [slot.staging.fd], list[dict[str, Any]](), list[int]()
         own: list[int] = []
         try:
@@ -112,27 +113,27 @@ class DeviceShell:
                     ):
                         continue
                     page = sealed.create(f"domicile-doorbell-{attach.bdf:x}-{bar.index}", bar.doorbell_length)
-                    bell = Doorbell()
-                    own += [page, bell.fd]
-                    fds += [page, bell.fd]
-                    shared += [page, bell.fd]
+                    rings, listens = Doorbell.pair()
+                    own += [page, rings.fd, listens.fd]
+                    fds += [page, listens.fd]
+                    shared += [page, rings.fd]
                     ranges.append(
                         {"bar": bar.index, "offset": bar.doorbell_offset, "length": bar.doorbell_length}
                     )
             device.send_with(attach.model_copy(update={"descriptors": len(fds)}), fds)
             if owner is not None:
-                owner.order(
-                    0,
-                    "device_attached",
-                    {
-                        "bdf": attach.bdf,
-                        "epoch": attach.epoch,
-                        "doorbells": ranges,
-                        "bars": [[bar.index, bar.size] for bar in hello.bars],
-                        "vectors": hello.vectors,
-                    },
-                    shared,
-                )
+                body = {
+                    "bdf": attach.bdf,
+                    "epoch": attach.epoch,
+                    "doorbells": ranges,
+                    "bars": [[bar.index, bar.size] for bar in hello.bars],
+                    "vectors": hello.vectors,
+                }
+                try:
+                    owner.order(0, "device_attached", body, shared)
+                except PeerLost as lost:
+                    return lost
+            return None
         finally:
             close_all(own)
 

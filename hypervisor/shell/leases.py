@@ -41,8 +41,12 @@ class _Lease:
     page: lp.LeasePage
     to_domain: Doorbell | None
     to_us: Doorbell | None
+    theirs: tuple[Doorbell, ...] = ()
+    """The domain's ends of both, which its process has copies of."""
     base: int | None = None
     used: int = 0
+    epoch: int = 0
+    """As last written to the page: the domain may write there too, so the page is never the place to count."""
     stopped: bool = False
     enabled: bool = False
     offences: int = 0
@@ -95,8 +99,10 @@ class Leases:
         lease = _Lease(domain, fd, lp.LeasePage(fd), None, None)
         fds = [fd]
         if self._doorbells:
-            lease.to_domain, lease.to_us = Doorbell(), Doorbell()
-            fds += [lease.to_domain.fd, lease.to_us.fd]
+            lease.to_domain, listens = Doorbell.pair()
+            rings, lease.to_us = Doorbell.pair()
+            lease.theirs = (listens, rings)
+            fds += [listens.fd, rings.fd]
             self._by_fd[lease.to_us.fd] = lease
         self._leases[domain] = lease
         return {}, fds, lease.to_us.fd if lease.to_us is not None else None
@@ -111,7 +117,7 @@ class Leases:
         self._rung = True
         lease.page.close()
         os.close(lease.fd)
-        for bell in (lease.to_domain, lease.to_us):
+        for bell in (lease.to_domain, lease.to_us, *lease.theirs):
             if bell is not None:
                 self._by_fd.pop(bell.fd, None)
                 bell.close()
@@ -197,7 +203,7 @@ class Leases:
         for change in self._scheduler.schedule(now):
             self._change(now, change)
         for lease in self._yielded:
-            lease.page.words[lp.EPOCH] += 1  # the answer: it goes on if a lease was left, or given, to it
+            self._next_epoch(lease)  # the answer: it goes on if a lease was left, or given, to it
             self._ring(lease)
         self._yielded.clear()
         self._sample_at = now + INTERVAL if self._needs_patrol() else None
@@ -233,7 +239,7 @@ class Leases:
             self._trace.add(Kind.LEASE, change.cpu, change.domain, change.granted, end, time=now)
         if not change.granted:
             words[lp.STATE] = lp.NONE
-            words[lp.EPOCH] += 1
+            self._next_epoch(lease)
             self._police.watch(now, lease.domain, lease.used)
             self._ring(lease)
             return
@@ -249,8 +255,13 @@ class Leases:
         elif had == lp.NONE:
             lease.offences = max(0, lease.offences - 1)
         if had == lp.NONE:
-            words[lp.EPOCH] += 1
+            self._next_epoch(lease)
             self._ring(lease)
+
+    @staticmethod
+    def _next_epoch(lease: _Lease) -> None:
+        lease.epoch += 1
+        lease.page.words[lp.EPOCH] = lease.epoch
 
     def _continue(self, lease: _Lease) -> None:
         lease.stopped = False

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from bus import sealed
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
+from bus.packets import close_all
+from bus.sealed import read_only
 
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -104,6 +108,22 @@ class MemfdMemory:
             if _libc.fallocate(extent.fd, flags, (start - base) << PAGE_SHIFT, here << PAGE_SHIFT) != 0:
                 raise OSError(ctypes.get_errno(), "fallocate(PUNCH_HOLE)")
             start += here
+
+    @contextlib.contextmanager
+    def lent(self, windows: Sequence[tuple[int, bool]], extents: Sequence[int]) -> Iterator[list[int]]:
+        """Descriptors to send with an order, for as long as that takes: of windows (number, writable), then of extents."""
+        copies: list[int] = []
+        try:
+            descriptors = []
+            for window, writable in windows:
+                fd = self.window_descriptor(window)
+                if not writable:
+                    fd = read_only(fd)
+                    copies.append(fd)
+                descriptors.append(fd)
+            yield descriptors + [self.extent_descriptor(base) for base in extents]
+        finally:
+            close_all(copies)
 
     def create_extent(self, base: Mfn, frames: int) -> None:
         """See MachineMemory."""

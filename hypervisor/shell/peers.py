@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import socket
+import struct
+import termios
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from bus.addresses import DomId
@@ -22,6 +25,17 @@ MAX_BACKLOG: Final = 512
 MAX_HANDSHAKES: Final = 4
 """Connections of one domain that may be in their handshake; further ones are closed at once."""
 HANDSHAKE_S: Final = 2.0
+DESCRIPTOR_BUFFER: Final = 256 << 10
+PADDING: Final = 512
+"""Bytes of the descriptor socket's buffer (which the kernel makes twice as large) that each descriptor under way takes."""
+MERGED: Final = 512
+"""Most frames in one of the messages that are put together while a peer is slow."""
+REPORT_BURST: Final = 16
+REPORTS_A_SECOND: Final = 2
+BEHIND_MESSAGES: Final = 256
+BEHIND_BYTES: Final = 256 << 10
+"""A peer that has more unread is behind: what it can do without (doorbells) is not sent. Descriptors lie on their own socket, which
+a process reads when it takes the message that announces them."""
 CHUNK: Final = MAX_MESSAGE
 """Bytes taken from one connection at a time."""
 
@@ -30,12 +44,51 @@ class PeerLost(ConnectionError):
     """The domain's process takes nothing any more."""
 
 
+class Cork:
+    """While it is in, what is sent to peers waits, so that messages to one of them go out by one system call."""
+
+    def __init__(self) -> None:
+        self.is_in = False
+        self.waiting: dict[DomId, Peer] = {}
+        """Peers with something to send, in the order in which it came."""
+
+    def pull(self, peers: Mapping[DomId, Peer]) -> tuple[list[Peer], list[tuple[DomId, str]]]:
+        """Send what waits, to the peer first that was the first to be sent something; who was sent to, and who is lost, and why. `peers`:
+        those whose processes are there still."""
+        self.is_in = False
+        waiting, self.waiting = self.waiting, {}
+        sent: list[Peer] = []
+        lost: list[tuple[DomId, str]] = []
+        for domain, peer in waiting.items():
+            if peers.get(domain) is peer:
+                try:
+                    peer.flush()
+                    sent.append(peer)
+                except PeerLost as error:
+                    lost.append((domain, str(error)))
+        return sent, lost
+
+
 class _Connection:
     def __init__(self, sock: socket.socket, keys: ServerCredentials) -> None:
         sock.setblocking(False)
         self.socket = sock
         self.zmtp = ServerConnection(keys.secret, keys.client_public, MAX_MESSAGE)
         self.deadline = time.monotonic() + HANDSHAKE_S
+
+
+class _Raised:
+    """Events that wait to be told."""
+
+    def __init__(self) -> None:
+        self.events: dict[tuple[int, int], None] = {}
+
+
+class _Stale:
+    """Frames whose translated code is to be dropped."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, None] = {}
 
 
 class Peer:
@@ -50,13 +103,19 @@ class Peer:
     ) -> None:
         """Takes over `descriptors`, the hypervisor's end of the descriptor socket. `kinds`: what the peer may send."""
         self.domain = domain
+        self.cork = Cork()
+        """The server has one for all its peers."""
         self._kinds = kinds
         self._keys = keys
         # The domain may send anything here; nothing is ever read, so its descriptors never arrive in this process.
+        descriptors.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESCRIPTOR_BUFFER)
         self._descriptors = PacketLink(descriptors, DESCRIPTORS, descriptors=False)
         self._bundles = itertools.count(1)
-        self._backlog: deque[bytes | dict[tuple[int, int], None]] = deque()
-        """Encoded messages, and event channels that are to be told."""
+        self._backlog: deque[bytes | _Raised | _Stale] = deque()
+        self._telling: dict[tuple[int, int], _Raised] = {}
+        """Events in the backlog: one that waits already is not queued again, whoever raises it how often."""
+        self._stale: dict[int, _Stale] = {}
+        """The same of frames."""
         self._partial = b""
         self.listener: socket.socket | None = None
         self._connection: _Connection | None = None
@@ -66,6 +125,20 @@ class Peer:
         self.bad = 0
         """Messages that did not validate."""
         self.received = 0
+        self.inbox: deque[Message] = deque()
+        """Messages that were received and wait for this peer's turn; nothing more is read from it meanwhile."""
+        self._reports = float(REPORT_BURST)
+        self._reported = time.monotonic()
+
+    def may_report(self) -> bool:
+        """Another of its reports may be logged, or passed on: a few at once, and then few a second."""
+        now = time.monotonic()
+        self._reports = min(float(REPORT_BURST), self._reports + (now - self._reported) * REPORTS_A_SECOND)
+        self._reported = now
+        if self._reports < 1:
+            return False
+        self._reports -= 1
+        return True
 
     # ------------------------------------------------------------------ connections
 
@@ -113,6 +186,8 @@ class Peer:
             connection = self._handshakes.get(fd)
             if connection is None:
                 return []
+        elif self.inbox:
+            return []
         try:
             data = connection.socket.recv(CHUNK)
             if not data:
@@ -164,9 +239,15 @@ class Peer:
         return None
 
     def send(self, message: Message) -> None:
-        """Send, or queue if the domain is not there yet or slow. PeerLost if it takes nothing any more."""
+        """Send, or queue if the domain is not there yet or slow, or the cork is in. PeerLost if it takes nothing any more."""
         self._backlog.append(encode(message))
-        self.flush()
+        self._send()
+
+    def _send(self) -> None:
+        if self.cork.is_in:
+            self.cork.waiting[self.domain] = self
+        else:
+            self.flush()
 
     def flush(self) -> None:
         """Send what waits, as far as it goes."""
@@ -177,9 +258,9 @@ class Peer:
             return
         while self._partial or self._backlog:
             if not self._partial:
-                first = self._backlog.popleft()
-                raw = first if isinstance(first, bytes) else encode(Raised(events=list(first)))
-                self._partial = connection.zmtp.encode(raw)
+                self._partial = connection.zmtp.encode(self._next())
+                while self._backlog and len(self._partial) < CHUNK:
+                    self._partial += connection.zmtp.encode(self._next())
             try:
                 sent = connection.socket.send(self._partial)
             except BlockingIOError:
@@ -205,20 +286,62 @@ class Peer:
             return 0
         bundle = next(self._bundles)
         try:
-            self._descriptors.send(Descriptors(bundle=bundle), descriptors)
+            padding = bytes(PADDING * len(descriptors))
+            self._descriptors.send(Descriptors(bundle=bundle, padding=padding), descriptors)
         except (LinkFull, LinkClosed) as error:
             raise PeerLost(f"descriptor socket: {error}") from None
         return bundle
 
+    def _next(self) -> bytes:
+        """The message that has waited longest."""
+        item = self._backlog.popleft()
+        if isinstance(item, _Raised):
+            for event in item.events:
+                del self._telling[event]
+            return encode(Raised(events=list(item.events)))
+        if isinstance(item, _Stale):
+            for frame in item.frames:
+                del self._stale[frame]
+            return encode(Order(order=0, what="drop_code", body={"frames": list(item.frames)}))
+        return item
+
     def raised(self, events: list[tuple[int, int]]) -> None:
-        """Tell of pending event channels. What waits is told once, however often it was raised meanwhile: a domain that raises without
-        end must not fill the backlog of one that is slow."""
+        """Tell of pending event channels. To a peer that is slow each is told once, so that nobody can fill its queue with them."""
         for event in events:
+            if event in self._telling:
+                continue
             last = self._backlog[-1] if self._backlog else None
-            if not isinstance(last, dict) or len(last) >= MAX_ITEMS:
-                self._backlog.append(last := {})
-            last[event] = None
-        self.flush()
+            if not isinstance(last, _Raised) or len(last.events) >= MAX_ITEMS:
+                last = _Raised()
+                self._backlog.append(last)
+            last.events[event] = None
+            self._telling[event] = last
+        self._send()
+
+    def drop_code(self, frames: Sequence[int]) -> None:
+        """Order `drop_code`: others wrote to these frames. They were written before this is called, so a message that waits already
+        may say it as well."""
+        for frame in frames:
+            if frame in self._stale:
+                continue
+            last = next(reversed(self._stale.values()), None)
+            if last is None or len(last.frames) >= MERGED:
+                last = _Stale()
+                self._backlog.append(last)
+            last.frames[frame] = None
+            self._stale[frame] = last
+        self._send()
+
+    @property
+    def behind(self) -> bool:
+        """It has not read what it was sent some time ago."""
+        if len(self._backlog) > BEHIND_MESSAGES:
+            return True
+        try:
+            unread = fcntl.ioctl(self._descriptors.fileno(), termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return True
+        return bool(struct.unpack("i", unread)[0] > BEHIND_BYTES)
 
     def close(self) -> None:
         """Close every socket (which takes them out of epoll)."""

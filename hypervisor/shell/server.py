@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import select
 import time
 import traceback
 from collections import defaultdict
-from typing import Any, Final
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, cast
 
 import msgpack
 
-from bus import ioreq_area
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
-from bus.doorbell import Doorbell
 from bus.log import Logger
-from bus.messages.device import FROM_DEVICE, Attach, DeviceAccess, DeviceHello, DeviceVector, Inspect, Plug
+from bus.messages.device import (
+    FROM_DEVICE,
+    Attach,
+    DeviceAccess,
+    DeviceHello,
+    DeviceVector,
+    Dma,
+    Inspect,
+    Plug,
+)
 from bus.messages.domain import Hello, Hypercall, HypercallReply, OrderDone, Report
 from bus.messages.envelope import Message
-from bus.packets import close_all
-from bus.sealed import read_only
 from bus.trace import Kind as TraceKind
 from hypervisor.core import effects as fx
 from hypervisor.core.core import HypervisorCore
@@ -33,17 +39,18 @@ from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
 from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats
 from hypervisor.shell.inspection import iommu_view
+from hypervisor.shell.joins import Joins
 from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
-from hypervisor.shell.peers import Peer, PeerLost
-from hypervisor.shell.processes import Processes
+from hypervisor.shell.peers import Cork, Peer, PeerLost
+from hypervisor.shell.processes import Processes, WardenGone
 from hypervisor.shell.trace_pages import TracePages
 
 IDLE_S: Final = 1.0
-
-
 MAX_COUNTERS: Final = 8
 """Kinds of counters that a domain's last words may have (their sizes are bounded by the message's)."""
+SHARE_NS: Final = 5_000_000
+"""How long one peer's messages are obeyed before the others get their turn."""
 
 
 class Server:
@@ -71,11 +78,17 @@ class Server:
         self._trace = traces.own
         self.doorbells = doorbells
         self.peers: dict[DomId, Peer] = {}
+        self._cork = Cork()
         self._epoll = select.epoll()
         self._epoll.register(processes.fileno(), select.EPOLLIN)
         self._by_fd: dict[int, Peer] = {}
         self._lost: list[tuple[DomId, str]] = []
         self._stopped: str | None = None
+        self._joins = Joins(
+            self.peers, self._watch, lambda domain, why: self._lost.append((domain, why)), doorbells=doorbells
+        )
+        self._busy: dict[DomId, Peer] = {}
+        """Peers whose turn ended before their messages did."""
         self._settings: dict[str, Any] = {"doorbells": doorbells}
         self._heartbeats = Heartbeats(self._is_stopped)
         self.leases = Leases(
@@ -89,8 +102,6 @@ class Server:
             trace=traces.own,
         )
 
-    # ------------------------------------------------------------------ the loop
-
     def run(self) -> str:
         """Serve until the machine stops; why it did."""
         self._apply()
@@ -99,10 +110,9 @@ class Server:
             beat = self._heartbeats.next_deadline()
             deadlines = (self.core.next_deadline(), self.devices.next_deadline(), lease_deadline, beat)
             deadline = min((d for d in deadlines if d is not None), default=None)
-            timeout = (
-                IDLE_S if deadline is None else min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
-            )
-            self._round(timeout)
+            left = IDLE_S if deadline is None else (deadline - time.monotonic_ns()) / 1e9
+            self._round(0.0 if self._busy else min(IDLE_S, max(0.0, left)))
+            self._turns()
             now = time.monotonic_ns()
             if deadline is not None and now >= deadline:
                 # What arrived while we were busy ourselves was in time: it is looked at before anything expires.
@@ -195,24 +205,64 @@ class Server:
                 self.leases.measure_native(domain.domid, running=domain.domid == asker)
 
     def _serve(self, peer: Peer, fd: int, events: int) -> None:
-        try:
-            if peer.listener is not None and fd == peer.listener.fileno():
-                new = peer.accept()
-                if new is not None:
-                    self._by_fd[new] = peer
-                    self._epoll.register(new, select.EPOLLIN)
-                return
-            if events & select.EPOLLOUT:
-                peer.flush()
+        self._guarded(peer, lambda: self._ready(peer, fd, events))
+
+    def _ready(self, peer: Peer, fd: int, events: int) -> None:
+        """One of its descriptors is."""
+        if peer.listener is not None and fd == peer.listener.fileno():
+            new = peer.accept()
+            if new is not None:
+                self._by_fd[new] = peer
+                self._epoll.register(new, select.EPOLLIN)
+            return
+        if events & select.EPOLLOUT:
+            peer.flush()
+            if fd in peer.descriptors():  # sending may have found it closed
                 self._epoll.modify(fd, select.EPOLLIN)
-            for message in peer.receive(fd):
-                self._take(peer, message)
-            self._watch(peer)
+        waits = bool(peer.inbox)  # for its turn
+        peer.inbox.extend(peer.receive(fd))
+        if not waits:
+            self._turn(peer)
+
+    def _guarded(self, peer: Peer, act: Callable[[], None]) -> None:
+        """What goes wrong with a peer costs that peer."""
+        try:
+            act()
         except PeerLost as lost:
             self._lose(peer.domain, str(lost))
             self._apply()
+        except Exception as error:
+            if peer.domain == 0:
+                raise
+            self.log("critical", "".join(traceback.format_exception(error))[-4000:], peer.domain)
+            self._lose(peer.domain, f"hypervisor fault: {error!r}"[:200])
+            self._apply()
 
-    def _take(self, peer: Peer, message: Message) -> None:
+    def _turn(self, peer: Peer) -> None:
+        """Obey what a peer sent, for no longer than its share: the others wait meanwhile."""
+        end = time.monotonic_ns() + SHARE_NS
+        while peer.inbox:
+            message = peer.inbox.popleft()
+            # Batches of DMA that came together: their answers, interrupts and stale frames go out together.
+            self._take(peer, message, apply=not isinstance(message, Dma))
+            if time.monotonic_ns() >= end:
+                break
+        self._apply()
+        if peer.inbox:
+            self._busy[peer.domain] = peer
+        self._watch(peer)
+
+    def _turns(self) -> None:
+        """The next turn of each peer that did not come to its end."""
+        busy, self._busy = self._busy, {}
+        for peer in busy.values():
+            if self.peers.get(peer.domain) is peer:
+                self._guarded(peer, partial(self._turn, peer))
+
+    def _take(self, peer: Peer, message: Message, *, apply: bool = True) -> None:
+        if self.peers.get(peer.domain) is not peer:
+            peer.inbox.clear()  # it was lost meanwhile: what it still had to say is of no interest
+            return
         try:
             self._obey(peer, message)
         except PeerLost:
@@ -225,7 +275,8 @@ class Server:
                 self._lose(peer.domain, f"hypervisor fault: {error!r}"[:200])
                 return
             self.core.crash_domain(time.monotonic_ns(), peer.domain, f"hypervisor fault: {error!r}"[:200])
-        self._apply()
+        if apply:
+            self._apply()
 
     def _obey(self, peer: Peer, message: Message) -> None:
         now = time.monotonic_ns()
@@ -243,6 +294,8 @@ class Server:
             self.core.call(
                 now, peer.domain, message.vcpu, message.token, message.nr, message.cmd, message.data
             )
+            if message.nr == HYPERVISOR_domctl:
+                self._sweep_traces()  # of a domain that is gone now: its process may have ended long before
             if self._trace.on[0]:
                 spent = time.monotonic_ns() - now
                 domain, nr = peer.domain, message.nr
@@ -267,10 +320,8 @@ class Server:
             self.leases.told(peer.domain)
             return
         if report.what == "counters":
-            control = self.peers.get(DomId(0))
-            if control is not None and len(report.body) <= MAX_COUNTERS:
-                control.order(0, "counters", {"domid": int(peer.domain), "counters": report.body})
-                self._watch(control)
+            if len(report.body) <= MAX_COUNTERS and peer.may_report():
+                self._tell_control("counters", {"domid": int(peer.domain), "counters": report.body}, [])
             return
         if report.what == "log":
             domain = self.core.domains.get(peer.domain)
@@ -278,7 +329,8 @@ class Server:
                 text = str(report.body.get("text", ""))[:500]
                 self.core.console.write(time.monotonic_ns(), domain, text.encode() + b"\n")
             return
-        self.log("info", f"{report.what} {json.dumps(report.body, default=str)[:1000]}", peer.domain)
+        if peer.may_report():
+            self.log("info", f"{report.what} {json.dumps(report.body, default=str)[:1000]}", peer.domain)
 
     def _plug(self, peer: Peer, plug: Plug) -> None:
         """The control domain plugs a device in, or pulls it out."""
@@ -286,12 +338,18 @@ class Server:
         if caller is None or not caller.spec.privileged:
             peer.send(HypercallReply(token=plug.token, rc=-errno.EPERM))
             return
+        try:
+            rc = self._plug_or_pull(plug)
+        except XenError as error:
+            rc = -error.errno
+        peer.send(HypercallReply(token=plug.token, rc=rc))
+
+    def _plug_or_pull(self, plug: Plug) -> int:
         bdf = Bdf(plug.bdf)
         number = peer_id(bdf)
         if self.processes.of(number) is not None:
             if plug.present:
-                peer.send(HypercallReply(token=plug.token, rc=-errno.EBUSY))
-                return
+                return -errno.EBUSY
             self.processes.signal(number, "kill")
         self._drop_peer(number)
         if plug.present:
@@ -304,7 +362,7 @@ class Server:
             self.devices.remove(bdf)
             self._device_shell.unplug(bdf)
             self._sweep_traces()
-        peer.send(HypercallReply(token=plug.token, rc=0))
+        return 0
 
     def _inspect(self, peer: Peer, inspect: Inspect) -> None:
         """The control domain looks at the IOMMU, or says whether somebody watches the trace."""
@@ -318,16 +376,10 @@ class Server:
                         self.leases.note(time.monotonic_ns())
                     rc, data = 0, b""
                 else:
-                    rc, data = (
-                        0,
-                        msgpack.packb(
-                            iommu_view(
-                                self.devices.iommu,
-                                inspect.args,
-                                lambda bdf: self.devices.hello_of(bdf) is not None,
-                            )
-                        ),
+                    view = iommu_view(
+                        self.devices.iommu, inspect.args, lambda bdf: self.devices.hello_of(bdf) is not None
                     )
+                    rc, data = 0, msgpack.packb(view)
             except XenError as error:
                 rc = -error.errno
         peer.send(HypercallReply(token=inspect.token, rc=rc, data=data))
@@ -337,11 +389,10 @@ class Server:
         self.log("warning", f"device {bdf:#x}: process ended with {how}")
         self.devices.unplug(bdf)
         self._device_shell.unplug(bdf)
-        control = self.peers.get(DomId(0))
-        if control is not None:
-            control.order(0, "device_ended", {"bdf": int(bdf), "how": how})
+        self._tell_control("device_ended", {"bdf": int(bdf), "how": how}, [])
 
     def _add_peer(self, peer: Peer) -> None:
+        peer.cork = self._cork
         self.peers[peer.domain] = peer
         if peer.listener is not None:
             self._by_fd[peer.listener.fileno()] = peer
@@ -393,6 +444,7 @@ class Server:
     def _drop_peer(self, domain: DomId) -> None:
         peer = self.peers.pop(domain, None)
         self.leases.close(domain)
+        self._joins.gone(domain)
         if peer is not None:
             self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not peer}
             peer.close()
@@ -400,15 +452,16 @@ class Server:
     def _watch(self, peer: Peer) -> None:
         """Have epoll tell when a connection with something to send takes more."""
         fd = peer.write_fd
-        if fd is not None:
+        if fd is not None and not self._cork.is_in:
             self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 
     # ------------------------------------------------------------------ effects
 
     def _apply(self) -> None:
-        """Carry out what the core wants, in order; event notifications of one batch go together."""
+        """Carry out what the core wants, in order; event notifications of one batch go together, and so do all messages to one peer."""
         raised: dict[DomId, list[tuple[int, int]]] = defaultdict(list)
         while batch := self.core.take_effects():
+            self._cork.is_in = True
             for effect in batch:
                 if isinstance(effect, fx.Raise):
                     if self._trace.on[0]:
@@ -417,13 +470,39 @@ class Server:
                     continue
                 if raised and isinstance(effect, fx.Reply) and effect.domain in raised:
                     self._send_raised(effect.domain, raised.pop(effect.domain))
-                self._one(effect)
+                try:
+                    self._one(effect)
+                except WardenGone:
+                    raise
+                except (
+                    Exception
+                ) as error:  # a bug, or no descriptors left: it costs the domain that it is about
+                    self._failed(effect, error)
             for domain, events in raised.items():
                 self._send_raised(domain, events)
             raised.clear()
+            self._uncork()
             lost, self._lost = self._lost, []
             for domain, why in lost:
                 self._lose(domain, why)
+
+    def _uncork(self) -> None:
+        sent, lost = self._cork.pull(self.peers)
+        self._lost += lost
+        for peer in sent:
+            self._watch(peer)
+
+    def _failed(self, effect: fx.Effect, error: Exception) -> None:
+        domain = getattr(effect, "domain", getattr(effect, "left", getattr(effect, "guest", None)))
+        self.log("critical", "".join(traceback.format_exception(error))[-4000:], domain)
+        if isinstance(effect, fx.StartProcess):
+            self.core.process_ended(time.monotonic_ns(), effect.domain, f"not started: {error}"[:200])
+        elif isinstance(effect, fx.ToDevice):
+            self._lost.append((peer_id(effect.bdf), f"hypervisor fault: {error!r}"[:200]))
+        elif domain is None or domain == 0:
+            raise error
+        else:
+            self._lost.append((domain, f"hypervisor fault: {error!r}"[:200]))
 
     def _send_raised(self, domain: DomId, events: list[tuple[int, int]]) -> None:
         peer = self.peers.get(domain)
@@ -458,11 +537,11 @@ class Server:
         elif isinstance(effect, fx.Log):
             self.log(effect.level, effect.text, effect.domain)
         elif isinstance(effect, fx.Bind):
-            self._bind(effect)
+            self._joins.bind(effect)
         elif isinstance(effect, fx.ToDevice):
             self._to_device(effect)
         elif isinstance(effect, fx.JoinModel):
-            self._join_model(effect)
+            self._joins.model(effect)
         else:
             self._to_peer(effect)
 
@@ -475,8 +554,10 @@ class Server:
             if isinstance(effect.message, Attach):
                 owner = self.devices.owner(effect.bdf)
                 target = self.peers.get(owner) if owner is not None else None
-                self._device_shell.attach(effect.message, hello, peer, target, self.doorbells)
-                if target is not None:
+                gone = self._device_shell.attach(effect.message, hello, peer, target, self.doorbells)
+                if target is not None and gone is not None:
+                    self._lost.append((target.domain, str(gone)))
+                elif target is not None:
                     self._watch(target)
             else:
                 peer.send(effect.message)
@@ -494,77 +575,20 @@ class Server:
             elif isinstance(effect, fx.Order):
                 self._order(peer, effect)
             elif isinstance(effect, fx.Unbind):
-                peer.order(0, "doorbell_off", {"port": effect.port})
+                self._joins.unbind(effect.domain, effect.port)
             self._watch(peer)
         except PeerLost as lost:
             self._lost.append((effect.domain, str(lost)))
 
     def _order(self, peer: Peer, order: fx.Order) -> None:
-        borrowed: list[int] = []
-        copies: list[int] = []
-        try:
-            for window, writable in order.windows:
-                fd = self.memory.window_descriptor(window)
-                if not writable:
-                    fd = read_only(fd)
-                    copies.append(fd)
-                borrowed.append(fd)
-            borrowed.extend(self.memory.extent_descriptor(base) for base in order.extents)
-            body = order.body
-            if order.windows:
-                body = {**body, "windows": [window for window, _ in order.windows]}
-            peer.order(order.order_id, order.kind, body, borrowed)
-        finally:
-            close_all(copies)
-
-    def _bind(self, bind: fx.Bind) -> None:
-        """A doorbell each way: what one side rings the other listens to. A channel within one domain needs none."""
-        if bind.left == bind.right:
-            peer = self.peers.get(bind.left)
-            if peer is not None:
-                try:
-                    for port, other in ((bind.left_port, bind.right_port), (bind.right_port, bind.left_port)):
-                        peer.order(0, "loop", {"port": port, "other": other})
-                    self._watch(peer)
-                except PeerLost as lost:
-                    self._lost.append((bind.left, str(lost)))
+        if order.kind == "drop_code":
+            peer.drop_code(cast("list[int]", order.body["frames"]))
             return
-        if not self.doorbells:
-            return
-        to_left, to_right = Doorbell(), Doorbell()
-        try:
-            for domain, port, ring, listen in (
-                (bind.left, bind.left_port, to_right, to_left),
-                (bind.right, bind.right_port, to_left, to_right),
-            ):
-                peer = self.peers.get(domain)
-                if peer is not None:
-                    try:
-                        peer.order(0, "doorbell", {"port": port}, [ring.fd, listen.fd])
-                        self._watch(peer)
-                    except PeerLost as lost:
-                        self._lost.append((domain, str(lost)))
-        finally:
-            to_left.close()
-            to_right.close()
-
-    def _join_model(self, join: fx.JoinModel) -> None:
-        """Memory and eventfds for a guest's process and its device model; nothing of them is kept here."""
-        fds = [ioreq_area.create()]
-        try:
-            fds += [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in ioreq_area.EVENTFDS]
-            for domain in (join.guest, join.model):
-                peer = self.peers.get(domain)
-                if peer is not None:
-                    try:
-                        peer.order(0, "ioreq_area", {"id": join.server, "guest": int(join.guest)}, fds)
-                        self._watch(peer)
-                    except PeerLost as lost:
-                        self._lost.append((domain, str(lost)))
-        finally:
-            close_all(fds)
-
-    # ------------------------------------------------------------------ log
+        body = order.body
+        if order.windows:
+            body = {**body, "windows": [window for window, _ in order.windows]}
+        with self.memory.lent(order.windows, order.extents) as descriptors:
+            peer.order(order.order_id, order.kind, body, descriptors)
 
     def log(self, level: str, text: str, domain: DomId | None = None) -> None:
         """One JSON line on standard error: the structured log of the hypervisor."""

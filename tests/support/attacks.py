@@ -25,6 +25,7 @@ from bus.messages.domain import Hello, Hypercall, Order, OrderDone, Report
 from bus.messages.envelope import encode
 from bus.packets import close_all
 from bus.sealed import F_ADD_SEALS
+from tests.support import attacks_shell
 from tests.support.attacks_grants import grantee, granter
 from tests.support.hostile import Answer, Hostile, outcome
 from tests.support.raw_zmtp import GREETING, RawClient, connect, frame
@@ -491,6 +492,12 @@ ATTACKS: dict[str, Callable[[Hostile], None]] = {
     "others": others,
     "memfd": memfd,
     "descriptors": descriptors,
+    "lease-page": attacks_shell.lease_page,
+    "endless-console": attacks_shell.endless_console,
+    "last-words": attacks_shell.last_words,
+    "bind-and-close": attacks_shell.bind_and_close,
+    "vanish": attacks_shell.vanish,
+    "forks": attacks_shell.forks,
     "granter": granter,
     "grantee": grantee,
     **{f"dies-{point}": partial(dies, point=point) for point in POINTS},

@@ -66,6 +66,15 @@ class HostileMachine(RunningMachine):
                 )
             self.poll(0.02)
 
+    def said_or_ended(self, guest: str, what: str, timeout: float = SAID_S) -> None:
+        """It told it, or was ended before it could. Expected."""
+        deadline = time.monotonic() + timeout
+        while guest not in self.ended and time.monotonic() < deadline:
+            with contextlib.suppress(Expected):
+                self.said(guest, what, timeout=0.2)
+                return
+        assert guest in self.ended, f"{guest}: no word {what!r}, and it did not end\n{self.logs()}"
+
     def create(self, name: str, kernel: Path | str, **more: Any) -> int:
         """As always; remembers the number."""
         domid = super().create(name, kernel, **more)

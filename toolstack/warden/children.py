@@ -50,7 +50,7 @@ class Child:
     id: int | None = None
     domain: int = -1
     endpoint: Path | None = None
-    """The file of its listening socket."""
+    """The socket that was made for it."""
 
     def signal(self, what: str) -> None:
         """Send it a signal by its name; nothing if it ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 _NAME = re.compile(r"^[A-Za-z0-9_.-]{1,40}$")
@@ -23,11 +24,26 @@ def base_directory() -> Path:
     return Path(f"/tmp/domicile-{os.getuid()}")
 
 
+def _check_owner(base: Path) -> None:
+    """ValueError for a directory in which somebody else could put things in the way: /tmp/domicile-UID is a name that all know."""
+    try:
+        status = base.lstat()
+    except OSError:
+        return  # it is made when it is needed
+    if not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{base}: not a directory (set DOMICILE_RUN to another place)")
+    writable = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+    if status.st_uid not in (os.getuid(), 0) or writable:
+        raise ValueError(
+            f"{base}: others may write there: remove it, or set DOMICILE_RUN to a directory of your own"
+        )
+
+
 class RuntimeDirectory:
     """Paths of one machine. ipc endpoints have short names: a Unix socket path holds 107 bytes."""
 
     def __init__(self, name: str) -> None:
-        """ValueError for a name that is no plain word."""
+        """ValueError for a name that is no plain word, and for a place that is not this user's alone."""
         if not _NAME.match(name):
             raise ValueError(f"machine name {name!r}: use 1 to 40 letters, digits, '_', '.', '-'")
         self.name = name
@@ -39,6 +55,7 @@ class RuntimeDirectory:
         self.control = self.root / "control"
         self.xenstore = self.root / "xenstored"
         self.pid = self.root / "pid"
+        _check_owner(self.root.parent)
         if len(str(self.bus)) > 80:
             raise ValueError(
                 f"{self.root}: path too long for Unix sockets (set DOMICILE_RUN to a shorter one)"
@@ -48,6 +65,7 @@ class RuntimeDirectory:
         """Make the directories afresh. Traversable by the machine's own uids (by all if `shared`), readable by the owner alone."""
         base = self.root.parent
         base.mkdir(mode=0o711, parents=True, exist_ok=True)
+        _check_owner(base)  # it was not there a moment ago
         if self.root.exists():
             shutil.rmtree(self.root)
         mode = 0o711 if shared or os.getuid() == 0 else 0o700

@@ -11,6 +11,7 @@ import contextlib
 import os
 import selectors
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from bus.packets import LinkClosed, LinkFull, PacketLink, close_all, pair
 from toolstack.warden import children
 from toolstack.warden.children import MODULES, Child
 from toolstack.warden.runtime import RuntimeDirectory
-from toolstack.warden.uids import UidBlock
+from toolstack.warden.uids import UidBlock, end_all
 
 LOG: Final = Logger("warden")
 PRESTARTED: Final = {"dom0": 1, "domu": 1}
@@ -44,6 +45,9 @@ BURST: Final = 64
 """Messages taken from one link at a time."""
 UID_LOCKS: Final = Path("/run/domicile/.uids")
 """Blocks of user ids are locked here, in one place for all machines of the host, wherever their directories are."""
+LOOK_S: Final = 0.5
+LOG_LIMIT: Final = 64 << 20
+"""Bytes after which a process's log begins anew."""
 HYPERVISOR_ID: Final = 0
 
 
@@ -252,6 +256,7 @@ class LocalWarden(Warden):
         self._children: dict[int, Child] = {}
         self._serial = 0
         self._dom0_uid: int | None = None
+        self._looked = 0.0
 
     def _start(self, role: str) -> Child:
         """A process of that role that will wait for its `Begin`."""
@@ -308,13 +313,30 @@ class LocalWarden(Warden):
                 os.chown(path, self._dom0_uid, self._dom0_uid)
         return {"consoles": str(self.runtime.consoles), "state": str(self.runtime.state)}
 
+    def _idle(self) -> float:
+        """Empty the logs that have grown too long, a few times a second at the most: a domain writes to its own what it likes, and they
+        are on the host's /run. (They are opened for appending.)"""
+        now = time.monotonic()
+        if now < self._looked + LOOK_S:
+            return LOOK_S
+        self._looked = now
+        for child in [*self._children.values(), *(c for waiting in self._ready.values() for c in waiting)]:
+            with contextlib.suppress(OSError):
+                if os.stat(child.log).st_size > LOG_LIMIT:
+                    os.truncate(child.log, 0)
+        return LOOK_S
+
     def _ended(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
         status, tail = child.reap()
         if child.endpoint is not None:
-            child.endpoint.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                child.endpoint.unlink()
         if child.uid is not None and self._uids is not None:
-            self._uids.give_back(child.uid)
+            if end_all({child.uid}):  # whatever it forked goes with it
+                self._uids.give_back(child.uid)
+            else:
+                LOG.warning("processes do not end: their uid is not used again", uid=child.uid)
         if child.id == HYPERVISOR_ID:
             self.ending = f"the hypervisor ended with status {status}" + (f": {tail}" if tail else "")
             del self._children[HYPERVISOR_ID]
@@ -332,4 +354,5 @@ class LocalWarden(Warden):
         every.sort(key=lambda child: child.id != HYPERVISOR_ID)
         children.end_all(every)
         if self._uids:
+            end_all({child.uid for child in every if child.uid is not None})
             self._uids.close()

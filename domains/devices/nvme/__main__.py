@@ -21,7 +21,7 @@ from drivers.hw.nvme.pages import Identity
 
 def main() -> None:
     """Entry point of the process."""
-    start = begin(privileges.Limits(open_files=256, processes=16))
+    start = begin(privileges.Limits(open_files=256, processes=16, oom_score=-200))
     try:
         media, shifts = open_disks(start.fds, start.settings)
         identity = Identity(

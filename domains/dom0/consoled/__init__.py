@@ -22,6 +22,8 @@ SCROLLBACK: Final = 256 * 1024
 LOG_LIMIT: Final = 64 << 20
 """Bytes after which a console's log file starts anew (the old one is kept as .1)."""
 INPUT_LIMIT: Final = 1 << 20
+TAKES_AT_ONCE: Final = 16
+"""Rings full of output that are taken before others get their turn: a guest can put more in as fast as it is taken out."""
 Listener = Callable[[bytes], None]
 
 
@@ -135,7 +137,7 @@ class Console(Terminal):
         if ring is None or self.broken:
             return
         notify = False
-        while True:
+        for _ in range(TAKES_AT_ONCE):
             taken = ring.take()
             if taken.broken:
                 self.broken = True
@@ -144,6 +146,8 @@ class Console(Terminal):
                 break
             notify = True
             self.output(taken.data)
+        else:
+            self._host.reactor.soon(self.poll)
         if self._input:
             put = ring.put(bytes(self._input[:4096]))
             del self._input[: put.taken]

@@ -7,6 +7,7 @@ The supervisor's part (`domicile devd`) is here too: a device process that ends 
 from __future__ import annotations
 
 import os
+import re
 import select
 import time
 from collections.abc import Callable
@@ -44,6 +45,11 @@ NO_DEVICE: Final = -1
 
 class DiskError(Exception):
     """Told to the user in one line."""
+
+
+def number_in(text: str | None, default: int) -> int:
+    """The number that a node of somebody else's holds: a 32-bit one, or the default."""
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,9}|[1-3][0-9]{9}", text) else default
 
 
 @dataclass(slots=True)
@@ -354,9 +360,9 @@ class Disks:
                     "name": disk.vdev,
                     "backend_id": int(disk.backend),
                     "handle": int(domid),
-                    "state": int(self._store.read(f"{back}/state") or 0),
-                    "event_channel": int(self._store.read(f"{front}/event-channel") or -1),
-                    "ring_ref": int(self._store.read(f"{front}/ring-ref") or -1),
+                    "state": number_in(self._store.read(f"{back}/state"), 0),
+                    "event_channel": number_in(self._store.read(f"{front}/event-channel"), -1),
+                    "ring_ref": number_in(self._store.read(f"{front}/ring-ref"), -1),
                     "path": back,
                 }
             )

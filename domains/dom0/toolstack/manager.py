@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from bus.abi.arch_x86 import XEN_X86_EMU_ALL, XEN_X86_EMU_LAPIC, XEN_X86_EMU_VPC
 from bus.abi.grant_table import GNTTAB_RESERVED_CONSOLE
 from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from bus.addresses import DomId, GrantRef, Mfn, Port, VcpuId
+from bus.link import HypervisorGone
 from bus.messages.control import DomainConfig
 from bus.messages.domain import Order
 from bus.packets import close_all
@@ -40,6 +42,11 @@ SHUTDOWN_NAMES: Final = {
 }
 EMULATION: Final = {"pv": 0, "pvh": XEN_X86_EMU_LAPIC, "hvm": XEN_X86_EMU_ALL & ~XEN_X86_EMU_VPCI}
 """emulation_flags of XEN_DOMCTL_createdomain, as libxl gives them."""
+COUNTERS: Final = ("hypercalls", "exceptions", "events")
+MAX_COUNTED: Final = 256
+"""Names in one of a guest's counters: there are 64 hypercalls and 32 exceptions."""
+AGAIN_S: Final = 1.0
+"""When the end of a domain that could not be dealt with is tried again."""
 RESTART_LIMIT_S: Final = 1.0
 """A domain that reboots sooner than this after its start is not started again: it would go on for ever."""
 
@@ -64,6 +71,8 @@ class Guest:
     model: DeviceModel | None = None
     xenstore_port: Port | None = None
     ending: bool = False
+    unfinished: tuple[str, str] | None = None
+    """Its end (reason, details), begun: what is left of that is done at the next look."""
     counters: dict[str, Any] = field(default_factory=dict)
     """Its process's last words: what the guest did (not trusted: for show)."""
 
@@ -106,6 +115,7 @@ class Manager:
         self.guests: dict[DomId, Guest] = {}
         self.on_end: list[Ended] = []
         self.started = time.monotonic()
+        self._again = False
         host.bind_virq(VIRQ_DOM_EXC, self.check)
         host.on_order["counters"] = self._counters
 
@@ -132,8 +142,7 @@ class Manager:
         if config.type == "hvm":
             kernel, ramdisk = None, b""
         else:
-            kernel = self._kernel(config, files)
-            ramdisk = read_file(files[config.ramdisk], config.ramdisk_path) if config.ramdisk >= 0 else b""
+            kernel, ramdisk = self._kernel(config, files), self._ramdisk(config, files)
         try:
             translated = config.type != "pv"
             domid = self.xc.create_domain(
@@ -174,8 +183,18 @@ class Manager:
             raise ToolstackError(f"{config.name}: no kernel given")
         try:
             return load_kernel(read_file(files[config.kernel], config.kernel_path))
-        except (BuildError, ValueError) as error:
-            raise ToolstackError(f"{config.kernel_path}: {error}") from None
+        except (BuildError, ValueError, OSError, MemoryError) as error:
+            raise ToolstackError(f"{config.kernel_path}: {error or 'no memory for it'}") from None
+
+    def _ramdisk(self, config: DomainConfig, files: dict[int, int]) -> bytes:
+        if config.ramdisk < 0:
+            return b""
+        if config.ramdisk not in files:
+            raise ToolstackError(f"{config.name}: no ramdisk given")
+        try:
+            return read_file(files[config.ramdisk], config.ramdisk_path)
+        except (ValueError, OSError, MemoryError) as error:
+            raise ToolstackError(f"{config.ramdisk_path}: {error or 'no memory for it'}") from None
 
     def _build(
         self,
@@ -395,21 +414,43 @@ class Manager:
     def _counters(self, order: Order, fds: list[int]) -> bytes:
         guest = self.guests.get(DomId(order.body["domid"]))
         if guest is not None:
-            guest.counters = order.body["counters"]
+            guest.counters = counters_of(order.body["counters"])
         return b""
 
     def check(self) -> None:
-        """VIRQ_DOM_EXC: look which domains have shut down or died."""
-        self.disks.check()
-        for guest in list(self.guests.values()):
-            info = self.xc.domain_info(guest.domid)
-            if guest.ending:
-                continue
-            if info is None:
-                self._end(guest, "destroyed", "")
-            elif info.flags & dc.XEN_DOMINF_shutdown:
-                code = info.flags >> dc.XEN_DOMINF_shutdownshift & dc.XEN_DOMINF_shutdownmask
-                self._shut_down(guest, SHUTDOWN_NAMES.get(code, f"code {code}"))
+        """VIRQ_DOM_EXC: look which domains have shut down or died. What goes wrong with one is logged and tried again: it is no
+        matter of the others."""
+        checks = [self.disks.check]
+        checks += [lambda guest=guest: self._look(guest) for guest in self.guests.values()]  # type: ignore[misc]  # the default binds now
+        for check in checks:
+            try:
+                check()
+            except HypervisorGone:
+                raise
+            except Exception as error:
+                print("".join(traceback.format_exception(error))[-4000:], flush=True)
+                if not self._again:
+                    self._again = True
+                    self._host.reactor.after(AGAIN_S, self._check_again)
+
+    def _check_again(self) -> None:
+        self._again = False
+        self.check()
+
+    def _look(self, guest: Guest) -> None:
+        if self.guests.get(guest.domid) is not guest:
+            return
+        if guest.unfinished is not None:
+            self._end(guest, *guest.unfinished)
+            return
+        info = self.xc.domain_info(guest.domid)
+        if guest.ending:
+            return
+        if info is None:
+            self._end(guest, "destroyed", "")
+        elif info.flags & dc.XEN_DOMINF_shutdown:
+            code = info.flags >> dc.XEN_DOMINF_shutdownshift & dc.XEN_DOMINF_shutdownmask
+            self._shut_down(guest, SHUTDOWN_NAMES.get(code, f"code {code}"))
 
     def _shut_down(self, guest: Guest, reason: str) -> None:
         config = guest.config
@@ -443,6 +484,7 @@ class Manager:
             )
             return
         guest.ending = True
+        guest.unfinished = (reason, details)
         guest.disconnect()
         self._forget(guest.domid, guest.model)
         del self.guests[guest.domid]
@@ -457,6 +499,7 @@ class Manager:
 
     def _end(self, guest: Guest, reason: str, details: str) -> None:
         guest.ending = True
+        guest.unfinished = (reason, details)
         if guest.model is not None:
             guest.model.drain()
         guest.disconnect()
@@ -593,6 +636,21 @@ class Manager:
         """End every domain."""
         for guest in list(self.guests.values()):
             self._end(guest, "destroyed", "")
+
+
+def counters_of(said: Any) -> dict[str, Any]:
+    """A process's last words, as far as they are what they should be: numbers, or numbers by name."""
+    out: dict[str, Any] = {}
+    for name in COUNTERS if isinstance(said, dict) else ():
+        value = said.get(name)
+        by_name = value if isinstance(value, dict) and len(value) <= MAX_COUNTED else {"": None}
+        if _is_count(value) or all(len(str(key)) <= 40 and _is_count(n) for key, n in by_name.items()):
+            out[name] = value
+    return out
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _state(info: dc.xen_domctl_getdomaininfo) -> str:

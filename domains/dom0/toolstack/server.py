@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 
 from bus.addresses import DomId
+from bus.link import HypervisorGone
 from bus.messages.control import MAX_CONSOLE_CHUNK, TO_TOOLSTACK, DomainConfig, Notice, Request, Response
 from bus.messages.envelope import BadMessage, Message
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
@@ -32,6 +34,8 @@ MAX_CLIENTS: Final = 64
 MAX_BACKLOG: Final = 64 << 20
 """Bytes that may wait for a client that does not read; then it is dropped."""
 BURST: Final = 16
+LOG_SHOWN: Final = 56 << 10
+"""Bytes of the hypervisor's log in one answer: the latest."""
 Handler = Callable[["Client", dict[str, Any], list[int]], Any]
 
 
@@ -66,6 +70,10 @@ class Client:
             message, descriptors = self._waiting[0]
             try:
                 self.link.send(message, descriptors)
+            except BadMessage as error:  # too much for one message; part of it may come from guests
+                close_all(descriptors)
+                self._waiting[0:1] = _instead_of(message, error)
+                continue
             except LinkFull:
                 if self._size > MAX_BACKLOG:
                     self._server.drop(self)
@@ -74,6 +82,7 @@ class Client:
                 return
             except (LinkClosed, OSError):
                 self._server.drop(self)
+                self.close()  # also if it was dropped while its request was served
                 return
             close_all(self._waiting.pop(0)[1])
         self._size = 0
@@ -98,6 +107,18 @@ class Client:
             listener(bytes(console.scrollback))
         console.attach(listener)
         self.attached.append((console, listener))
+
+
+def _instead_of(message: Message, error: BadMessage) -> list[tuple[Message, list[int]]]:
+    """What is sent in place of a message that cannot be: an error, or a notice with no details."""
+    if isinstance(message, Response) and not message.error:
+        return [(Response(id=message.id, ok=False, error=f"the answer is too long: {error}"[:400]), [])]
+    if isinstance(message, Notice) and message.what == "ended":
+        short = {name: message.body[name] for name in ("domid", "name", "reason")}
+        body = {**short, "details": str(message.body.get("details", ""))[-1000:]}
+        if body != message.body:
+            return [(Notice(what="ended", body=body), [])]
+    return []
 
 
 class ToolstackServer:
@@ -138,7 +159,9 @@ class ToolstackServer:
             "unpause": lambda client, args, fds: manager.unpause(args["domain"]),
             "domid": lambda client, args, fds: int(manager.find(args["domain"]).domid),
             "domname": self._domname,
-            "dmesg": lambda client, args, fds: manager.xc.read_console(clear=bool(args.get("clear"))),
+            "dmesg": lambda client, args, fds: manager.xc.read_console(clear=bool(args.get("clear")))[
+                -LOG_SHOWN:
+            ],
             "check": self._check,
             "info": self._machine_info,
             "uptime": self._uptime,
@@ -220,6 +243,11 @@ class ToolstackServer:
             response = Response(id=request.id, ok=False, error=str(error)[:4000])
         except KeyError as error:
             response = Response(id=request.id, ok=False, error=f"{request.verb}: argument {error} is missing")
+        except HypervisorGone:
+            raise
+        except Exception as error:  # arguments, or a guest's nodes, of a kind that nobody thought of: this request fails, no more
+            print("".join(traceback.format_exception(error))[-4000:], flush=True)
+            response = Response(id=request.id, ok=False, error=f"{request.verb}: {error!r}"[:400])
         finally:
             if not taken:
                 close_all(fds)

@@ -196,6 +196,10 @@ class Controller:
         if value & spec.CC_SHN_MASK and not before & spec.CC_SHN_MASK:
             self.csts = self.csts & ~spec.CSTS_SHST_MASK | spec.SHST_OCCURRING << spec.CSTS_SHST_SHIFT
             self._shutting = True
+        elif before & spec.CC_SHN_MASK and not value & spec.CC_SHN_MASK and not (before | value) & spec.CC_EN:
+            # Shut down while it was disabled, and that taken back: there is no reset that would say so.
+            self.csts &= ~spec.CSTS_SHST_MASK
+            self._shutting = False
 
     def _enable(self) -> None:
         cc = self.cc
@@ -264,7 +268,7 @@ class Controller:
         def next_one(result: MediaResult) -> None:
             if left:
                 self._ask(next_one, MediaOp.FLUSH, nsid=left.pop(0))
-            else:
+            elif self.cc & spec.CC_SHN_MASK:
                 self.csts = self.csts & ~spec.CSTS_SHST_MASK | spec.SHST_COMPLETE << spec.CSTS_SHST_SHIFT
 
         next_one(MediaResult.OK)

@@ -31,6 +31,8 @@ from drivers.hw.nvme.driver_queue import (
 )
 
 SECOND: Final = 1_000_000_000
+MAX_BYTES: Final = 1 << 62
+"""No namespace that is offered as a disk is larger: sector counts stay within what rings and ledgers can say."""
 ADMIN_DEPTH: Final = 16
 ALL_ONES: Final = 0xFFFFFFFF
 PCI_COMMAND: Final = 0x04
@@ -394,6 +396,8 @@ class NvmeDriver:
         self._queues = []
         self._admin = None
         depth = min(self._wanted[1], (capabilities & spec.CAP_MQES_MASK) + 1)
+        if depth < 2:
+            raise StartError("its queues have one entry")
         admin = self._admin = QueuePair(self.memory, 0, min(ADMIN_DEPTH, depth), lists=False)
         port.write(spec.REG_AQA, 4, (admin.depth - 1) << 16 | (admin.depth - 1))
         port.write(spec.REG_ASQ, 8, admin.sq.iova)
@@ -427,7 +431,7 @@ class NvmeDriver:
         finally:
             self.memory.free(page)
         shift = spec.block_shift(space)
-        if not space.nsze or not 9 <= shift <= 12:
+        if not 0 < space.nsze < MAX_BYTES >> 12 or not 9 <= shift <= 12:
             raise StartError(f"namespace {self._nsid}: {space.nsze} blocks of 2^{shift} bytes")
         self.namespace = Namespace(
             self._nsid,

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -250,3 +251,49 @@ def test_what_is_kept_after_unmap_sees_and_changes_nothing(machine: HostileMachi
     assert machine.said(giver, "found")[0]["frames"] == ["second secret   "] * 2
     machine.all_answer()
     machine.aftermath(giver, taker)
+
+
+@pytest.mark.parametrize("name", ["lease-page", "endless-console", "bind-and-close"])
+def test_what_is_shared_with_hypervisor_and_dom0_is_attacked(machine: HostileMachine, name: str) -> None:
+    """The lease page and its doorbells, the console ring, the console's channel: everybody is answered in time, during and after."""
+    guest = machine.attack(name)
+    machine.said(guest, "begun")
+    machine.all_answer()
+    assert machine.said(guest, "done")[0]["rc"] == 0
+    machine.all_answer()
+    machine.aftermath(guest)
+
+
+def test_last_words_as_long_as_a_message(machine: HostileMachine) -> None:
+    """Its crash is told to those who follow it, whatever it said before; Dom0 goes on."""
+    guest = machine.attack("last-words")
+    machine.said(guest, "begun")
+    assert machine.wait_end(guest) == "crash"
+    machine.all_answer()
+    machine.aftermath(guest)
+
+
+def test_links_that_close_while_the_hypervisor_waits_for_room(machine: HostileMachine) -> None:
+    """The domain's own link opens again, or it is ended; nobody else notices."""
+    guest = machine.attack("vanish")
+    machine.said_or_ended(guest, "done")
+    machine.all_answer()
+    machine.aftermath(guest)
+
+
+@pytest.mark.skipif(not ROOT, reason="processes get uids of their own where the machine is started as root")
+def test_what_a_process_forked_goes_with_it(machine: HostileMachine) -> None:
+    """Its children have its descriptors: nothing of a dead domain runs on, and its uid is free for another."""
+    guest = machine.attack("forks")
+    said = machine.said(guest, "done")[0]
+    assert said["rc"] == 0
+    machine.aftermath(guest)
+    assert [pid for pid in said["pids"] if Path(f"/proc/{pid}/cmdline").exists() and alive(pid)] == []
+
+
+def alive(pid: int) -> bool:
+    """It is no zombie."""
+    try:
+        return b"State:\tZ" not in Path(f"/proc/{pid}/status").read_bytes()
+    except OSError:
+        return False

@@ -20,7 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "zeromq-alone": {"doorbells": False},
     "tcp": {"transport": "tcp"},
 }
-"""The transports: event channels by eventfd, everything over ZeroMQ, and the bus over TCP with CURVE."""
+"""The transports: event channels by doorbells, everything over ZeroMQ, and the bus over TCP with CURVE."""
 
 
 @pytest.fixture(scope="module", params=WAYS)

@@ -14,6 +14,7 @@ import pytest
 from bus import lease_page as lp
 from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import DomId
+from bus.doorbell import Doorbell
 from domains.domu.lease import Lease
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.domains import Domain, DomainSpec, DomainTable, Kind, VcpuState
@@ -32,7 +33,7 @@ def spin(fds: list[int]) -> None:
     """Native code of an attacker: asks for a lease once, then runs for ever, saying that it obeys."""
     page = lp.LeasePage(fds[0])
     page.words[lp.WANTS] = 1
-    os.eventfd_write(fds[2], 1)
+    Doorbell(fds[2]).ring()
     while True:
         page.words[SPUN_UNTIL] = time.monotonic_ns()
 

@@ -228,6 +228,33 @@ def test_a_producer_index_that_overruns_the_ring_ends_the_connection_only() -> N
     assert rig.back.drained
 
 
+def test_a_frontend_that_publishes_for_ever_does_not_hold_the_back_end() -> None:
+    """Requests in error are answered at once, and it puts as many in again as soon as they are: others get their turn in between."""
+    rig = Rig()
+    published = 0
+
+    def again() -> None:
+        nonlocal published
+        published += 32
+        if published > 32 * 100:
+            raise AssertionError("it is still being served")
+        rig.prod += 32
+        rig.ring.push_requests(rig.prod)
+
+    for _ in range(32):
+        rig.put(pack_request(X86_64, 99, 1, 0))
+    rig.back.queues[0].notify = again  # type: ignore[misc]  # it is woken by another thread in truth
+    assert rig.back.poll()
+    assert rig.back.queues[0].unfinished
+    before = published
+    assert rig.back.poll()
+    assert published > before
+    rig.back.queues[0].notify = rig._notify  # type: ignore[misc]  # it stops
+    rig.back.poll()
+    assert not rig.back.queues[0].unfinished
+    assert rig.back.error is None
+
+
 def test_a_producer_index_that_goes_back_is_an_overrun() -> None:
     rig = Rig()
     for _ in range(5):

@@ -399,3 +399,77 @@ def test_shutdown() -> None:
     assert rig.driver.state is State.OFF
     assert rig.memory.live == 0
     assert rig.device.regs[spec.REG_CC] == 0
+
+
+class Hostile(Device):
+    """A device process that is not to be trusted: registers and identity as given."""
+
+    def __init__(self, memory: Memory, capabilities: int, controller: bytes, space: bytes) -> None:
+        super().__init__(memory)
+        self.capabilities = capabilities
+        self.pages = (controller, space)
+
+    def read(self, offset: int, size: int) -> int:
+        if offset == spec.REG_CAP and self.command & 2:
+            return self.capabilities
+        return super().read(offset, size)
+
+    def doorbells(self, values: Sequence[tuple[int, int]], *, wake: bool = True) -> None:
+        stride = 4 << (self.capabilities >> spec.CAP_DSTRD_SHIFT & 0xF)
+        scale = stride // 4
+        at = spec.DOORBELL_OFFSET
+        super().doorbells([(at + (offset - at) // scale, value) for offset, value in values])
+
+    def identify(self, command: spec.Command) -> None:
+        page = self.pages[command.cdw10 == spec.Cns.NAMESPACE].ljust(4096, b"\0")
+        self.memory.data[command.prp1 : command.prp1 + 4096] = page
+
+
+GOOD_CAP = 63 | spec.CAP_CQR | 4 << spec.CAP_TO_SHIFT | spec.CAP_CSS_NVM
+
+
+def namespace(blocks: int, shift: int, flbas: int = 0) -> bytes:
+    """An identify namespace page."""
+    page = bytearray(4096)
+    struct.pack_into("<Q", page, 0, blocks)
+    page[26] = flbas
+    for entry in range(16):
+        struct.pack_into("<I", page, 128 + 4 * entry, shift << 16)
+    return bytes(page)
+
+
+def attempt(capabilities: int, controller: bytes, space: bytes) -> NvmeDriver:
+    """What becomes of the driver."""
+    rig = Rig()
+    device = Hostile(rig.memory, capabilities, controller, space)
+    rig.device = device
+    rig.driver.port = device  # type: ignore[misc]  # before anything was done with the other
+    rig.driver.start(0)
+    rig.poll(1, 20)
+    return rig.driver
+
+
+@pytest.mark.parametrize("depth", [0, 1, 63])
+def test_a_device_with_tiny_queues(depth: int) -> None:
+    """One entry makes no queue (NVM Express: at least two): it is refused, and nothing is raised."""
+    driver = attempt(GOOD_CAP & ~0xFFFF | depth, b"", namespace(1 << 20, 9))
+    assert driver.state is (State.READY if depth else State.FAILED)
+
+
+@pytest.mark.parametrize("blocks", [0, (1 << 64) - 1, 1 << 63, 1 << 55, 1 << 50])
+def test_a_device_of_an_impossible_size(blocks: int) -> None:
+    """More sectors than a disk can have would be an error only where the disk is offered: the device is refused."""
+    assert attempt(GOOD_CAP, b"", namespace(blocks, 12)).state is State.FAILED
+
+
+@given(
+    st.integers(0, (1 << 64) - 1),
+    st.binary(max_size=600),
+    st.one_of(st.binary(max_size=200), st.builds(namespace, st.integers(0, 1 << 40), st.integers(0, 40))),
+)
+def test_a_device_that_says_anything(capabilities: int, controller: bytes, space: bytes) -> None:
+    """It works, or it is refused; the driver domain, which has other disks, goes on."""
+    driver = attempt(capabilities | spec.CAP_CSS_NVM, controller, space)
+    assert driver.state in (State.READY, State.FAILED, State.STARTING)
+    if driver.state is State.READY:
+        assert 0 < driver.sectors < 1 << 55

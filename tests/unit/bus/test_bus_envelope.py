@@ -73,6 +73,13 @@ def test_too_much_data_is_refused_at_both_ends() -> None:
         decode(raw, dm.FROM_DOMAIN)
 
 
+@pytest.mark.parametrize("value", [1 << 64, -(1 << 63) - 1, object(), {"a": {1, 2}}, "\ud800", [[1 << 70]]])
+def test_what_has_no_form_on_the_bus_is_a_bad_message(value: object) -> None:
+    """Numbers of more than 64 bits, lone surrogates, objects: the sender gets the one exception that it expects."""
+    with pytest.raises(BadMessage, match="order"):
+        encode(dm.Order(order=0, what="x", body={"value": value}))
+
+
 def test_deep_nesting_is_refused() -> None:
     """A message that nests without end does not exhaust the stack."""
     with pytest.raises(BadMessage):
@@ -112,3 +119,13 @@ def test_two_models_of_one_kind_cannot_be_registered() -> None:
     """A registry is unambiguous."""
     with pytest.raises(TypeError, match="twice"):
         registry(dm.Hello, dm.Hello)
+
+
+def test_what_cannot_be_encoded_leaves_nothing_behind() -> None:
+    """The packer is kept: a message that fails must not be the beginning of the next."""
+    good = dm.Hello(pid=7, role="domu")
+    before = encode(good)
+    for nonsense in (object(), [1, {"a": object()}], 1 << 70):
+        with pytest.raises(BadMessage):
+            encode(dm.Hello.model_construct(pid=nonsense, role="domu"))
+        assert encode(good) == before

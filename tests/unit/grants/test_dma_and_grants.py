@@ -518,3 +518,14 @@ class EverythingHvm(Everything):
 
 EverythingHvm.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestEverythingHvm = EverythingHvm.TestCase
+
+
+def test_a_batch_is_of_no_more_bytes_than_the_staging_memory_has() -> None:
+    """A thousand items that all name the same megabyte would keep the hypervisor busy for a second a message: nothing of it is done."""
+    m = Machine("pv")
+    results: list[DmaResult] = []
+    items = [DmaItem(0, 60_000, False, 0)] * 2
+    m.service.submit(m.now, DmaBatch(BDF, m.epoch, items, []), m.staging, results.append)
+    assert results[0].reason is FaultReason.MALFORMED
+    assert m.iommu.device(BDF).requests == 0
+    assert m.request((0, 60_000, False)) == [DONE]

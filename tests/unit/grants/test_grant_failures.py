@@ -7,6 +7,9 @@ from grants_world import HOST, RO, Dom, Process, World
 
 from bus.abi.grant_table import GNTMAP_device_map
 from bus.addresses import DomId
+from bus.messages.domain import Order as Message
+from bus.messages.envelope import encode
+from hypervisor.core import grant_core
 
 ONE, TWO = DomId(1), DomId(2)
 
@@ -263,3 +266,83 @@ def test_no_order_goes_to_a_process_that_is_gone() -> None:
     w.end_process(ONE)
     w.pump()
     w.clean()
+
+
+def test_a_frame_with_thousands_of_entries_comes_home_in_messages_that_can_be_sent() -> None:
+    """A frame may be granted by as many entries as the table has. Those that were mapped through its window are all cleared when it
+    leaves it: in several orders, each of which a message can carry (64 KiB, 4096 items in a list)."""
+    w = World("pv", "pv", maptrack=32768)
+    w.setup(2, 12)
+    refs = range(8, 6000)
+    for ref in refs:
+        w.grant(2, ref, 1, 3)
+    (kept,) = w.map(1, (2, 8, HOST, 0x1000))
+    for start in range(9, 6000, 500):
+        answers = w.map(1, *((2, ref, HOST, 0x1000 * ref) for ref in range(start, min(start + 500, 6000))))
+        assert {answer.status for answer in answers} == {0}
+        statuses = w.unmap(1, *((answer.handle, answer.host_addr, 0) for answer in answers))
+        assert set(statuses) == {0}
+    w.orders.clear()
+    assert w.unmap(1, (kept.handle, 0x1000, 0)) == [0]
+    assert TWO not in w.crashed
+    assert all(w.flags(2, ref) == 0 for ref in refs)
+    for order in w.orders:
+        encode(Message(order=order.order_id, what=order.kind, body=order.body))
+        assert all(len(value) <= 4096 for value in order.body.values() if isinstance(value, list))
+    w.clean()
+
+
+def test_windows_of_a_granter_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a descriptor of the hypervisor's. One more map fails, nothing else does, and when some are closed there is room again."""
+    monkeypatch.setattr(grant_core, "WINDOWS_OF_A_GRANTER", 4)
+    w = World("pv", "pv", "pv")
+    for ref in range(8, 16):
+        w.grant(2, ref, 1, ref - 6)
+        w.grant(3, ref, 1, ref - 6)
+    answers = [w.map(1, (2, ref, HOST, 0x1000 * ref))[0] for ref in range(8, 16)]
+    good = [answer for answer in answers if answer.status == 0]
+    assert 3 <= len(good) <= 4
+    assert {answer.status for answer in answers} == {0, -1}
+    (other,) = w.map(1, (3, 8, HOST, 0x100000))
+    assert other.status == 0
+    assert w.unmap(1, *((answer.handle, answer.host_addr, 0) for answer in good)) == [0] * len(good)
+    (again,) = w.map(1, (2, 15, HOST, 0x200000))
+    assert again.status == 0
+    assert w.unmap(1, (other.handle, 0x100000, 0), (again.handle, 0x200000, 0)) == [0, 0]
+    w.clean()
+
+
+def test_a_window_that_cannot_be_made_fails_its_map_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hypervisor has no descriptor left, or no memory."""
+    w = World("pv", "pv")
+    for ref in (8, 9):
+        w.grant(2, ref, 1, ref - 6)
+    make = w.memory.create_window
+
+    def none_left(window: int, frames: int) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(w.memory, "create_window", none_left)
+    assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -1
+    w.clean()
+    monkeypatch.setattr(w.memory, "create_window", make)
+    (answer,) = w.map(1, (2, 8, HOST, 0x1000))
+    assert answer.status == 0
+    assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
+    w.clean()
+
+
+def test_a_job_that_fails_gives_its_locks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the hypervisor's in the middle of a map is told to whoever called; others' maps of the frame do not wait for ever."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+
+    def broken(mapper: DomId) -> bool:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(w, "has_process", broken)
+    with pytest.raises(ZeroDivisionError):
+        w.start_map(1, (2, 8, HOST, 0x1000))
+    monkeypatch.undo()
+    assert w.grants.busy == 0
+    assert not w.grants.moving(w.doms[TWO].ram[3])

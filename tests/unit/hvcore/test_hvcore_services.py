@@ -6,30 +6,34 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from errno import E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOBUFS, ENODEV, ENOENT, ENOSYS, EPERM
+from errno import E2BIG, EACCES, EAGAIN, EBUSY, EEXIST, EINVAL, ENOBUFS, ENODEV, ENOENT, ENOSYS, EPERM
 from typing import Any
 
 import pytest
 from hvcore_machine import Answer, Machine
 
-from bus.abi import domctl, physdev, platform, sysctl
+from bus.abi import domctl, physdev, platform, sched, sysctl
+from bus.abi import event_channel as ec
 from bus.abi.hvm import hvm_op, params
 from bus.abi.hypercalls import HYPERCALLS, encode
 from bus.abi.hypercalls_model import CONSOLE_IO_ARG, VCPU_ARG
 from bus.abi.vcpu import VCPUOP_down, VCPUOP_up
 from bus.abi.xen import (
     DOMID_SELF,
+    VIRQ_CON_RING,
     HYPERVISOR_console_io,
     HYPERVISOR_domctl,
     HYPERVISOR_hvm_op,
     HYPERVISOR_physdev_op,
     HYPERVISOR_platform_op,
+    HYPERVISOR_sched_op,
     HYPERVISOR_sysctl,
     HYPERVISOR_vcpu_op,
 )
 from bus.addresses import Bdf, DomId
 from hypervisor.core.console import ConsoleRing
 from hypervisor.core.effects import Order, Raise
+from hypervisor.core.hypercalls import MAX_WAITING, Call, Result
 
 
 @pytest.fixture
@@ -73,6 +77,41 @@ def test_guests_lines_are_whole_and_say_whose_they_are(machine: Machine) -> None
     assert data == b"(d%d) other\n(d%d) halfline\n" % (two, one)
     write(machine, one, b"x" * 2000)
     assert len(dmesg(machine, mark)[0].split(b"\n")[0]) < 1100, "a line without end is cut"
+
+
+def test_a_guest_that_writes_empty_lines_is_cut_by_their_number(machine: Machine) -> None:
+    """Each line gets a prefix, an entry in the log and an event for Dom0: it costs more of the guest's rate than its bytes."""
+    port = machine.event(0, ec.EVTCHNOP_bind_virq, ec.evtchn_bind_virq(VIRQ_CON_RING, 0, 0)).item.port
+    one = machine.create()
+    machine.effects.clear()
+    write(machine, one, b"\n" * 16_000)
+    events = [effect for effect in machine.effects if isinstance(effect, Raise)]
+    assert {effect.port for effect in events} == {port}
+    assert 0 < len(events) < 4096
+    machine.advance(2)
+    write(machine, one, b"two\nlines\n")
+    assert machine.core.console.ring.read(None, 1 << 20)[0].endswith(b"two\n(d%d) lines\n" % one)
+
+
+def test_calls_that_wait_are_counted_and_have_a_limit(machine: Machine) -> None:
+    """A process that makes calls and never waits for their answers does not make the hypervisor keep them all."""
+    one, other = machine.create(), machine.create()
+    dispatcher, key = machine.core.dispatcher, (HYPERVISOR_sched_op, sched.SCHEDOP_shutdown_code)
+    waiting: list[Call] = []
+    dispatcher._handlers[key] = waiting.append
+    reason = sched.SCHED_SHUTDOWN.pack(sched.sched_shutdown(0))
+    for _ in range(2 * MAX_WAITING):
+        machine.raw(one, *key, reason)
+    assert len(waiting) == MAX_WAITING
+    assert {reply.rc for reply in machine.replies.values()} == {-EAGAIN}
+    machine.raw(other, *key, reason)
+    assert len(waiting) == MAX_WAITING + 1, "another domain's are not refused"
+    for call in waiting:
+        call.answer(Result(0))
+    machine.run()
+    waiting.clear()
+    machine.raw(one, *key, reason)
+    assert len(waiting) == 1
 
 
 def test_a_guest_that_floods_the_console_is_cut_and_others_are_not(machine: Machine) -> None:

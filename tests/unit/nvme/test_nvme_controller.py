@@ -386,6 +386,21 @@ def test_function_level_reset(host: Host) -> None:
     assert host.read(spec.REG_CC) == host.read(spec.REG_CSTS) == host.read(spec.REG_AQA) == 0
 
 
+def test_a_shutdown_while_disabled_is_taken_back(host: Host) -> None:
+    """CC.SHN without CC.EN, then neither: the controller can be enabled and serves."""
+    host.write(spec.REG_CC, 0)
+    host.run()
+    host.write(spec.REG_CC, 1 << 14)
+    host.run()
+    assert host.read(spec.REG_CSTS) & spec.CSTS_SHST_MASK
+    host.write(spec.REG_CC, 0)
+    host.run()
+    assert host.read(spec.REG_CSTS) == 0
+    host.memory[ACQ : ACQ + PAGE] = bytes(PAGE)
+    host.enable()
+    assert host.status(0, AdminOpcode.IDENTIFY, cdw10=1, prp1=DATA) == 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_driver_is_answered(data: st.DataObject) -> None:
