@@ -32,6 +32,11 @@ CALL_TIMEOUT_S: Final = 30.0
 still being built, hypervisor.core.config.MachineConfig.start_timeout_ns)."""
 
 
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+
+
 class HypervisorGone(ConnectionError):
     """The hypervisor, or this domain's relay, does not answer any more: nothing is left to run for."""
 
@@ -50,6 +55,7 @@ class _Link:
             (zmq.RECONNECT_IVL, 5),
             (zmq.RECONNECT_IVL_MAX, 100),
             (zmq.SNDTIMEO, int(CALL_TIMEOUT_S * 1000)),
+            (zmq.RCVTIMEO, int(CALL_TIMEOUT_S * 1000)),
         ):
             sock.setsockopt(option, value)
         sock.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public)
@@ -85,8 +91,11 @@ class _Link:
 
     def receive(self) -> Message | None:
         """The next message of any kind that waits, or None."""
+        # Asked first: mostly there is none, and the exception for that takes four times as long as the question.
+        if not int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
+            return None
         try:
-            raw = self._socket.recv(zmq.NOBLOCK)
+            raw = self._socket.recv(_NOBLOCK)
         except zmq.Again:
             return None
         return decode(raw, self._kinds)
@@ -162,12 +171,11 @@ class DomainLink(_Link):
         self.send(message)
         deadline = time.monotonic() + CALL_TIMEOUT_S
         while True:
-            answer = self.receive()
-            if answer is None:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._socket.poll(int(left * 1000) + 1):
-                    raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s")
-            elif isinstance(answer, HypercallReply):
+            try:
+                answer = decode(self._socket.recv(), self._kinds)
+            except zmq.Again:
+                raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s") from None
+            if isinstance(answer, HypercallReply):
                 if answer.token == token:
                     return answer.rc, answer.data
             elif isinstance(answer, Refused):
@@ -175,6 +183,8 @@ class DomainLink(_Link):
                 raise BadMessage(f"the hypervisor refused a message: {answer.why}")
             else:
                 self.on_message(answer)
+            if time.monotonic() > deadline:  # others keep sending, and it is not among them
+                raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s")
 
     def answer(self, order: Order, rc: int = 0, data: bytes = b"") -> None:
         """Report an order done (those of number 0 want no answer)."""

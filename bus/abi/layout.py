@@ -87,12 +87,26 @@ class _Field(NamedTuple):
     kind: Any  # Prim | Array | Bytes | Union | Layout
 
 
+_MEASURED: Final = frozenset({"code", "align", "size", "_struct", "_fields", "_by_name", "_flat", "_raw"})
+
+
 class Layout(Generic[T]):
     """Size, offsets and conversion of one C structure.
 
     `c` is the C type when it is not `struct <name of the record>`; `c_fields` gives a field's C name where it
     differs, or "" for one that has no address of its own in C (bit-fields).
     """
+
+    code: str
+    """For the struct module, without byte order."""
+    align: int
+    size: int
+    """Both in bytes."""
+    _struct: struct.Struct
+    _fields: tuple[_Field, ...]
+    _by_name: Mapping[str, _Field]
+    _flat: bool
+    _raw: tuple[tuple[int, _Field], ...]
 
     def __init__(
         self, record: type[T], *, packed: bool = False, c: str = "", c_fields: Mapping[str, str] | None = None
@@ -101,6 +115,18 @@ class Layout(Generic[T]):
         self.name: Final[str] = record.__name__
         self.c_type: Final[str] = c or f"struct {self.name}"
         self._c_fields: Final[Mapping[str, str]] = c_fields or {}
+        self._packed: Final = packed
+
+    def __getattr__(self, name: str) -> Any:
+        """What is known once the record was measured. That is done when it is first asked for: a process uses a few of the
+        two hundred structures, and measuring all of them would take a tenth of a second of its start."""
+        if name not in _MEASURED or "size" in self.__dict__:
+            raise AttributeError(name)
+        self._measure()
+        return self.__dict__[name]
+
+    def _measure(self) -> None:
+        record, packed = self.record, self._packed
         hints = get_type_hints(record, include_extras=True)
         code, offset, align, fields = "<", 0, 1, list[_Field]()
         for name in record._fields:  # type: ignore[attr-defined]  # a NamedTuple, which has no type of its own
@@ -114,14 +140,14 @@ class Layout(Generic[T]):
             code += item_code
             offset += size
         tail = 0 if packed else -offset % align
-        self.code: Final = code[1:] + (f"{tail}x" if tail else "")
-        self.align: Final = align
-        self._struct: Final = struct.Struct("<" + self.code)
-        self.size: Final = self._struct.size
-        self._fields: Final = tuple(fields)
-        self._by_name: Final[Mapping[str, _Field]] = {f.name: f for f in fields}
-        self._flat: Final = all(isinstance(f.kind, (Prim, Bytes, Union)) for f in fields)
-        self._raw: Final = tuple((i, f) for i, f in enumerate(fields) if isinstance(f.kind, (Bytes, Union)))
+        self.code = code[1:] + (f"{tail}x" if tail else "")
+        self.align = align
+        self._struct = struct.Struct("<" + self.code)
+        self._fields = tuple(fields)
+        self._by_name = {f.name: f for f in fields}
+        self._flat = all(isinstance(f.kind, (Prim, Bytes, Union)) for f in fields)
+        self._raw = tuple((i, f) for i, f in enumerate(fields) if isinstance(f.kind, (Bytes, Union)))
+        self.size = self._struct.size
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Final
 
 from bus.abi import grant_table as gt
 from bus.abi import xen
-from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId
-from domains.native.domain import MAX_GRANT_BATCH, NativeDomain
+from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId, GrantRef
+from domains.native.domain import MAX_GRANT_BATCH, GrantError, GrantMapping, NativeDomain
 from drivers.hw.nvme.driver_queue import Buffer
 
 CONFIG: Final = -1
@@ -21,6 +22,10 @@ MSI_ADDRESS: Final = 0xFEE00010
 of its MSI-X entries: which of them means what is in the hypervisor's remapping table."""
 FIRST_DMA_GFN: Final = 1 << 21
 """Guest frames from here on are where granted frames are entered in the I/O page tables."""
+
+
+MAX_KEPT_PAGES: Final = 128
+"""Pages of indirect descriptors of one frontend that stay mapped: more than its rings have slots. What is beyond is copied."""
 
 
 class DmaPages:
@@ -71,9 +76,9 @@ class NvmePort:
         """BAR 0."""
         self._host.device_write(self.bdf, BAR0, offset, size, value)
 
-    def doorbells(self, values: Sequence[tuple[int, int]]) -> None:
-        """Store each, then tell the device once."""
-        self._host.ring_doorbells(self.bdf, BAR0, values)
+    def doorbells(self, values: Sequence[tuple[int, int]], *, wake: bool = True) -> None:
+        """Store each, then tell the device once, if `wake`."""
+        self._host.ring_doorbells(self.bdf, BAR0, values, wake=wake)
 
     def unmask(self, vectors: int) -> bool:
         """Program the MSI-X table: entry n raises handle n. False if the device is not there, or has no MSI-X."""
@@ -100,12 +105,17 @@ class NvmePort:
 class FrontendFrames:
     """Granted frames of one frontend as the device reaches them. `drivers.block.ports.GrantMapper`."""
 
-    def __init__(self, host: NativeDomain, domid: DomId, bounce_gfn: int) -> None:
-        """`bounce_gfn`: an own page for copies of indirect descriptors."""
+    def __init__(
+        self, host: NativeDomain, domid: DomId, bounce_gfn: int, *, persistent: bool = False
+    ) -> None:
+        """`bounce_gfn`: an own page for copies of indirect descriptors. `persistent`: the frontend's grants stay, and pages of
+        descriptors may stay mapped."""
         self._host = host
         self._domid = domid
         self._bounce = bounce_gfn
+        self._keeps = MAX_KEPT_PAGES if persistent else 0
         self._handles: dict[int, int] = {}
+        self._kept: dict[int, GrantMapping] = {}
 
     def map_frames(self, items: Sequence[tuple[int, bool]]) -> list[int]:
         """See GrantMapper: GNTTABOP_map_grant_ref with GNTMAP_device_map, in batches."""
@@ -158,21 +168,54 @@ class FrontendFrames:
     def unmap_all(self) -> None:
         """Everything that is still mapped."""
         self.unmap_frames(list(self._handles))
+        kept, self._kept = self._kept, {}
+        for mapping in kept.values():
+            self._host.unmap_grants(mapping)
 
     def read_frames(self, items: Sequence[tuple[int, int]]) -> list[bytes | int]:
-        """See GrantMapper: GNTTABOP_copy into a page of our own, one after another."""
+        """See GrantMapper: from pages that stay mapped, if the frontend's grants stay; else GNTTABOP_copy into a page of our own, as many
+        at a time as have room there."""
+        for ref, _ in items:
+            if ref not in self._kept and len(self._kept) < self._keeps:
+                with contextlib.suppress(GrantError):  # the copy says why
+                    self._kept[ref] = self._host.map_grants(self._domid, [GrantRef(ref)], writable=False)
+        kept = [self._kept.get(ref) for ref, _ in items]
+        copies = iter(self._copies([item for item, found in zip(items, kept, strict=True) if found is None]))
+        return [
+            next(copies) if found is None else bytes(found.pages[0][:length])
+            for (_, length), found in zip(items, kept, strict=True)
+        ]
+
+    def _copies(self, items: Sequence[tuple[int, int]]) -> list[bytes | int]:
         out: list[bytes | int] = []
-        layout = gt.GNTTAB_COPY
+        start = 0
+        while start < len(items):
+            stop, room = start, PAGE_SIZE
+            while stop < len(items) and items[stop][1] <= room and stop - start < MAX_GRANT_BATCH:
+                room -= items[stop][1]
+                stop += 1
+            out += self._copy(items[start:stop])
+            start = stop
+        return out
+
+    def _copy(self, items: Sequence[tuple[int, int]]) -> list[bytes | int]:
+        """One hypercall; together they fit a page."""
+        layout, request, at = gt.GNTTAB_COPY, b"", 0
         for ref, length in items:
             item = layout.zero()._replace(
                 source=gt.gnttab_copy_ptr(ref, self._domid, 0),
-                dest=gt.gnttab_copy_ptr(self._bounce, xen.DOMID_SELF, 0),
+                dest=gt.gnttab_copy_ptr(self._bounce, xen.DOMID_SELF, at),
                 len=length,
                 flags=gt.GNTCOPY_source_gref,
             )
-            reply = self._host.call(
-                xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_copy, layout.pack(item), "grant copy"
-            )
-            status = layout.unpack(reply).status
-            out.append(bytes(self._host.page(self._bounce)[:length]) if status == gt.GNTST_okay else status)
+            request += layout.pack(item)
+            at += length
+        reply = self._host.call(xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_copy, request, "grant copy")
+        page = self._host.page(self._bounce)
+        out: list[bytes | int] = []
+        at = 0
+        for index, (_, length) in enumerate(items):
+            status = layout.unpack(reply, index * layout.size).status
+            out.append(bytes(page[at : at + length]) if status == gt.GNTST_okay else status)
+            at += length
         return out

@@ -246,7 +246,9 @@ class VbdServer:
                 else:
                     self._host.on_event(port, callback)
                 self._ports.append(port)
-            mapper = self._mapper = FrontendFrames(self._host, self.frontend_id, self._bounce)
+            mapper = self._mapper = FrontendFrames(
+                self._host, self.frontend_id, self._bounce, persistent=link.persistent
+            )
             self._backend = Backend(
                 disk,
                 self.driver,

@@ -177,13 +177,17 @@ class NativeDomain:
                     return
         self._device_access(bdf, space, offset, size, value)
 
-    def ring_doorbells(self, bdf: int, bar: int, values: Sequence[tuple[int, int]]) -> None:
-        """Store 32-bit registers of a doorbell range, each (offset, value), and ring once. By messages where there is no such range."""
+    def ring_doorbells(
+        self, bdf: int, bar: int, values: Sequence[tuple[int, int]], *, wake: bool = True
+    ) -> None:
+        """Store 32-bit registers of a doorbell range, each (offset, value), and ring once, if `wake`. By messages where there is no
+        such range."""
         for bell in self._device_bells.get(bdf, ()):
             if all(bell.holds(bar, offset, 4) for offset, _ in values):
                 for offset, value in values:
                     bell.put(offset, 4, value)
-                bell.ring()
+                if wake:
+                    bell.ring()
                 return
         for offset, value in values:
             self._device_access(bdf, bar, offset, 4, value)

@@ -28,6 +28,11 @@ VERSION: Final = "2.1.4"
 """The release of `unicorn` this package was written against and pins."""
 
 
+TRANSLATIONS_BYTES: Final = 12 << 20
+"""Room for translated code; when it is full, all of it is dropped and what runs is translated anew. Unicorn's own choice is 1 GiB, which
+a guest could fill. Debian's boot translates some 30 MB and is no slower with this (docs/performance.md)."""
+
+
 class UnknownUnicorn(VcpuError):
     """The Unicorn library that is installed is not laid out as the one this code knows."""
 
@@ -234,6 +239,7 @@ def open_machine() -> Any:
     """A new x86 instance (`unicorn.Uc`, which ships no types), its CPU created, without any address as an
     end."""
     machine: Any = _package.Uc(UC_ARCH_X86, UC_MODE_64)
+    machine.ctl_set_tcg_buffer_size(TRANSLATIONS_BYTES)
     machine.ctl_exits_enabled(True)
     machine.ctl_set_exits([])
     machine.reg_read(x86_const.UC_X86_REG_RIP)

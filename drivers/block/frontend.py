@@ -11,7 +11,8 @@ used again in LIFO order), without they are granted for one request, read-only w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -139,6 +140,7 @@ class Frontend:
         self._pool: list[tuple[Page, int]] = []  # persistent: page and grant
         self._serial = 0
         self._turn = 0
+        self._plugged = 0
         self.features = Features(0)
         self.error: str | None = None
         self.leaked = 0
@@ -236,9 +238,19 @@ class Frontend:
             return BLKIF_MAX_SEGMENTS_PER_REQUEST
         return max(BLKIF_MAX_SEGMENTS_PER_REQUEST, min(self.features.max_indirect, 256))
 
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is asked inside is published together, with one notification, at the end."""
+        self._plugged += 1
+        try:
+            yield
+        finally:
+            self._plugged -= 1
+            self._fill()
+
     def _fill(self) -> None:
         """Put what waits into rings that have room, and publish."""
-        if self.error is not None or not self._queues:
+        if self.error is not None or not self._queues or self._plugged:
             return
         touched: list[FrontQueue] = []
         full = 0
@@ -306,7 +318,9 @@ class Frontend:
             if missing > 0:
                 fresh = self._pages.allocate(missing)
                 self._pool += zip(fresh, self._pages.grant(fresh, False), strict=True)
-            chosen = [self._pool.pop() for _ in range(need + number)]
+            # In the order in which they were granted: what was mapped in a row stays in a row, and is one piece of DMA.
+            chosen = self._pool[-(need + number) :]
+            del self._pool[-(need + number) :]
             part.pages = [page for page, _ in chosen[:need]]
             part.refs = [ref for _, ref in chosen[:need]]
             part.indirect = [page for page, _ in chosen[need:]]
@@ -341,7 +355,8 @@ class Frontend:
     # ------------------------------------------------------------------ responses
 
     def poll(self) -> int:
-        """Take responses; how many. Calls back their askers, after more was put into the rings."""
+        """Take responses; how many. Calls back their askers, after more was put into the rings; what they ask is published
+        together."""
         finished: list[tuple[_Part, int, bytes]] = []
         for queue in self._queues:
             while self.error is None:
@@ -373,16 +388,20 @@ class Frontend:
                         read = b"".join(bytes(page.data) for page in part.pages)[:length]
                     self._release(part, keep=True)
                     finished.append((part, status, read))
-        self._fill()
-        for part, status, read in finished:
-            whole = part.whole
-            whole.parts -= 1
-            whole.status = whole.status or status
-            if part.op == BLKIF_OP_READ:
-                whole.data[part.sector] = read
-            if not whole.parts:
-                ok = whole.status == BLKIF_RSP_OKAY
-                whole.done(whole.status, b"".join(whole.data[at] for at in sorted(whole.data)) if ok else b"")
+        if self._todo:
+            self._fill()
+        with self.batch():
+            for part, status, read in finished:
+                whole = part.whole
+                whole.parts -= 1
+                whole.status = whole.status or status
+                if part.op == BLKIF_OP_READ:
+                    whole.data[part.sector] = read
+                if not whole.parts:
+                    ok = whole.status == BLKIF_RSP_OKAY
+                    whole.done(
+                        whole.status, b"".join(whole.data[at] for at in sorted(whole.data)) if ok else b""
+                    )
         return len(finished)
 
     def _release(self, part: _Part, *, keep: bool) -> None:

@@ -57,10 +57,14 @@ class FrontDevice:
         self.state = XenbusState.Initialising
         self.error = ""
         self._fresh = False
+        self._peer = XenbusState.Unknown
 
     def changed(self) -> Procedure[None]:
         """See what changed at the back end, and answer to it."""
         peer = parse_state((yield from optional(f"{self.backend}/state")))
+        before, self._peer = self._peer, peer
+        if peer == before == XenbusState.InitWait and self.state == XenbusState.Initialised:
+            return  # a watch fires more often than the state changes: our rings are published, perhaps taken already
         if peer == XenbusState.Closing and self._fresh:
             return  # that is about the connection before: its answer to Initialising comes
         self._fresh = False

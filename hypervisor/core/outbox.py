@@ -15,6 +15,10 @@ Failed = Callable[[int, str], None]
 """(now_ns, why): no answer will come: "expired", "dead" or "refused" (too many outstanding)."""
 
 
+MAX_STALE_FRAMES = 1024
+"""Of one `drop_code` order."""
+
+
 @dataclass(slots=True)
 class _Pending:
     domain: DomId
@@ -34,6 +38,7 @@ class Outbox:
         self._deadlines: list[tuple[int, int]] = []
         self._next_id = 1
         self._max_orders = max_orders
+        self._stale: dict[DomId, list[int]] = {}
 
     def emit(self, effect: Effect) -> None:
         """Append one effect."""
@@ -42,7 +47,18 @@ class Outbox:
     def take(self) -> list[Effect]:
         """All effects since the last call, in order."""
         effects, self._effects = self._effects, []
+        self._stale.clear()
         return effects
+
+    def code_is_stale(self, domain: DomId, mfn: Mfn) -> None:
+        """Order `drop_code`: somebody wrote to the frame. Frames of one step of the core go in one order, at the place of the first:
+        nothing leaves before the step is over, and by then all of them are written."""
+        frames = self._stale.get(domain)
+        if frames is None or len(frames) >= MAX_STALE_FRAMES:
+            frames = self._stale[domain] = []
+            self.tell(domain, "drop_code", {"frames": frames})
+        if not frames or frames[-1] != mfn:
+            frames.append(int(mfn))
 
     def log(self, level: str, text: str, domain: DomId | None = None) -> None:
         """A line for the hypervisor's log."""

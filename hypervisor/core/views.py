@@ -105,9 +105,10 @@ class DomainViews:
         return True
 
     def frame_written(self, domain: DomId, mfn: Mfn) -> None:
-        """Order `drop_code`: the hypervisor wrote to the frame; translated code of it is stale."""
-        if self.has_process(domain):
-            self._outbox.tell(domain, "drop_code", {"frames": [int(mfn)]})
+        """Order `drop_code`: the hypervisor wrote to the frame; translated code of it is stale. A native domain runs no guest code."""
+        found = self._get(domain)
+        if found is not None and found.process_alive and found.kind is not Kind.NATIVE:
+            self._outbox.code_is_stale(domain, mfn)
 
     def crash(self, domain: DomId, reason: str) -> None:
         """Crash the domain: its process is ended."""

@@ -55,8 +55,9 @@ class DevicePort(Protocol):
 
     def write(self, offset: int, size: int, value: int) -> None: ...
 
-    def doorbells(self, values: Sequence[tuple[int, int]]) -> None:
-        """Store each (offset in BAR 0, 32-bit value), in order, then tell the device once."""
+    def doorbells(self, values: Sequence[tuple[int, int]], *, wake: bool = True) -> None:
+        """Store each (offset in BAR 0, 32-bit value), in order, then tell the device once. With `wake` False the device may see
+        them when it next looks: before it takes a command for which it is told later."""
 
 
 class State(Enum):
@@ -249,6 +250,7 @@ class NvmeDriver:
         results, self._refused = self._refused, []
         heads: list[tuple[int, int]] = []
         admin: list[Finished] = []
+        wake = False
         try:
             for queue in queues:
                 if self._admin_sent < 0 if queue.qid == 0 else self.state is not State.READY:
@@ -258,6 +260,7 @@ class NvmeDriver:
                     continue
                 heads.append((self._doorbell(queue.qid, 1), queue.head))
                 if queue.qid == 0:
+                    wake = True
                     admin += found
                     continue
                 for cid, status, _ in found:
@@ -274,7 +277,8 @@ class NvmeDriver:
             self.lose(str(fault))
             heads, admin = [], []
         if heads:
-            self.port.doorbells(heads)
+            # An I/O completion queue has room for all that can be under way: the device waits for none of these.
+            self.port.doorbells(heads, wake=wake)
         self._push()
         if results:
             self._on_complete(results)

@@ -368,6 +368,26 @@ def test_a_response_that_answers_nothing_stops_the_frontend(ident: int, op: int,
     assert found == []
 
 
+def test_a_batch_is_published_and_told_once() -> None:
+    """What is asked inside `batch` and in answers' callbacks goes out together, with one notification."""
+    ring = PagedRing([memoryview(bytearray(4096))], 112)
+    ring.init()
+    published: list[int] = []
+    user = Frontend(Grants())
+    user.connect([ring], [lambda: published.append(ring.req_prod)], Features(1000))
+    with user.batch():
+        for sector in range(4):
+            user.read(sector, 1, lambda status, data: [user.read(9, 1, lambda *_: None) for _ in range(2)])
+        assert (ring.req_prod, published) == (0, [])
+    assert (ring.req_prod, published) == (4, [4])
+    ring.req_event = 5
+    for index in range(3):
+        ring.write_slot(index, RESPONSE.pack(index + 1, 0, 0))
+    ring.rsp_prod = 3
+    assert user.poll() == 3
+    assert (ring.req_prod, published) == (10, [4, 10])
+
+
 def test_a_second_response_to_the_same_request_stops_the_frontend() -> None:
     user, ring, found = front()
     user.read(8, 8, lambda status, data: found.append(status))

@@ -77,7 +77,7 @@ class World:
         self.controller.access(self.now, 0, offset, size, value)
         self.device()
 
-    def doorbells(self, values: Sequence[tuple[int, int]]) -> None:
+    def doorbells(self, values: Sequence[tuple[int, int]], *, wake: bool = True) -> None:
         for offset, value in values:
             self.words[(offset - spec.DOORBELL_OFFSET) // 4] = value
 

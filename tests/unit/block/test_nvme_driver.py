@@ -97,7 +97,7 @@ class Device:
                 self.sqs[0] = [self.regs[spec.REG_ASQ], (self.regs[spec.REG_AQA] & 0xFFF) + 1, 0, 0]
                 self.cqs[0] = [self.regs[spec.REG_ACQ], (self.regs[spec.REG_AQA] >> 16) + 1, 0, 1]
 
-    def doorbells(self, values: Sequence[tuple[int, int]]) -> None:
+    def doorbells(self, values: Sequence[tuple[int, int]], *, wake: bool = True) -> None:
         for offset, value in values:
             number = (offset - spec.DOORBELL_OFFSET) // 4
             if number & 1 or self.dead or self.stuck:

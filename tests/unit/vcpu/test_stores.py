@@ -6,10 +6,12 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from domains.vcpu.api import StopReason
+from domains.vcpu.insides import TRANSLATIONS_BYTES
 from domains.vcpu.testing import BASE, CODE, PRESENT_USER_RW, STACK, PvGuest
 
 STUB = CODE
@@ -123,6 +125,26 @@ def test_stack_in_a_page_with_code_is_exact() -> None:
     regs.rcx, regs.rsp = 100, body - 8
     run_at(guest, body)
     assert list(guest.words[(body - 8 - 800) // 8 : (body - 8) // 8]) == list(range(1, 101))
+
+
+def test_more_code_than_there_is_room_for() -> None:
+    """Translations that fill their room several times over: each instruction runs once, and memory for them stays bounded."""
+    count = 600_000
+    guest = PvGuest(size=3 << 20)
+    first = 0x50000
+    guest.write(first, bytes.fromhex("48ffc0 488903") * (count // 2) + bytes.fromhex("0f05"))
+    regs = guest.vcpu.regs
+    before = resident_bytes()
+    for turn in (1, 2, 3):
+        regs.rax, regs.rbx = 0, 0x30000
+        run_at(guest, first)
+        assert regs.rax == guest.words[0x30000 // 8] == count // 2, turn
+    assert resident_bytes() - before < 1.5 * TRANSLATIONS_BYTES
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 UNKNOWN = """
