@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,9 +78,16 @@ def test_a_machine_that_works_has_no_leaks_and_leaves_none() -> None:
     assert mine() == []
 
 
-def test_what_a_killed_machine_leaves_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose path leaves room for the names of sockets, also in a worker of pytest-xdist."""
+    with tempfile.TemporaryDirectory(prefix="dl-") as directory:
+        yield Path(directory)
+
+
+def test_what_a_killed_machine_leaves_is_named(short: Path) -> None:
     """A directory without its warden, and a process without one: with the mend."""
-    base = tmp_path / "run"
+    base = short / "run"
     os.environ["DOMICILE_RUN"], before = str(base), os.environ["DOMICILE_RUN"]
     try:
         runtime = RuntimeDirectory("gone")
