@@ -65,7 +65,6 @@ PENDING, CARRIED_OUT, REFUSED = range(3)
 """Status of a note."""
 _NOTE: Final = Struct("<IIIIQII")
 _POST: Final = Struct("<QIBB2x")
-_WORD: Final = Struct("<I")
 _IOREQ: Final = Struct("<QQIIIHBB")
 _STATE_AT: Final = 30
 """Of the byte with the state in a struct ioreq."""
@@ -104,6 +103,8 @@ class IoreqArea:
         sealed.check(fd, SIZE)
         self._mapping: Final = mmap.mmap(fd, SIZE)
         self.octets: Final = memoryview(self._mapping)
+        # Indexes are loaded and stored whole: `struct` with a byte order goes byte by byte, and the other side would see halves.
+        self._words: Final = self.octets.cast("I")
 
     # --- accesses
 
@@ -132,6 +133,10 @@ class IoreqArea:
         at = vcpu * _IOREQ.size
         self.octets[at + 8 : at + 16] = data.to_bytes(8, "little")
         self.octets[at + _STATE_AT] = self.octets[at + _STATE_AT] & 0xF0 | STATE_IORESP_READY
+
+    def answered(self, vcpu: int) -> bool:
+        """A vCPU's request is answered."""
+        return self.octets[vcpu * 32 + _STATE_AT] & 0xF == STATE_IORESP_READY
 
     def take_answer(self, vcpu: int) -> int | None:
         """The value, if the request is answered; the slot is free then."""
@@ -163,12 +168,11 @@ class IoreqArea:
 
     def word(self, at: int) -> int:
         """A 32-bit word."""
-        value: int = _WORD.unpack_from(self.octets, at)[0]
-        return value
+        return self._words[at >> 2]
 
     def set_word(self, at: int, value: int) -> None:
         """Store a 32-bit word."""
-        _WORD.pack_into(self.octets, at, value & 0xFFFFFFFF)
+        self._words[at >> 2] = value & 0xFFFFFFFF
 
     def put_note(self, index: int, note: Note) -> None:
         """Write the note of a free-running index; `PRODUCED` is the caller's business."""
@@ -194,6 +198,7 @@ class IoreqArea:
 
     def close(self) -> None:
         """Unmap."""
+        self._words.release()
         self.octets.release()
         self._mapping.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -385,3 +387,33 @@ def test_posts_that_make_no_sense_end_the_device_model_not_the_machine(pairs: Ca
     pair.guest._area.set_word(area.POSTED, 1 << 31)
     with pytest.raises(GuestGone):
         pair.guest.serve()
+
+
+COUNT = """
+import sys
+from bus import ioreq_area as area
+counter = area.IoreqArea(int(sys.argv[1]))
+for value in range(1 << 40):
+    counter.set_word(area.POSTED, value)
+"""
+
+
+def test_indexes_are_never_seen_in_halves() -> None:
+    """Another process counts up without pause; what is read here never goes back."""
+    fd = area.create()
+    child = subprocess.Popen([sys.executable, "-c", COUNT, str(fd)], pass_fds=[fd])
+    try:
+        reader = area.IoreqArea(fd)
+        last = backwards = 0
+        deadline = time.monotonic() + 30.0
+        while time.monotonic() < deadline and last < 3_000_000:
+            value = reader.word(area.POSTED)
+            backwards += value < last
+            last = value
+        reader.close()
+        assert last > 1000, "the other one counts"
+        assert not backwards
+    finally:
+        child.kill()
+        child.wait(10)
+        os.close(fd)
