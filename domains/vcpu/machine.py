@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
@@ -55,7 +56,7 @@ _MemoryHook = ctypes.CFUNCTYPE(
 )
 
 
-class Machine:
+class Machine(ABC):
     """The parts common to both kinds of vCPU. See `domains.vcpu.api.Vcpu` for the contract of each method."""
 
     def __init__(self) -> None:
@@ -156,7 +157,7 @@ class Machine:
             return StopReason.SLICE
         return self._unexplained_stop()
 
-    def _before_run(self, blocks: int) -> None:
+    def _before_run(self, blocks: int) -> None:  # noqa: B027  # one kind has nothing to do here
         """What one kind of guest does before each run."""
 
     def _special_stop(self) -> StopReason | None:
@@ -296,9 +297,9 @@ class Machine:
 
     # ---- hooks
 
+    @abstractmethod
     def _install(self) -> None:
         """Add the hooks of this kind of vCPU; the code pages are sealed afterwards."""
-        raise NotImplementedError
 
     def _callback(self, prototype: Any, function: Callable[..., Any]) -> int:
         """Address of a C function that calls `function`, which must not raise."""

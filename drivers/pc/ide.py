@@ -7,6 +7,7 @@ channel at the legacy ports of a PC.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
 
@@ -59,7 +60,7 @@ class Failed(Exception):
     """A drive's transfer went wrong; the drive has noted how."""
 
 
-class Drive:
+class Drive(ABC):
     """What both kinds of drive have: task file and PIO buffer. `attention` is called to interrupt, `dma` with a transfer to do."""
 
     signature = (0x00, 0x00)
@@ -81,11 +82,11 @@ class Drive:
 
     # -- for drives -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def command(self, code: int) -> None:
         """Carry out a command; the task file is set."""
-        raise NotImplementedError
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027  # a drive may have none
         """Reset: settings of drives of one kind."""
 
     def send(self, data: bytes | bytearray | memoryview, after: Callable[[], None]) -> None:

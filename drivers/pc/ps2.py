@@ -5,6 +5,7 @@ Sources: IBM PS/2 Hardware Interface Technical Reference; Microsoft's IntelliMou
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import Final
 
@@ -15,7 +16,7 @@ ACK, RESEND, SELF_TEST, ECHO = 0xFA, 0xFE, 0xAA, 0xEE
 OVERRUN: Final = {1: 0xFF, 2: 0x00}
 
 
-class Device:
+class Device(ABC):
     """What both have: a queue, and a command that waits for its argument."""
 
     def __init__(self) -> None:
@@ -27,9 +28,9 @@ class Device:
         if len(self.queue) + len(data) <= QUEUE:
             self.queue.extend(data)
 
+    @abstractmethod
     def command(self, value: int) -> None:
         """A byte from the host."""
-        raise NotImplementedError
 
 
 class Keyboard(Device):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +20,10 @@ from bus.messages.domain import Order
 from bus.packets import close_all
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.kernel import Kernel, load_kernel
-from domains.dom0.consoled import Console, SerialLine, Terminal
+from domains.dom0.consoled import Console, SerialLine
 from domains.dom0.toolstack.disks import DiskError, Disks
+from domains.dom0.toolstack.guest import Guest, ToolstackError, counters_of, state_of
+from domains.dom0.toolstack.guest_nodes import write_guest_nodes
 from domains.dom0.toolstack.hardware import Hardware, HardwareError
 from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
@@ -42,57 +43,10 @@ SHUTDOWN_NAMES: Final = {
 }
 EMULATION: Final = {"pv": 0, "pvh": XEN_X86_EMU_LAPIC, "hvm": XEN_X86_EMU_ALL & ~XEN_X86_EMU_VPCI}
 """emulation_flags of XEN_DOMCTL_createdomain, as libxl gives them."""
-COUNTERS: Final = ("hypercalls", "exceptions", "events")
-MAX_COUNTED: Final = 256
-"""Names in one of a guest's counters: there are 64 hypercalls and 32 exceptions."""
 AGAIN_S: Final = 1.0
 """When the end of a domain that could not be dealt with is tried again."""
 RESTART_LIMIT_S: Final = 1.0
 """A domain that reboots sooner than this after its start is not started again: it would go on for ever."""
-
-
-class ToolstackError(Exception):
-    """Told to the user: one line that names the thing, and the mend where there is one."""
-
-
-@dataclass(slots=True)
-class Guest:
-    """A domain that this toolstack made."""
-
-    domid: DomId
-    config: DomainConfig
-    files: dict[int, int]
-    """Descriptors of its files, kept for a restart: index in the configuration -> descriptor."""
-    console: Console
-    uuid: bytes
-    started: float = field(default_factory=time.monotonic)
-    serial: SerialLine | None = None
-    """Of a full HVM guest: what its standard output is."""
-    model: DeviceModel | None = None
-    xenstore_port: Port | None = None
-    ending: bool = False
-    unfinished: tuple[str, str] | None = None
-    """Its end (reason, details), begun: what is left of that is done at the next look."""
-    counters: dict[str, Any] = field(default_factory=dict)
-    """Its process's last words: what the guest did (not trusted: for show)."""
-
-    @property
-    def terminal(self) -> Terminal:
-        """Its first console: of a full HVM guest the serial line."""
-        return self.serial or self.console
-
-    def disconnect(self) -> None:
-        """Its lines are joined to nothing any more."""
-        self.console.disconnect()
-        if self.serial is not None:
-            self.serial.disconnect()
-
-    def close(self) -> None:
-        """Close its lines and files."""
-        self.console.close()
-        if self.serial is not None:
-            self.serial.close()
-        close_all(list(self.files.values()))
 
 
 Ended = Callable[[DomId, str, str, str], None]
@@ -286,7 +240,7 @@ class Manager:
                 self.pin(domid, vcpu, set(cpus), None)
         guest.xenstore_port = xenstore_port
         guest.console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
-        self._write_store(guest, ring, console_port)
+        write_guest_nodes(self.store, guest, ring, console_port)
         self._attach_disks(guest)
         self.store.introduce(domid, xenstore_port)
         if guest.model is not None:
@@ -353,61 +307,6 @@ class Manager:
             memory.close()
         xc.set_vcpu_context(domid, VcpuId(0), built.context)
         return built.console_mfn
-
-    def _write_store(self, guest: Guest, console_mfn: int, console_port: Port) -> None:
-        """What a guest and the tools expect to find (docs/misc/xenstore-paths)."""
-        store, config, domid = self.store, guest.config, guest.domid
-        base, own = f"/local/domain/{domid}", f"r{domid}"
-        text = guest.uuid.hex()
-        uuid = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-        store.remove(base)
-        store.mkdir(base)
-        store.permit(base, "n0", own)
-        readable = {
-            "vm": f"/vm/{uuid}",
-            "name": config.name,
-            "domid": str(domid),
-            "cpu/0/availability": "online",
-            "memory/static-max": str(max(config.memory_mb, config.maxmem_mb) << 10),
-            "memory/target": str(config.memory_mb << 10),
-            "memory/videoram": "0",
-            "console/backend": f"/local/domain/0/backend/console/{domid}/0",
-            "console/backend-id": "0",
-            "console/type": "xenconsoled",
-            "console/limit": "1048576",
-            "console/output": "pty",
-            "console/tty": guest.console.tty,
-            "console/port": str(console_port),
-            "console/ring-ref": str(console_mfn),
-            "store/port": str(guest.xenstore_port),
-            "control/platform-feature-multiprocessor-suspend": "1",
-            "control/platform-feature-xs_reset_watches": "1",
-        }
-        for vcpu in range(1, config.maxvcpus or config.vcpus):
-            readable[f"cpu/{vcpu}/availability"] = "online" if vcpu < config.vcpus else "offline"
-        for path, value in readable.items():
-            store.write(f"{base}/{path}", value)
-        owned = (
-            "data",
-            "drivers",
-            "feature",
-            "attr",
-            "error",
-            "device/suspend/event-channel",
-            "control/shutdown",
-            "control/feature-poweroff",
-            "control/feature-reboot",
-            "control/feature-suspend",
-            "control/sysrq",
-        )
-        for path in owned:
-            store.write(f"{base}/{path}", "")
-            store.permit(f"{base}/{path}", f"n{domid}")
-        for path in ("device", "control", "console", "store", "memory", "cpu"):
-            store.mkdir(f"{base}/{path}")
-        store.write(f"/vm/{uuid}/name", config.name)
-        store.write(f"/vm/{uuid}/uuid", uuid)
-        store.permit(f"/vm/{uuid}", "n0", own)
 
     # ------------------------------------------------------------------ the end of a domain
 
@@ -578,7 +477,7 @@ class Manager:
                     "mem_mb": info.tot_pages >> 8,
                     "max_mb": info.max_pages >> 8,
                     "vcpus": info.nr_online_vcpus,
-                    "state": _state(info),
+                    "state": state_of(info),
                     "time_s": info.cpu_time / 1e9,
                     "uuid": info.handle.hex(),
                     "config": config,
@@ -636,33 +535,3 @@ class Manager:
         """End every domain."""
         for guest in list(self.guests.values()):
             self._end(guest, "destroyed", "")
-
-
-def counters_of(said: Any) -> dict[str, Any]:
-    """A process's last words, as far as they are what they should be: numbers, or numbers by name."""
-    out: dict[str, Any] = {}
-    for name in COUNTERS if isinstance(said, dict) else ():
-        value = said.get(name)
-        by_name = value if isinstance(value, dict) and len(value) <= MAX_COUNTED else {"": None}
-        if _is_count(value) or all(len(str(key)) <= 40 and _is_count(n) for key, n in by_name.items()):
-            out[name] = value
-    return out
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _state(info: dc.xen_domctl_getdomaininfo) -> str:
-    """xl's state column: r b p s c d."""
-    code = info.flags >> dc.XEN_DOMINF_shutdownshift & dc.XEN_DOMINF_shutdownmask
-    shut = bool(info.flags & dc.XEN_DOMINF_shutdown)
-    marks = (
-        ("r", bool(info.flags & dc.XEN_DOMINF_running)),
-        ("b", bool(info.flags & dc.XEN_DOMINF_blocked)),
-        ("p", bool(info.flags & dc.XEN_DOMINF_paused)),
-        ("s", shut and code != sched.SHUTDOWN_crash),
-        ("c", shut and code == sched.SHUTDOWN_crash),
-        ("d", bool(info.flags & dc.XEN_DOMINF_dying)),
-    )
-    return "".join(mark if holds else "-" for mark, holds in marks)

@@ -22,8 +22,9 @@ from bus.messages.envelope import BadMessage, Message
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.disks import DiskError
+from domains.dom0.toolstack.guest import Guest, ToolstackError
 from domains.dom0.toolstack.hardware import HardwareError
-from domains.dom0.toolstack.manager import Guest, Manager, ToolstackError
+from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.models import DeviceModel, ModelError
 from domains.dom0.toolstack.top import top_view
 from domains.dom0.toolstack.traces import Traces

@@ -280,16 +280,14 @@ class Controller:
         self.now = now
         if not self._works:
             return
-        for cq in list(self.cqs.values()):
-            value = words[2 * cq.qid + 1]
-            if value != cq.seen and not self._stale(2 * cq.qid + 1):
-                cq.seen = value
-                self._ring(2 * cq.qid + 1, value)
-        for sq in list(self.sqs.values()):
-            value = words[2 * sq.qid]
-            if value != sq.seen and not self._stale(2 * sq.qid):
-                sq.seen = value
-                self._ring(2 * sq.qid, value)
+        queues: list[tuple[CompletionQueue | SubmissionQueue, int]] = []
+        queues += [(cq, 2 * cq.qid + 1) for cq in self.cqs.values()]
+        queues += [(sq, 2 * sq.qid) for sq in self.sqs.values()]
+        for queue, index in queues:
+            value = words[index]
+            if value != queue.seen and not self._stale(index):
+                queue.seen = value
+                self._ring(index, value)
 
     def _stale(self, index: int) -> bool:
         """The word is of a queue that is gone: its clearing is asked for (`take_clears`) and not done. The driver cannot have

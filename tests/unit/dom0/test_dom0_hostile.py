@@ -20,7 +20,8 @@ from bus.messages.domain import Order
 from bus.packets import PacketLink
 from domains.dom0.consoled import Console
 from domains.dom0.toolstack.disks import Disk, Disks
-from domains.dom0.toolstack.manager import Guest, Manager
+from domains.dom0.toolstack.guest import Guest
+from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.server import ToolstackServer
 from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xenstore_service import XenstoreService

@@ -358,15 +358,20 @@ def test_posted_writes_are_no_exits_and_come_before_the_next_access(pairs: Calla
 
 def test_a_full_ring_of_posts_waits_for_the_device_model(pairs: Callable[..., Pair]) -> None:
     seen: list[int] = []
+    all_there = threading.Event()
     count = area.POST_RING + 500
+
+    def take(offset: int, size: int, value: int) -> None:
+        seen.append(value)
+        if len(seen) == count:
+            all_there.set()
+
     code = mov("ecx", count) + "66baf803" + "88c8eee2fb" + HLT
     pair = pairs(code, lambda offset, size, value: 0)
-    pair.ports.add(Range("line", 0x3F8, 1, lambda o, s: 0, lambda offset, size, value: seen.append(value)))
+    pair.ports.add(Range("line", 0x3F8, 1, lambda o, s: 0, take))
     assert pair.rig.domain.model_changed({"id": 0, "add": [0, 0x3F8, 0x3F8]})
     pair.run(200)
-    deadline = time.monotonic() + 5
-    while len(seen) < count and time.monotonic() < deadline:
-        time.sleep(0.01)  # the device model's thread takes the last ones
+    assert all_there.wait(5), "the device model's thread takes the last ones"
     assert seen == [(count - index) & 0xFF for index in range(count)]
 
 

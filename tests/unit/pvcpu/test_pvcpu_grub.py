@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 from harness import Machine
 
-PLACES = (
-    os.environ.get("DOMICILE_GRUB", ""),
-    "/usr/lib/grub-xen/grub-x86_64-xen.bin",
-    "/tmp/grub/usr/lib/grub-xen/grub-x86_64-xen.bin",
-)
+from toolstack.guestfetch import FetchError, fetch
 
 
 def test_grub_reaches_its_prompt_answers_and_halts() -> None:
     """Build, pagetables, console both ways, timers (GRUB waits by TSC), SCHEDOP_shutdown; the page types are sound at the end."""
-    kernel = next((Path(place) for place in PLACES if place and Path(place).is_file()), None)
-    if kernel is None:
-        pytest.skip("Debian's grub-xen-host is not here (DOMICILE_GRUB names another place)")
+    try:
+        kernel = fetch("grub").kernel
+    except FetchError as error:
+        pytest.skip(f"GRUB cannot be had here: {error}")
     machine = Machine(64)
     machine.load(kernel.read_bytes())
     assert machine.run(seconds=30, wait=b"grub> ", text=b"ls\rhalt\r") == "finished"
