@@ -46,7 +46,7 @@ class BusDevice:
         return self._access(bar, offset, size, None)
 
     def write(self, bar: int, offset: int, size: int, value: int) -> None:
-        """See DeviceRegisters; a doorbell is a store and an eventfd."""
+        """See DeviceRegisters; a doorbell is a store and a ring."""
         for bell in self._bells:
             if bell.holds(bar, offset, size):
                 bell.store(offset, size, value)
