@@ -13,10 +13,10 @@ from typing import Any, Final
 from bus.abi.io.blkif import BLKIF_RSP_OKAY
 from drivers.block.backend import Backend, Queue
 from drivers.block.ledger import Ledger, QueueLedger, Recovered
-from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Op
 from drivers.block.requests import Request
 from drivers.hw.nvme.io import MediaOp, MediaResult
+from drivers.xenbus.paged_ring import PagedRing
 
 Undo = tuple[type, str, Any]
 

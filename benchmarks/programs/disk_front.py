@@ -16,9 +16,9 @@ from bus.addresses import DomId, Mfn, Port
 from domains.native.xenstore import XenstoreClient
 from drivers.block.frontend import Features, Frontend, Page
 from drivers.block.nodes import QueueLink
-from drivers.block.paged_ring import PagedRing
 from drivers.block.wire import X86_64
 from drivers.block.xenbus_front import FrontDevice, Wish
+from drivers.xenbus.paged_ring import PagedRing
 from drivers.xenbus.states import XenbusState
 
 DEPTH = 32

@@ -20,13 +20,14 @@ from domains.native.xenstore import XenstoreClient
 from drivers.block.backend import Backend
 from drivers.block.ledger import Ledger, LedgerError
 from drivers.block.nodes import FrontLink, QueueLink
-from drivers.block.paged_ring import PagedRing
 from drivers.block.requests import Disk
 from drivers.block.watch import DiskTrace, counter_key
 from drivers.block.wire import ABIS
-from drivers.block.xenbus_back import BackDevice, ConnectError
+from drivers.block.xenbus_back import BackDevice
 from drivers.hw.nvme.driver import NvmeDriver, State
+from drivers.xenbus.back import ConnectError
 from drivers.xenbus.client import XenstoreError
+from drivers.xenbus.paged_ring import PagedRing
 from drivers.xenbus.states import XenbusState
 
 LOG: Final = Logger("domio")

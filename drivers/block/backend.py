@@ -35,11 +35,11 @@ from drivers.block.ledger import (
     QueueLedger,
     Recovered,
 )
-from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Command, GrantMapper, Op, Storage
 from drivers.block.requests import Disk, Request, indirect_pages, parse
 from drivers.block.watch import DiskTrace
 from drivers.block.wire import RESPONSE, X86_64, Abi
+from drivers.xenbus.paged_ring import PagedRing
 
 ROUNDS: Final = 4
 """Rings full of requests that one `poll` takes: a frontend can publish as fast as requests that are in error are answered."""

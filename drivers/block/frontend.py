@@ -29,7 +29,6 @@ from bus.abi.io.blkif import (
     BLKIF_RSP_OKAY,
 )
 from bus.abi.io.ring import MASK32, distance, full_barrier
-from drivers.block.paged_ring import PagedRing
 from drivers.block.wire import (
     RESPONSE,
     SEGMENTS_PER_PAGE,
@@ -41,6 +40,7 @@ from drivers.block.wire import (
     pack_request,
     pack_segments,
 )
+from drivers.xenbus.paged_ring import PagedRing
 
 PAGE: Final = 4096
 

@@ -32,7 +32,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from bus.abi.io.ring import MASK32, distance
-from drivers.block.paged_ring import PagedRing
+from drivers.xenbus.paged_ring import PagedRing
 
 VERSION: Final = 1
 MAX_BLOB: Final = 2000

@@ -1,43 +1,29 @@
-"""The back end's side of a virtual disk's way up and down (XenbusState; nodes as in blkif.h).
-
-`BackDevice.changed` is a procedure for `drivers.xenbus.client.Client.start`. The shell runs it after every event of its
-watches on the frontend's `state` and on its own `online`, one at a time, and once more when `BackPort.disconnect` said
-that it was not done and now is. No hotplug script is waited for: who provides `BackPort` has opened the disk.
-"""
+"""The back end's side of a virtual disk's way up and down (nodes as in blkif.h); no hotplug script is waited for: who provides the port
+has opened the disk."""
 
 from __future__ import annotations
 
 from typing import Final, Protocol
 
-from drivers.block.nodes import FrontLink, NodeError, QueueLink, optional, read_number, write_all
-from drivers.block.paged_ring import MAX_ORDER
+from drivers.block.nodes import FrontLink, QueueLink
 from drivers.block.requests import Disk
 from drivers.block.wire import ABIS, X86_64
-from drivers.xenbus import client
-from drivers.xenbus.client import Procedure, XenstoreError, transaction
-from drivers.xenbus.states import XenbusState, backend_reaction, parse_state, state_text
+from drivers.xenbus.back import BackEnd, Port
+from drivers.xenbus.client import Procedure, transaction
+from drivers.xenbus.nodes import NodeError, optional, read_number, write_all
+from drivers.xenbus.paged_ring import MAX_ORDER
 
 MAX_REF: Final = 0xFFFFFFFF
 
 
-class ConnectError(Exception):
-    """The rings cannot be mapped or the channel not bound; the text says why."""
-
-
-class BackPort(Protocol):
+class BackPort(Port, Protocol):
     """What the shell does when told."""
 
     def connect(self, link: FrontLink, disk: Disk) -> None:
         """Map the rings, bind the channels, serve. ConnectError if that cannot be done (nothing is held then)."""
 
-    def disconnect(self) -> bool:
-        """Let go of the rings (nothing is an error). False if requests are under way still: it goes on by itself."""
 
-    def removed(self) -> None:
-        """The device is gone for good."""
-
-
-class BackDevice:
+class BackDevice(BackEnd):
     """One virtual disk at the back end."""
 
     def __init__(
@@ -56,82 +42,13 @@ class BackDevice:
         with 4096 only frontends that set feature-large-sector-size can be served."""
         if not 1 <= max_queues <= 16 or not 0 <= max_order <= MAX_ORDER:
             raise ValueError(f"{max_queues} queues, order {max_order}")
-        self.path: Final = path
-        self.frontend: Final = frontend
+        super().__init__(path, frontend, port)
         self.disk: Final = disk
-        self.port: Final = port
-        self.state = XenbusState.Unknown
-        self.removed = False
-        self.error = ""
+        self._rings: Final = port
         self._max_queues: Final = max_queues
         self._max_order: Final = max_order
         self._persistent: Final = persistent
         self._block_size: Final = block_size
-        self._draining = False
-
-    def start(self) -> Procedure[XenbusState]:
-        """Read the own state first: of a new device, or of one that a process before this one served. If the answer is
-        Connected, the caller resumes from its ledger, or calls `fail`. Else `changed` follows."""
-        self.state = parse_state((yield from optional(f"{self.path}/state")))
-        return self.state
-
-    def changed(self) -> Procedure[None]:
-        """See what changed, and answer to it."""
-        if self.removed:
-            return
-        peer = parse_state((yield from optional(f"{self.frontend}/state")))
-        online = (yield from optional(f"{self.path}/online")) == b"1"
-        if self.state == XenbusState.Initialising and peer in (
-            XenbusState.Initialised,
-            XenbusState.Connected,
-        ):
-            # The frontend did not wait for our features: it gets them all the same.
-            yield from self._enter(XenbusState.InitWait, peer)
-        reaction = backend_reaction(self.state, peer, online)
-        if reaction.disconnect or self._draining:
-            self._draining = not self.port.disconnect()
-            if self._draining:
-                if self.state not in (XenbusState.Closing, XenbusState.Closed) and not reaction.connect:
-                    yield from self._write_state(XenbusState.Closing)
-                return
-        if reaction.connect:
-            try:
-                yield from self._connect()
-            except (NodeError, ConnectError) as error:
-                yield from self.fail(str(error))
-                return
-        if reaction.enter is not None:
-            yield from self._enter(reaction.enter, peer)
-        if reaction.remove:
-            self.removed = True
-            self.port.removed()
-
-    def fail(self, reason: str) -> Procedure[None]:
-        """This frontend cannot be served (any longer): say why in error/, let go, and go to Closing."""
-        self.error = reason
-        self._draining = not self.port.disconnect()
-        relative = (
-            self.path.split("/", 4)[-1] if self.path.startswith("/local/domain/") else self.path.strip("/")
-        )
-        try:
-            yield client.write(f"error/{relative}/error", f"22 {reason}".encode()[:1024])
-        except XenstoreError as error:
-            if error.name not in ("EACCES", "ENOSPC", "E2BIG"):
-                raise
-        if self.state not in (XenbusState.Closing, XenbusState.Closed):
-            yield from self._write_state(XenbusState.Closing)
-
-    def _write_state(self, state: XenbusState) -> Procedure[None]:
-        yield client.write(f"{self.path}/state", state_text(state))
-        self.state = state
-
-    def _enter(self, state: XenbusState, peer: XenbusState) -> Procedure[None]:
-        nodes: list[tuple[str, str]] = []
-        if state == XenbusState.InitWait:
-            nodes = self._features()
-        nodes.append(("state", str(int(state))))
-        yield from transaction(lambda tx: write_all(self.path, nodes, tx))
-        self.state = state
 
     def _features(self) -> list[tuple[str, str]]:
         disk = self.disk
@@ -180,7 +97,7 @@ class BackDevice:
             ("physical-sector-size", str(disk.physical_sector_size)),
         ]
         yield from transaction(lambda tx: write_all(self.path, nodes, tx))
-        self.port.connect(link, disk)
+        self._rings.connect(link, disk)
 
     def read_link(self) -> Procedure[FrontLink]:
         """What the frontend published. NodeError if it makes no sense."""

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from drivers.block.frontend import Features
-from drivers.block.nodes import NodeError, QueueLink, optional, read_number, write_all
-from drivers.block.paged_ring import MAX_ORDER
+from drivers.block.nodes import QueueLink
 from drivers.block.wire import X86_64, Abi
 from drivers.xenbus import client
 from drivers.xenbus.client import Procedure, transaction
+from drivers.xenbus.nodes import NodeError, optional, read_number, write_all
+from drivers.xenbus.paged_ring import MAX_ORDER
 from drivers.xenbus.states import Reaction, XenbusState, frontend_reaction, parse_state, state_text
 
 

@@ -30,9 +30,9 @@ from bus.addresses import PAGE_SIZE, DomId, Mfn  # noqa: E402
 from bus.credentials import make  # noqa: E402
 from drivers.block.backend import Backend  # noqa: E402
 from drivers.block.ledger import Ledger  # noqa: E402
-from drivers.block.paged_ring import PagedRing  # noqa: E402
 from drivers.block.requests import Disk  # noqa: E402
 from drivers.block.wire import X86_64, pack_indirect, pack_request  # noqa: E402
+from drivers.xenbus.paged_ring import PagedRing  # noqa: E402
 from drivers.xenbus.ring import ServerRing  # noqa: E402
 from hypervisor.core.iommu import DmaFault, Iommu, Segment  # noqa: E402
 from hypervisor.core.pool import XenPool  # noqa: E402

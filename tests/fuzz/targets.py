@@ -38,10 +38,10 @@ from domains.dom0.xenstore.quota import Quota  # noqa: E402
 from drivers.block.backend import Backend  # noqa: E402
 from drivers.block.frontend import DiskError, Features, Frontend  # noqa: E402
 from drivers.block.ledger import Ledger, LedgerError  # noqa: E402
-from drivers.block.paged_ring import PagedRing  # noqa: E402
 from drivers.block.requests import Disk  # noqa: E402
 from drivers.block.wire import X86_32, X86_64  # noqa: E402
 from drivers.xenbus import wire  # noqa: E402
+from drivers.xenbus.paged_ring import PagedRing  # noqa: E402
 from drivers.xenbus.ring import ServerRing  # noqa: E402
 from tests.fuzz.core_machine import WholeCore  # noqa: E402
 from toolstack.errors import InputError  # noqa: E402

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from drivers.block.backend import Backend, Queue
 from drivers.block.grant_pool import GrantPool
 from drivers.block.ledger import QueueLedger, Recovered
-from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Command, Op
 from drivers.block.requests import Request
 from drivers.block.wire import X86_32, X86_64
+from drivers.xenbus.paged_ring import PagedRing
 
 OPTIONS: list[dict[str, Any]] = [
     {"queues": queues, "pages": pages, "persistent": persistent, "max_indirect": indirect, "abi": abi}

@@ -14,7 +14,6 @@ from bus.abi.io import blkif
 from drivers.block.backend import Backend
 from drivers.block.frontend import DiskError, Features, Frontend
 from drivers.block.ledger import Ledger, LedgerError
-from drivers.block.paged_ring import PagedRing
 from drivers.block.ports import Op
 from drivers.block.requests import Disk, Request, indirect_pages, parse
 from drivers.block.wire import (
@@ -28,6 +27,7 @@ from drivers.block.wire import (
     pack_request,
     pack_segments,
 )
+from drivers.xenbus.paged_ring import PagedRing
 
 ERROR, UNSUPPORTED, OKAY = blkif.BLKIF_RSP_ERROR, blkif.BLKIF_RSP_EOPNOTSUPP, blkif.BLKIF_RSP_OKAY
 DISK = Disk(1000, discard=True)

@@ -12,7 +12,6 @@ from block_machine import Grants
 from drivers.block.backend import Backend
 from drivers.block.frontend import Features, Frontend
 from drivers.block.ledger import Ledger
-from drivers.block.paged_ring import PagedRing
 from drivers.block.requests import Disk
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.controller import Controller
@@ -20,6 +19,7 @@ from drivers.hw.nvme.driver import NvmeDriver, State
 from drivers.hw.nvme.driver_queue import Buffer
 from drivers.hw.nvme.io import MediaOp, MediaResult
 from drivers.hw.nvme.pages import Identity, Namespace
+from drivers.xenbus.paged_ring import PagedRing
 
 SECTORS = 2048
 

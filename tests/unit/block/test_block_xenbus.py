@@ -12,9 +12,10 @@ from drivers.block.frontend import Features
 from drivers.block.nodes import FrontLink, QueueLink
 from drivers.block.requests import Disk
 from drivers.block.wire import X86_32, X86_64
-from drivers.block.xenbus_back import BackDevice, ConnectError
+from drivers.block.xenbus_back import BackDevice
 from drivers.block.xenbus_front import FrontDevice, Wish
 from drivers.xenbus import client as xb
+from drivers.xenbus.back import ConnectError
 from drivers.xenbus.client import Client, Procedure, XenstoreError
 from drivers.xenbus.states import XenbusState as S
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.abi.io import ring
-from drivers.block.paged_ring import PagedRing
+from drivers.xenbus.paged_ring import PagedRing
 
 INDEX = st.integers(0, 2**32 - 1)
 
