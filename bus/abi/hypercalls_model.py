@@ -112,6 +112,8 @@ class ArrayArg:
     """The count is of bits; the elements are the bytes that hold them, the lowest bit first."""
     optional: bool = False
     """The array is absent where the handle is null (the guest asks for a size only)."""
+    room: bool = False
+    """The count is how much room there is, however much: more than `limit` goes on the wire as `limit`."""
 
     @property
     def size(self) -> int:

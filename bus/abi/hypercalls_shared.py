@@ -149,7 +149,7 @@ _MEMORY: Final = (
         memory.XEN_MEMORY_MAP,
         Error(errno.XEN_ENOSYS, "the toolstack gave the domain no map"),
         Error(errno.XEN_EINVAL, "HVM: the buffer is shorter than the map"),
-        arrays=(ArrayArg("buffer", 20, "nr_entries", Direction.OUT, MAX_E820, optional=True),),
+        arrays=(ArrayArg("buffer", 20, "nr_entries", Direction.OUT, MAX_E820, optional=True, room=True),),
         note="e820 entries of 20 bytes: u64 address, u64 size, u32 type. nr_entries says how many there are",
     ),
     remote(
@@ -157,7 +157,7 @@ _MEMORY: Final = (
         "XENMEM_machine_memory_map",
         memory.XEN_MEMORY_MAP,
         Error(errno.XEN_EINVAL, "no room for an entry"),
-        arrays=(ArrayArg("buffer", 20, "nr_entries", Direction.OUT, MAX_E820),),
+        arrays=(ArrayArg("buffer", 20, "nr_entries", Direction.OUT, MAX_E820, room=True),),
         guests=Guests.PV,
         privilege=Privilege.CONTROL,
     ),

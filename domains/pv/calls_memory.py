@@ -203,19 +203,7 @@ class MemoryCalls:
             return -command.refusal
         if number == mem.XENMEM_exchange:
             return self._exchange(command, arg)
-        if number == mem.XENMEM_memory_map:
-            return self._memory_map(command, arg)
         return self._remote.call(HYPERVISOR_memory_op, command, arg)
-
-    def _memory_map(self, command: Command, arg: int) -> int:
-        """The buffer may have room for more entries than any map has, and than a message may carry."""
-        layout = mem.XEN_MEMORY_MAP
-        item = layout.unpack(self._cpu.mmu.read_virtual(arg, layout.size))
-        room = min(item.nr_entries, command.arrays[0].limit)
-        rc, _ = self._remote.call_item(
-            HYPERVISOR_memory_op, command, item._replace(nr_entries=room), arg, cmd=command.number
-        )
-        return rc
 
     def _machphys_list(self, arg: int) -> int:
         """No frame of the table is one that a domain could map: an empty list."""

@@ -82,6 +82,9 @@ class Remote:
         or None)."""
         layout = command.argument
         assert layout is not None
+        for array in command.arrays:
+            if array.room and isinstance(array.count, str) and command.payload is None:
+                item = with_field(item, array.count, min(value_at(item, array.count), array.limit))
         try:
             root = self._root(command, item)
             data = layout.pack(item) + self._arrays_in(command, root)

@@ -78,6 +78,28 @@ def test_add_to_physmap_of_32_bit_code_is_translated() -> None:
     assert mem.XEN_ADD_TO_PHYSMAP.unpack(sent) == mem.xen_add_to_physmap(0x7FF0, 0, 0, 5, 0x123)
 
 
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize(("room", "asked"), [(1, 1), (128, 128), (129, 128), (1024, 128), (0xFFFFFFFF, 128)])
+def test_the_buffer_for_the_memory_map_may_have_any_size(bits: int, room: int, asked: int) -> None:
+    """Xen as a guest has room for 1,024 entries; no more than are there, or fit a message, are written."""
+    entries = struct.pack("<QQI", 0, 0x1000, 1) + struct.pack("<QQI", 0x1000, 0x2000, 2)
+    rig = Rig(
+        arguments(bits, HYPERVISOR_memory_op, mem.XENMEM_memory_map, DATA) + VMCALL + "ebfe",
+        bits=bits,
+    )
+    rig.write(DATA, struct.pack("<II" if bits == 32 else "<IxxxxQ", room, DATA + 64).ljust(128, b"\xee"))
+    rig.upstream.answers[HYPERVISOR_memory_op, mem.XENMEM_memory_map] = lambda sent: (
+        0,
+        mem.XEN_MEMORY_MAP.pack(mem.XEN_MEMORY_MAP.unpack(sent)._replace(nr_entries=min(room, 2)))
+        + entries[: 20 * min(room, 2)],
+    )
+    rig.run(1)
+    assert rig.regs.rax == 0
+    assert mem.XEN_MEMORY_MAP.unpack(rig.upstream.calls[-1][2]).nr_entries == asked
+    assert rig.word(DATA) == min(room, 2)
+    assert rig.buffer[DATA + 64 : DATA + 108] == entries[: 20 * min(room, 2)].ljust(44, b"\xee")
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_grant_operations_of_any_count_are_passed_on(count: int) -> None:
     """One structure, or an odd number of them, is as good as two."""
