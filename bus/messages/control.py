@@ -36,6 +36,10 @@ class DomainConfig(Message):
     ramdisk: Annotated[int, Field(ge=-1, le=63)] = -1
     ramdisk_path: Text = ""
     cmdline: Text = ""
+    shim: Annotated[int, Field(ge=-1, le=63)] = -1
+    """Of a PVH guest: Xen's shim, which starts, and runs `kernel`, a PV kernel that it gets as a module."""
+    shim_path: Text = ""
+    shim_cmdline: Text = ""
     firmware: Annotated[int, Field(ge=-1, le=63)] = -1
     """Of an HVM guest: SeaBIOS."""
     firmware_path: Text = ""

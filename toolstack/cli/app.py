@@ -83,6 +83,12 @@ def run(
             metavar="BDF", help="PVH: give it the --nvme at that address (all, if none is named); repeatable."
         ),
     ] = None,
+    pvshim: Annotated[
+        bool,
+        typer.Option(
+            "--pvshim", help="PVH: KERNEL is a PV kernel (64-bit or 32-bit); Xen's shim starts and runs it."
+        ),
+    ] = False,
     boot: Annotated[
         str, typer.Option(metavar="ORDER", help="HVM: what is tried, c disk, d optical drive.")
     ] = "cd",
@@ -161,6 +167,8 @@ def run(
         "type": type_,
         "name": name,
     }
+    if pvshim:
+        fields["pvshim"] = True
     if type_ == "hvm":
         fields |= {"boot": boot, "serial": serial, "firmware_path": firmware}
     status = run_verb(
@@ -197,7 +205,7 @@ Guest = typer.Typer(help="Bootable guests.", rich_markup_mode=None)
 
 @Guest.command("fetch")
 def guest_fetch(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="grub, debian or seabios.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="grub, debian, seabios or shim.")],
     path: Annotated[
         str, typer.Option(metavar="FILE", help="Print the path of this file alone: kernel, ramdisk.")
     ] = "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import re
 import uuid
@@ -9,12 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from toolstack.errors import InputError
+from toolstack.xlcfg.keys import SHIM_CMDLINE
 
 if TYPE_CHECKING:
     from bus.messages.control import DomainConfig
 
 SEABIOS: Final = "/usr/share/seabios/bios-256k.bin"
 VIDEO_BIOS: Final = "/usr/share/seabios/vgabios-stdvga.bin"
+SHIMS: Final = "/usr/lib/xen*/boot/xen-shim"
+MAX_SHOWN: Final = 60
+"""Characters of a bad value that an error repeats."""
 NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 
 
@@ -57,6 +63,21 @@ def _firmware(path: str) -> str:
     if not os.path.exists(path) and path in (SEABIOS, VIDEO_BIOS):
         raise InputError(f"firmware {path}: no such file: install Debian's package seabios")
     return path
+
+
+def find_shim() -> str:
+    """Xen's shim, of Debian's package (the newest, if there are several) or of `domicile guest fetch shim`. InputError."""
+    found = sorted(glob.glob(SHIMS))
+    if not found:
+        from toolstack.guestfetch import FetchError, fetched_shims
+
+        with contextlib.suppress(FetchError):
+            found = [str(path) for path in fetched_shims()]
+    if not found:
+        raise InputError(
+            "pvshim: there is no xen-shim: `domicile guest fetch shim` gets Debian's, pvshim_path= names one"
+        )
+    return found[-1]
 
 
 class Images:
@@ -104,6 +125,11 @@ def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
         firmware = {"firmware": images.add(_firmware(path), "firmware"), "firmware_path": path}
         if fields.get("vga", "stdvga") == "stdvga":
             firmware["video_bios"] = images.add(_firmware(VIDEO_BIOS), "video BIOS")
+    fields = dict(fields)
+    if fields.pop("pvshim", False):
+        shim = fields.get("shim_path") or find_shim()
+        fields |= {"shim": images.add(shim, "shim"), "shim_path": shim}
+        fields["shim_cmdline"] = fields.get("shim_cmdline") or SHIM_CMDLINE
     values = {
         "uuid": uuid.uuid4().bytes,
         **fields,
@@ -119,4 +145,6 @@ def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}={first['input']!r}: {first['msg']}"[:400]) from None
+        given = repr(first["input"])
+        given = given if len(given) <= MAX_SHOWN else f"{given[:MAX_SHOWN]}... ({len(given)} characters)"
+        raise InputError(f"{where}={given}: {first['msg']}"[:400]) from None

@@ -35,6 +35,8 @@ def run_verb(
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
         raise InputError(f"--type {fields['type']}: there are {', '.join(TYPES)}")
+    if fields.get("pvshim") and fields["type"] != "pvh":
+        raise InputError("--pvshim: the shim is for PVH guests: add --type pvh")
     if fields["type"] == "hvm" and fields["kernel"]:
         raise InputError(
             f"{fields['kernel']}: a full HVM guest boots from a disk (--disk, --cdrom); a kernel starts with --type pv or pvh"

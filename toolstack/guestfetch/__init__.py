@@ -1,4 +1,5 @@
-"""Fetches guests that nobody here wrote: GRUB for Xen, Debian's Linux with a busybox initramfs, SeaBIOS.
+"""Fetches guests that nobody here wrote: GRUB for Xen, Debian's Linux with a busybox initramfs, SeaBIOS,
+Xen's shim.
 
 `fetch("debian")` gives paths in the cache (`$XDG_CACHE_HOME/domicile` or ~/.cache/domicile); a second call
 finds them there.
@@ -16,10 +17,21 @@ from typing import Final
 from .debs import FetchError, cache_directory, dependency, unpacked
 from .images import INIT_LINE, busybox, initramfs, kernel_modules, root_disk
 
-__all__ = ["GUESTS", "INIT_LINE", "MODULES", "FetchError", "Guest", "debian", "fetch", "root_disk"]
+__all__ = [
+    "GUESTS",
+    "INIT_LINE",
+    "MODULES",
+    "FetchError",
+    "Guest",
+    "debian",
+    "fetch",
+    "fetched_shims",
+    "root_disk",
+]
 
-GUESTS: Final = ("debian", "grub", "seabios")
+GUESTS: Final = ("debian", "grub", "seabios", "shim")
 
+SHIM_PACKAGE: Final = "xen-utils-4.17"
 MODULES: Final = ("xen-blkfront", "xen-netfront", "nvme", "crc32c_generic", "ext4")
 """Modules that a guest with disks and a network may need: `debian(modules=MODULES)`."""
 
@@ -30,7 +42,7 @@ class Guest:
 
     name: str
     kernel: Path
-    """What a PV guest boots; for `seabios` the firmware."""
+    """What a PV guest boots; for `seabios` the firmware, for `shim` what a PVH guest with `pvshim=1` starts in."""
     ramdisk: Path | None = None
     pvh_kernel: Path | None = None
     """What a PVH guest boots, where that is another file or the same one."""
@@ -48,7 +60,15 @@ def fetch(name: str) -> Guest:
         return debian()
     if name == "seabios":
         return Guest("seabios", _there(unpacked("seabios") / "usr" / "share" / "seabios" / "bios-256k.bin"))
+    if name == "shim":
+        unpacked(SHIM_PACKAGE)
+        return Guest("shim", _there((*fetched_shims(), Path("xen-shim"))[0]))
     raise FetchError(f"no guest named {name!r}: there are {', '.join(GUESTS)}")
+
+
+def fetched_shims() -> list[Path]:
+    """Xen's shims in the cache. FetchError if there can be no cache."""
+    return sorted((cache_directory() / "packages" / SHIM_PACKAGE).glob("usr/lib/xen*/boot/xen-shim"))
 
 
 def debian(modules: tuple[str, ...] = (), extra: dict[str, bytes] | None = None) -> Guest:

@@ -32,8 +32,16 @@ UNDERSTOOD: Final[dict[str, str]] = {
     "boot": "string",
     "serial": "string or list",
     "vga": "string",
+    "pvshim": "boolean",
+    "pvshim_path": "string",
+    "pvshim_cmdline": "string",
+    "pvshim_extra": "string",
 }
 """Key -> kind of its value."""
+
+SHIM_KEYS: Final = ("pvshim", "pvshim_path", "pvshim_cmdline", "pvshim_extra")
+SHIM_CMDLINE: Final = "pv-shim console=xen,pv"
+"""What the shim is told where the file says nothing, as libxl has it."""
 
 REFUSED: Final[dict[str, str]] = {
     "bootloader": "guests are not booted from inside their disks: give kernel= and ramdisk=",
@@ -56,7 +64,6 @@ REFUSED: Final[dict[str, str]] = {
     "vkb": "there is no PV keyboard: use the console",
     "virtio": "there is no virtio: use disk= and vif=",
     "gfx_passthru": "no graphics card is handed out: leave it out",
-    "pvshim": "there is no shim: type='pv' runs the guest directly",
     "driver_domain": "the machine has a driver domain of its own: leave it out",
     "device_model_stubdomain_override": "there are no stub domains: leave it out",
     "nestedhvm": "nested virtualization is not emulated: leave it out",
@@ -180,7 +187,6 @@ IGNORED: Final[dict[str, str]] = {
         "there is no XSM policy to apply it to",
     ),
     **dict.fromkeys(("bootloader_args", "bootloader_restrict", "bootloader_user"), "no bootloader runs"),
-    **dict.fromkeys(("pvshim_path", "pvshim_cmdline", "pvshim_extra"), "no shim runs"),
     **dict.fromkeys(
         ("max_grant_frames", "max_maptrack_frames", "max_grant_version"), "the machine's limits apply"
     ),

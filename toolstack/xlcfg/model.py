@@ -15,7 +15,7 @@ from toolstack.xlcfg.cpus import parse_cpus
 from toolstack.xlcfg.devices import parse_disk, parse_vif
 from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import Setting, Value, parse
-from toolstack.xlcfg.keys import IGNORED, REFUSED, UNDERSTOOD
+from toolstack.xlcfg.keys import IGNORED, REFUSED, SHIM_CMDLINE, SHIM_KEYS, UNDERSTOOD
 from toolstack.xlcfg.pci import parse_pci
 
 Action = Literal[
@@ -57,6 +57,12 @@ class XlConfig(BaseModel):
     serial_by_default: bool = True
     """No `serial=` in the file: an HVM guest has a serial line all the same, and it is its first console."""
     vga: Literal["stdvga", "none"] = "stdvga"
+    pvshim: bool = False
+    """Of a PVH guest: `kernel` is a PV kernel, which runs in Xen's shim."""
+    shim_path: str = ""
+    """"": Debian's."""
+    shim_cmdline: str = Field(default="", max_length=4095)
+    """"": libxl's."""
     warnings: list[str] = []
 
     def domain_fields(self) -> dict[str, Any]:
@@ -81,6 +87,8 @@ class XlConfig(BaseModel):
                 "vga": self.vga,
                 "boot": self.boot,
             }
+        if self.pvshim:
+            fields |= {"pvshim": True, "shim_path": self.shim_path, "shim_cmdline": self.shim_cmdline}
         cpus = [None if entry is None else sorted(entry) for entry in self.cpus]
         return {**fields, "cpus": cpus, "memory_mb": self.memory, "maxmem_mb": self.maxmem}
 
@@ -185,6 +193,7 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "serial_by_default": "serial" not in settings,
         "serial": [text for text, _ in read.strings("serial")],
         "cpus": _cpus(read),
+        **_shim(read, base),
     }
     for disk in values["disks"]:
         if disk["backend"] in ("", "DomIO"):  # else it is a path of that domain's
@@ -228,6 +237,9 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         warnings += [
             f"{source}: {key}: only for HVM guests" for key in ("boot", "serial", "vga") if key in settings
         ]
+    if values["type"] != "pvh":
+        warnings += [f"{source}: {key}: only for PVH guests" for key in SHIM_KEYS if key in settings]
+        values["pvshim"] = False
     try:
         return XlConfig(**values, warnings=warnings)
     except ValidationError as error:
@@ -282,6 +294,18 @@ def _vga(read: _Reader) -> str:
     if kind not in ("stdvga", "none"):
         raise read.fail("vga", f"{kind!r}: there are stdvga and none")
     return kind
+
+
+def _shim(read: _Reader, base: Path) -> dict[str, Any]:
+    """xl.cfg's pvshim keys: pvshim_extra comes behind the shim's own command line."""
+    if read.number("pvshim", 0) not in (0, 1):
+        raise read.fail("pvshim", "must be 0 or 1")
+    words = (read.string("pvshim_cmdline", SHIM_CMDLINE), read.string("pvshim_extra"))
+    return {
+        "pvshim": bool(read.number("pvshim", 0)),
+        "shim_path": _path(read.string("pvshim_path"), base),
+        "shim_cmdline": " ".join(word for word in words if word),
+    }
 
 
 def _cmdline(read: _Reader) -> str:

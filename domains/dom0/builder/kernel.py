@@ -26,6 +26,8 @@ class Kernel:
     """What the file was: "ELF", "bzImage (xz)", "gzip", ..."""
     elf: ElfImage
     notes: XenNotes | None
+    content: bytes
+    """The ELF file, unpacked."""
 
 
 def load_kernel(data: bytes | bytearray | memoryview, *, limit: int = decompress.MAX_UNPACKED) -> Kernel:
@@ -50,4 +52,4 @@ def load_kernel(data: bytes | bytearray | memoryview, *, limit: int = decompress
         if not is_elf(content):
             raise BuildError(f"kernel: what the {container} holds is not an ELF file")
     elf = parse_elf(content)
-    return Kernel(container, elf, find_notes(elf))
+    return Kernel(container, elf, find_notes(elf), content)

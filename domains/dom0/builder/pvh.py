@@ -2,7 +2,8 @@
 guest-physical memory.
 
 RAM is [0, the lower of the guest's size and 0xF0000000) and, for the rest, from 4 GiB on. Behind the kernel,
-each on a page of its own: the ramdisk, then the start info with its module list, memory map and command line.
+each on a page of its own: the modules (a ramdisk is the first), then the start info with its module list,
+memory map and command lines.
 The special pages (xenstore, console, ioreq ...) lie where libxenguest puts them, below 0xFF000000, outside
 RAM: the caller populates them.
 """
@@ -65,13 +66,21 @@ class MapEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """A file beside the kernel; without a command line its address is 0 in the list."""
+
+    content: bytes | memoryview
+    cmdline: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class PvhBuildRequest:
     """All that a PVH guest is built from."""
 
     kernel: Kernel
     pages: int
     """RAM, in frames of 4 KiB; the special pages come on top."""
-    ramdisk: bytes | memoryview = b""
+    modules: tuple[Module, ...] = ()
     cmdline: bytes = b""
     flags: int = 0
     """SIF_* flags."""
@@ -144,10 +153,9 @@ def build_pvh(request: PvhBuildRequest, memory: GuestMemory) -> PvhBuilt:
     entry = notes.phys32_entry or 0
     if not 0 < request.pages <= MAX_PAGES:
         raise BuildError(f"memory: {request.pages} pages (1 to {MAX_PAGES})")
-    if len(request.cmdline) >= MAX_CMDLINE or b"\0" in request.cmdline:
-        raise BuildError(
-            f"command line: {len(request.cmdline)} bytes (at most {MAX_CMDLINE - 1}, none of them 0)"
-        )
+    for line in (request.cmdline, *(module.cmdline for module in request.modules)):
+        if len(line) >= MAX_CMDLINE or b"\0" in line:
+            raise BuildError(f"command line: {len(line)} bytes (at most {MAX_CMDLINE - 1}, none of them 0)")
     low_end = ram_ranges(request.pages)[0][1] << PAGE_SHIFT
     if elf.end > low_end:
         raise BuildError(
@@ -156,20 +164,22 @@ def build_pvh(request: PvhBuildRequest, memory: GuestMemory) -> PvhBuilt:
     if not any(s.paddr <= entry < s.end for s in elf.segments):
         raise BuildError(f"kernel: PHYS32_ENTRY {entry:#x} is in none of its segments")
     memory_map = _memory_map(request)
-    ramdisk_at = _page_up(elf.end)
-    info_at = _page_up(ramdisk_at + len(request.ramdisk))
-    info = _start_info(request, info_at, ramdisk_at, memory_map)
+    places, info_at = [], _page_up(elf.end)
+    for module in request.modules:
+        places.append(info_at)
+        info_at = _page_up(info_at + len(module.content))
+    info = _start_info(request, info_at, places, memory_map)
     end = _page_up(info_at + len(info))
     if end > low_end:
         raise BuildError(
-            f"memory: {low_end >> 10} KiB are too few: ramdisk and start info end at {end >> 10} KiB"
+            f"memory: {low_end >> 10} KiB are too few: kernel, ramdisk and start info end at {end >> 10} KiB"
         )
 
     for segment in elf.segments:
         if len(segment.data):
             memory.write(segment.paddr >> PAGE_SHIFT, segment.paddr & PAGE_SIZE - 1, segment.data)
-    if len(request.ramdisk):
-        memory.write(ramdisk_at >> PAGE_SHIFT, 0, request.ramdisk)
+    for module, place in zip(request.modules, places, strict=True):
+        memory.write(place >> PAGE_SHIFT, 0, module.content)
     memory.write(info_at >> PAGE_SHIFT, 0, info)
     hvm_params, special_writes = special_parameters()
     return PvhBuilt(
@@ -210,31 +220,35 @@ def _memory_map(request: PvhBuildRequest) -> tuple[MapEntry, ...]:
 
 
 def _start_info(
-    request: PvhBuildRequest, at: int, ramdisk_at: int, memory_map: tuple[MapEntry, ...]
+    request: PvhBuildRequest, at: int, places: list[int], memory_map: tuple[MapEntry, ...]
 ) -> bytes:
-    """The start info for guest-physical address `at` and, behind it, all that it points to."""
+    """The start info for guest-physical address `at` and, behind it, all that it points to but the modules,
+    which are at `places`."""
     modules_at = at + HVM_START_INFO.size
-    modules = b""
-    if len(request.ramdisk):
-        modules = HVM_MODLIST_ENTRY.pack(hvm_modlist_entry(ramdisk_at, len(request.ramdisk), 0, 0))
-    map_at = modules_at + len(modules)
+    map_at = modules_at + HVM_MODLIST_ENTRY.size * len(request.modules)
     table = b"".join(
         HVM_MEMMAP_TABLE_ENTRY.pack(hvm_memmap_table_entry(item.address, item.size, item.kind, 0))
         for item in memory_map
     )
+    lines_at = map_at + len(table)
+    lines, modules = request.cmdline + b"\0", b""
+    for module, place in zip(request.modules, places, strict=True):
+        line_at = lines_at + len(lines) if module.cmdline else 0
+        modules += HVM_MODLIST_ENTRY.pack(hvm_modlist_entry(place, len(module.content), line_at, 0))
+        lines += module.cmdline + b"\0" if module.cmdline else b""
     record = hvm_start_info(
         magic=XEN_HVM_START_MAGIC_VALUE,
         version=1,
         flags=request.flags,
-        nr_modules=1 if modules else 0,
+        nr_modules=len(request.modules),
         modlist_paddr=modules_at if modules else 0,
-        cmdline_paddr=map_at + len(table),
+        cmdline_paddr=lines_at,
         rsdp_paddr=request.rsdp,
         memmap_paddr=map_at,
         memmap_entries=len(memory_map),
         reserved=0,
     )
-    return HVM_START_INFO.pack(record) + modules + table + request.cmdline + b"\0"
+    return HVM_START_INFO.pack(record) + modules + table + lines
 
 
 def _identity_table() -> bytes:

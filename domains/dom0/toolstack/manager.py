@@ -19,7 +19,6 @@ from bus.messages.control import DomainConfig
 from bus.messages.domain import Order
 from bus.packets import close_all
 from domains.dom0.builder.errors import BuildError
-from domains.dom0.builder.kernel import Kernel, load_kernel
 from domains.dom0.consoled import Console, SerialLine
 from domains.dom0.toolstack.disks import DiskError, Disks
 from domains.dom0.toolstack.guest import Guest, ToolstackError, counters_of, state_of
@@ -27,6 +26,7 @@ from domains.dom0.toolstack.guest_nodes import write_guest_nodes
 from domains.dom0.toolstack.hardware import Hardware, HardwareError
 from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
+from domains.dom0.toolstack.kernels import Files, load_files
 from domains.dom0.toolstack.models import DeviceModel, ModelError, model_settings, slot_of
 from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
 from domains.dom0.xc import E820_RAM, ControlInterface
@@ -94,9 +94,9 @@ class Manager:
                 " its device model"
             )
         if config.type == "hvm":
-            kernel, ramdisk = None, b""
+            images = None
         else:
-            kernel, ramdisk = self._kernel(config, files), self._ramdisk(config, files)
+            images = load_files(config, files)
         try:
             translated = config.type != "pv"
             domid = self.xc.create_domain(
@@ -108,7 +108,7 @@ class Manager:
         except HypercallError as error:
             raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
         try:
-            guest = self._build(domid, config, kernel, ramdisk, files, before)
+            guest = self._build(domid, config, images, files, before)
         except (
             BuildError,
             HypercallError,
@@ -132,36 +132,17 @@ class Manager:
             self.xc.unpause(domid)
         return domid
 
-    def _kernel(self, config: DomainConfig, files: dict[int, int]) -> Kernel:
-        if config.kernel not in files:
-            raise ToolstackError(f"{config.name}: no kernel given")
-        try:
-            return load_kernel(read_file(files[config.kernel], config.kernel_path))
-        except (BuildError, ValueError, OSError, MemoryError) as error:
-            raise ToolstackError(f"{config.kernel_path}: {error or 'no memory for it'}") from None
-
-    def _ramdisk(self, config: DomainConfig, files: dict[int, int]) -> bytes:
-        if config.ramdisk < 0:
-            return b""
-        if config.ramdisk not in files:
-            raise ToolstackError(f"{config.name}: no ramdisk given")
-        try:
-            return read_file(files[config.ramdisk], config.ramdisk_path)
-        except (ValueError, OSError, MemoryError) as error:
-            raise ToolstackError(f"{config.ramdisk_path}: {error or 'no memory for it'}") from None
-
     def _build(
         self,
         domid: DomId,
         config: DomainConfig,
-        kernel: Kernel | None,
-        ramdisk: bytes,
+        images: Files | None,
         files: dict[int, int],
         before: Guest | None,
     ) -> Guest:
         guest = self._guest(domid, config, files, before)
         try:
-            self._fill(guest, kernel, ramdisk)
+            self._fill(guest, images)
         except BaseException:
             if guest.model is not None:
                 guest.model.close()
@@ -193,7 +174,7 @@ class Manager:
             )
         return guest
 
-    def _fill(self, guest: Guest, kernel: Kernel | None, ramdisk: bytes) -> None:
+    def _fill(self, guest: Guest, images: Files | None) -> None:
         """Memory, first state, devices: all up to a domain that can be unpaused."""
         domid, config, files = guest.domid, guest.config, guest.files
         xc, host = self.xc, self._host
@@ -205,7 +186,7 @@ class Manager:
         xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
         console_port = host.alloc_unbound(domid, DOMID_SELF)
         ring: int
-        if kernel is None:
+        if images is None:
             ring = build_hvm_domain(
                 host,
                 xc,
@@ -223,9 +204,9 @@ class Manager:
                 host,
                 xc,
                 domid,
-                kernel,
-                ramdisk,
-                config.cmdline,
+                images.kernel,
+                images.modules,
+                images.cmdline,
                 config.memory_mb << 8,
                 (vcpus, config.vcpus),
                 xenstore_port,
@@ -233,7 +214,7 @@ class Manager:
                 pci=bool(config.pci),
             ).console_gfn
         else:
-            ring = self._build_pv(domid, config, kernel, ramdisk, xenstore_port, console_port)
+            ring = self._build_pv(domid, config, images, xenstore_port, console_port)
         xc.scheduler(domid, config.cpu_weight, config.cap)
         for vcpu, cpus in enumerate(config.cpus[:vcpus]):
             if cpus is not None:
@@ -276,8 +257,7 @@ class Manager:
         self,
         domid: DomId,
         config: DomainConfig,
-        kernel: Kernel,
-        ramdisk: bytes,
+        images: Files,
         xenstore_port: Port,
         console_port: Port,
     ) -> int:
@@ -293,9 +273,9 @@ class Manager:
         try:
             built = build_pv_domain(
                 memory,
-                kernel,
-                ramdisk,
-                config.cmdline,
+                images.kernel,
+                images.ramdisk,
+                images.cmdline,
                 range(mfns[0], mfns[0] + pages),
                 Mfn(extent["shared_info"]),
                 xenstore_port,

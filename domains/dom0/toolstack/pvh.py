@@ -28,6 +28,7 @@ from domains.dom0.builder.kernel import Kernel
 from domains.dom0.builder.pvh import (
     CR0_START,
     MapEntry,
+    Module,
     PvhBuildRequest,
     PvhBuilt,
     build_pvh,
@@ -98,7 +99,7 @@ def build_pvh_domain(
     xc: ControlInterface,
     domid: DomId,
     kernel: Kernel,
-    ramdisk: bytes,
+    modules: tuple[Module, ...],
     cmdline: str,
     pages: int,
     vcpus: tuple[int, int],
@@ -121,7 +122,7 @@ def build_pvh_domain(
     request = PvhBuildRequest(
         kernel=kernel,
         pages=pages,
-        ramdisk=ramdisk,
+        modules=modules,
         cmdline=cmdline.encode(),
         rsdp=acpi.ADDRESS,
         reserved=(MapEntry(acpi.ADDRESS, len(table_pages) << PAGE_SHIFT, XEN_HVM_MEMMAP_TYPE_ACPI),),

@@ -26,6 +26,8 @@ from cli_command import Domicile
         (["run", "{text}", "--disk", "x"], ["--disk", "vdev"]),
         (["run", "{text}", "--name", "a b"], ["name 'a b'"]),
         (["run", "{text}", "--tiemout", "1"], ["--tiemout"]),
+        (["run", "{text}", "--pvshim"], ["--pvshim", "--type pvh"]),
+        (["run", "{text}", "--cmdline", "x" * 5000], ["cmdline=", "5002 characters", "4096"]),
         (["run"], ["KERNEL"]),
         (["frobnicate"], ["frobnicate"]),
         (["-M", "../x", "list"], ["machine name"]),

@@ -21,13 +21,13 @@ def guest(name: str) -> Guest:
         pytest.skip(f"guest {name}: {error}")
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
+def run(*arguments: str, timeout_s: int = TIMEOUT_S) -> tuple[int, str, str]:
     """(status, console, errors) of `domicile run --type pvh`."""
     done = subprocess.run(
-        [*COMMAND, *arguments, "--type", "pvh", "--timeout", str(TIMEOUT_S)],
+        [*COMMAND, *arguments, "--type", "pvh", "--timeout", str(timeout_s)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=TIMEOUT_S + 30,
+        timeout=timeout_s + 30,
         check=False,
     )
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")

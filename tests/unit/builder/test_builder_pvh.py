@@ -9,6 +9,7 @@ from elf_maker import Memory, Seg, elf32, elf64, notes
 from bus.abi.hvm import params
 from bus.abi.hvm.start_info import HVM_MEMMAP_TABLE_ENTRY, HVM_MODLIST_ENTRY, HVM_START_INFO
 from domains.dom0.builder import BuildError, MapEntry, PvhBuildRequest, build_pvh, load_kernel, ram_ranges
+from domains.dom0.builder.pvh import Module
 
 PHYS32 = 18
 NOTES = notes({PHYS32: 0x100010})
@@ -16,13 +17,16 @@ SEGMENTS = [Seg(0x100000, b"kernel" * 1000, 0x8000), Seg(0x200123, b"data", 0x10
 
 
 @pytest.mark.parametrize("make", [elf32, elf64])
-@pytest.mark.parametrize("ramdisk", [b"", b"initrd" * 5000])
-def test_start_info_points_at_everything(make, ramdisk) -> None:  # type: ignore[no-untyped-def]  # parametrised
-    """From EBX alone one finds the module, the command line and the memory map; segments are where they
+@pytest.mark.parametrize(
+    "modules",
+    [(), (Module(b"initrd" * 5000),), (Module(b"kernel" * 3000, b"console=hvc0 root=x"), Module(b"initrd"))],
+)
+def test_start_info_points_at_everything(make, modules) -> None:  # type: ignore[no-untyped-def]  # parametrised
+    """From EBX alone one finds the modules, the command line and the memory map; segments are where they
     belong."""
     memory = Memory(2048)
     built = build_pvh(
-        PvhBuildRequest(load_kernel(make(SEGMENTS, NOTES)), 2048, ramdisk, b"console=hvc0", rsdp=0xFC000000),
+        PvhBuildRequest(load_kernel(make(SEGMENTS, NOTES)), 2048, modules, b"console=hvc0", rsdp=0xFC000000),
         memory,
     )
     octets = memory.octets
@@ -31,11 +35,17 @@ def test_start_info_points_at_everything(make, ramdisk) -> None:  # type: ignore
     assert octets[0x200123:0x200128] == b"data\0"
     info = HVM_START_INFO.unpack(octets, built.ebx)
     assert (info.magic, info.version, info.rsdp_paddr) == (0x336EC578, 1, 0xFC000000)
-    assert info.nr_modules == (1 if ramdisk else 0)
-    if ramdisk:
-        module = HVM_MODLIST_ENTRY.unpack(octets, info.modlist_paddr)
-        assert octets[module.paddr : module.paddr + module.size] == ramdisk
+    assert info.nr_modules == len(modules)
+    for number, given in enumerate(modules):
+        module = HVM_MODLIST_ENTRY.unpack(octets, info.modlist_paddr + number * HVM_MODLIST_ENTRY.size)
+        assert octets[module.paddr : module.paddr + module.size] == given.content
         assert module.paddr % 4096 == 0
+        line = module.cmdline_paddr
+        assert (
+            octets[line : line + len(given.cmdline) + 1] == given.cmdline + b"\0"
+            if given.cmdline
+            else not line
+        )
     assert octets[info.cmdline_paddr : info.cmdline_paddr + 13] == b"console=hvc0\0"
     entries = [
         HVM_MEMMAP_TABLE_ENTRY.unpack(octets, info.memmap_paddr + i * HVM_MEMMAP_TABLE_ENTRY.size)
@@ -73,8 +83,9 @@ def test_ram_above_the_hole() -> None:
         (elf64(SEGMENTS, notes({PHYS32: 1 << 32})), {}, "32-bit"),
         (elf64(SEGMENTS, notes({PHYS32: 0x10000})), {}, "none of its segments"),
         (elf64([Seg(0x100000, b"x", 1 << 34)], NOTES), {}, "too few"),
-        (elf64(SEGMENTS, NOTES), {"ramdisk": bytes(8 << 20)}, "too few"),
+        (elf64(SEGMENTS, NOTES), {"modules": (Module(bytes(8 << 20)),)}, "too few"),
         (elf64(SEGMENTS, NOTES), {"cmdline": b"x" * 5000}, "command line"),
+        (elf64(SEGMENTS, NOTES), {"modules": (Module(b"x", b"a\0b"),)}, "command line"),
         (elf64(SEGMENTS, NOTES), {"pages": 0}, "pages"),
         (elf64(SEGMENTS, NOTES), {"reserved": (MapEntry(0x1000, 0x1000, 3),)}, "overlaps"),
         (elf64(SEGMENTS, NOTES), {"reserved": (MapEntry(0xFC000000, 1, 3),) * 200}, "ranges"),

@@ -161,6 +161,23 @@ class TestModel:
         assert fields["on_crash"] == "preserve"
         assert fields["ramdisk"] == "/r"
 
+    def test_the_shim_is_a_pvh_guests(self) -> None:
+        """As libxl has it: its own command line, and what is to be added to that."""
+        plain = model("type='pvh'; pvshim=1").domain_fields()
+        assert (plain["pvshim"], plain["shim_path"], plain["shim_cmdline"]) == (
+            True,
+            "",
+            "pv-shim console=xen,pv",
+        )
+        told = model(
+            "type='pvh'; pvshim=1; pvshim_path='/s'; pvshim_cmdline='pv-shim'; pvshim_extra='loglvl=all'"
+        ).domain_fields()
+        assert (told["shim_path"], told["shim_cmdline"]) == ("/s", "pv-shim loglvl=all")
+        assert "pvshim" not in model("type='pvh'; pvshim=0").domain_fields()
+        pv = model("type='pv'; pvshim=1")
+        assert "pvshim" not in pv.domain_fields()
+        assert "only for PVH guests" in pv.warnings[-1]
+
     def test_cmdline_stands_above_root_and_extra(self) -> None:
         assert model("cmdline='a b'; root='x'; extra='y'").cmdline == "a b"
 
@@ -186,6 +203,7 @@ class TestModel:
             ("cpus = '3-1'", "cpus: '3-1'"),
             ("cpus = '1,^1'", "no processor is left"),
             ("cpu_weight = 0", "cpu_weight: "),
+            ("pvshim = 2", "pvshim: must be 0 or 1"),
         ],
     )
     def test_a_bad_value_names_line_key_and_mend(self, text: str, word: str) -> None:
@@ -339,7 +357,7 @@ OTHERS = {
     "extra": '"y"', "memory": "99", "maxmem": "99", "vcpus": "3", "maxvcpus": "3", "cpus": '"0"', "cpu_weight": "77", "cap": "50",
     "on_poweroff": '"restart"', "on_reboot": '"destroy"', "on_watchdog": '"restart"', "on_crash": '"restart"',
     "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]', "pci": '["01:00.0"]',
-    "boot": '"d"', "serial": '"pty"', "vga": '"none"',
+    "boot": '"d"', "serial": '"pty"', "vga": '"none"', "pvshim": "1", "pvshim_path": '"/s"', "pvshim_cmdline": '"x"', "pvshim_extra": '"x"',
 }  # fmt: skip
 """A value of each key that is not its default."""
 
