@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import time
 from collections.abc import Collection
@@ -19,6 +20,10 @@ BLOCKS: Final = 256
 
 ROUNDS: Final = 50
 """Looks for processes that a domain's process left behind: each look kills all that there are at once."""
+KILLER_S: Final = 0.5
+"""What kills them has this long; then it is killed itself, and the next round's tries again."""
+KILLERS: Final = 2 * BLOCK * BLOCKS
+"""The killer's real and saved uid is its victims' plus this: nobody else's, so no victim may send it a signal."""
 
 
 def _living(uids: Collection[int]) -> set[int]:
@@ -39,24 +44,37 @@ def _living(uids: Collection[int]) -> set[int]:
 def end_all(uids: Collection[int]) -> bool:
     """Kill every process with one of these uids, children that outlived their parents too (needs root). Whether none is left.
 
-    One system call kills all of a uid, so that none can fork away: kill(-1) by a process that has that uid itself."""
+    One system call kills all of a uid, so that none can fork away: kill(-1) by a process that has that effective uid. Its real and
+    saved uid are another's (credentials(7), kill(2)): the victims may not stop or kill it before it has done its work."""
     for _ in range(ROUNDS):
         left = _living(uids)
         if not left:
             return True
         for uid in left:
-            child = os.fork()
-            if not child:
-                try:
-                    os.setgroups([])
-                    os.setresgid(uid, uid, uid)
-                    os.setresuid(uid, uid, uid)
-                    os.kill(-1, signal.SIGKILL)
-                finally:
-                    os._exit(0)
-            os.waitpid(child, 0)
+            _kill_all(uid)
         time.sleep(0.002)  # what was killed takes a moment to be gone
     return not _living(uids)
+
+
+def _kill_all(uid: int) -> None:
+    """SIGKILL to all processes of a uid, within a second."""
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid + KILLERS, uid, uid + KILLERS)
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    pidfd = os.pidfd_open(child)
+    try:
+        if not select.select([pidfd], [], [], KILLER_S)[0]:  # it is kept from running, whoever does that
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], KILLER_S)
+        os.waitpid(child, os.WNOHANG)
+    finally:
+        os.close(pidfd)
 
 
 class UidBlock:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import socket
 import stat
 import tempfile
@@ -66,6 +68,71 @@ def test_what_a_process_forked_is_ended_with_it() -> None:
     finally:
         for fd in (*mine, *others):
             os.close(fd)
+
+
+def stopper(uid: int) -> int:
+    """A descriptor that reports the end of a process of that uid which stops all others of it, again and again."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            os.write(write, b"r")
+            while True:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGSTOP)
+        finally:
+            os._exit(0)
+    assert os.read(read, 1) == b"r"
+    os.close(read)
+    os.close(write)
+    return os.pidfd_open(child)
+
+
+@pytest.mark.skipif(not ROOT, reason="processes get uids of their own where the machine is started as root")
+@pytest.mark.timeout(60)
+def test_who_stops_all_of_his_uid_does_not_stop_the_warden() -> None:
+    """kill(-1, SIGSTOP) in a loop: what ends the leftovers has their effective uid, and is not theirs to stop."""
+    for turn in range(20):
+        attacker = stopper(UID)
+        try:
+            begun = time.monotonic()
+            assert end_all({UID})
+            assert ended([attacker], 1.0), f"turn {turn}"
+            assert time.monotonic() - begun < 10.0
+        finally:
+            signal.pidfd_send_signal(attacker, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, attacker, os.WEXITED)
+            os.close(attacker)
+
+
+@pytest.mark.skipif(not ROOT, reason="processes get uids of their own where the machine is started as root")
+@pytest.mark.timeout(60)
+def test_a_killer_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever may (root): the warden's wait has a bound, the stopped one is killed, and the next round ends what is left."""
+    mine = left_behind(UID, 1)
+    turns = iter([True])
+    fork = os.fork
+
+    def stopped_once() -> int:
+        first = next(turns, False)
+        child = fork()
+        if first and not child:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return child
+
+    monkeypatch.setattr(uids.os, "fork", stopped_once)
+    try:
+        begun = time.monotonic()
+        assert end_all({UID})
+        assert uids.KILLER_S <= time.monotonic() - begun < 10.0
+        assert ended(mine)
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+    finally:
+        os.close(mine[0])
 
 
 def test_a_log_that_has_grown_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
