@@ -78,7 +78,9 @@ class Injector:
         elif fault.what is What.CLOCK_JUMP:
             machine.scheduler.now += span
         elif fault.what not in PASSIVE:
-            raise NotImplementedError(f"fault {fault.what}")
+            raise AssertionError(
+                f"{fault.what} is in no list"
+            )  # a plan has only what there is (simulation.plan)
 
     # ------------------------------------------------------------------ what others ask
 

@@ -175,6 +175,11 @@ def _power_loss_untold() -> list[Undo]:
     return _set(Ledger, "saw_power_losses", lambda self, count: None)
 
 
+def _debt_never_paid() -> list[Undo]:
+    real = Ledger.set_lost
+    return _set(Ledger, "set_lost", lambda self, lost: real(self, self.lost | lost))
+
+
 MUTANTS: Final = {
     mutant.name: mutant
     for mutant in (
@@ -218,6 +223,12 @@ MUTANTS: Final = {
             "a flush after a power cut is answered well though writes before it are gone",
             40,
             _power_loss_untold,
+        ),
+        Mutant(
+            "debt-never-paid",
+            "after a power cut every flush and every write fails, not one each",
+            40,
+            _debt_never_paid,
         ),
         Mutant("ledger-without-head", "the ledger's head is not written", 20, _pages_not_unmapped_at_death),
     )

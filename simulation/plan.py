@@ -19,7 +19,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bus.abi.hypercalls import HYPERCALLS
 
 MAX_FAULTS: Final = 64
 MAX_PLAN_BYTES: Final = 1 << 16
@@ -68,6 +70,21 @@ STEPS: Final = (
 LEDGER_STEPS: Final = (
     "record.torn", "record", "taken", "consumer", "submitted", "completed", "answer", "answering", "answered",
 )  # fmt: skip
+RARE_STEPS: Final = ("recover.place", "recover.freed", "head.torn", "head.written")
+"""Of the ledger, when a connection or a successor begins; not drawn by chance."""
+CALLS: Final = frozenset(
+    command.name.lower() for call in HYPERCALLS.values() if call is not None for command in call.commands
+)
+EVENTS: Final = frozenset(
+    [
+        "grant:map", "ring:request", "dma", "notify:xenstore", *NOTIFICATIONS,
+        *(f"xenbus:{end}:{state}" for end in ("front", "back") for state in range(9)),
+        *(f"step:{name}" for name in STEPS), *(f"ledger:{name}" for name in (*LEDGER_STEPS, *RARE_STEPS)),
+        *(f"hypercall:{name}" for name in CALLS),
+    ]
+)  # fmt: skip
+REAL_ONLY: Final = ("segfault", "silence", "cut", "spurious", "corrupt", "truncate", "no-iommu")
+"""Faults of machines of real processes (simulation.live.plan)."""
 
 
 class Fault(BaseModel):
@@ -85,6 +102,15 @@ class Fault(BaseModel):
     factor: Annotated[float, Field(ge=1, le=1000)] = 10.0
     count: Annotated[int, Field(ge=1, le=1000)] = 1
 
+    @field_validator("what", mode="before")
+    @classmethod
+    def _simulated(cls, what: object) -> object:
+        if what in REAL_ONLY:
+            raise ValueError(
+                f"{what} is not simulated, it is for machines of real processes (see docs/faults.md)"
+            )
+        return what
+
     @model_validator(mode="after")
     def _fits(self) -> Fault:
         if bool(self.event) == (self.at_ms is not None):
@@ -101,10 +127,7 @@ class Fault(BaseModel):
             raise ValueError(f"{self.what} needs event = one of {', '.join(wanted)}")
         if self.what in (What.NO_MEMORY, What.NO_PORTS) and not self.event.startswith("hypercall:"):
             raise ValueError(f"{self.what} needs event = 'hypercall:NAME'")
-        kind = self.event.partition(":")[0]
-        if self.event and kind not in (
-            "hypercall", "grant", "ring", "dma", "notify", "interrupt", "xenbus", "step", "ledger",
-        ):  # fmt: skip
+        if self.event and self.event not in EVENTS:
             raise ValueError(f"event {self.event!r}: no event is named so (see docs/faults.md)")
         return self
 

@@ -69,6 +69,18 @@ def test_the_product_survives_a_fixed_set_of_seeds() -> None:
     assert fired > 40
 
 
+def test_errors_after_a_power_cut_are_one_flush_and_one_write() -> None:
+    """The oracle's allowance is used up: a second failure of a kind needs a second cut."""
+    world = World(1, Plan())
+    assert not world.excused("flush")
+    world.machine.power_cut()
+    assert [world.excused(what) for what in ("flush", "flush", "write", "write", "read")] == [
+        True, False, True, False, False,
+    ]  # fmt: skip
+    world.machine.power_cut()
+    assert [world.excused(what) for what in ("write", "write")] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("end", "state"),
     [("front", state) for state in (1, 3, 4, 5, 6)] + [("back", state) for state in (1, 2, 4, 5, 6)],
@@ -159,6 +171,15 @@ def test_a_failing_plan_shrinks_to_what_matters() -> None:
             "p: fault[1]: event 'tea-time': no event is named so",
         ),
         (
+            '[[fault]]\nwhat = "no-memory"\nevent = "hypercall:make_tea"',
+            "p: fault[1]: event 'hypercall:make_tea': no event is named so",
+        ),
+        ('[[fault]]\nwhat = "kill"\nevent = "xenbus:back:9"', "p: fault[1]: event 'xenbus:back:9': no event"),
+        (
+            '[[fault]]\nwhat = "segfault"\nat_ms = 1',
+            "p: fault[1].what: segfault is not simulated, it is for machines of real processes",
+        ),
+        (
             '[[fault]]\nwhat = "kill"\nevent = "dma"\nn = 0',
             "p: fault[1].n: Input should be greater than or equal to 1",
         ),
@@ -171,6 +192,21 @@ def test_a_plan_that_makes_no_sense_is_refused_in_one_line(text: str, told: str)
         parse_plan(text, "p")
     assert str(caught.value).startswith(told)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", list(What))
+def test_every_fault_that_a_plan_may_name_is_carried_out(what: What) -> None:
+    """None is accepted and then not known: each strikes, and changes the run."""
+    where: dict[What, dict[str, object]] = {
+        What.LOSE: {"event": "interrupt"}, What.DUPLICATE: {"event": "notify:back"}, What.DELAY: {"event": "notify:back"},
+        What.NO_MEMORY: {"event": "hypercall:gnttabop_map_grant_ref"}, What.NO_PORTS: {"event": "hypercall:evtchnop_bind_interdomain"},
+        What.NO_GRANTS: {"event": "grant:map"}, What.WRONG_DMA: {"event": "dma", "n": 20},
+    }  # fmt: skip
+    fault = Fault.model_validate({"what": what, **where.get(what, {"event": "ring:request", "n": 3})})
+    outcome = run_seed(6, Plan(fault=(fault,), operations=8))
+    assert outcome.fired == 1
+    assert outcome.violations == []
+    assert outcome.digest != run_seed(6, Plan(operations=8)).digest
 
 
 def test_a_plan_file_that_is_not_there_is_one_line(tmp_path: object) -> None:
