@@ -22,6 +22,12 @@ from toolstack.trace.session import Entry
 MAX_REQUESTS: Final = 4096
 """Requests under way that are kept in mind, and commands, and DMA batches; the oldest go."""
 MAX_LOOSE: Final = 4096
+MAX_PARTS: Final = 2048
+"""Segments, commands, PRPs, transfers and pieces of one request that are kept: twice what the largest indirect request has."""
+MAX_LONE_PARTS: Final = 64
+"""PRPs of a command, pieces of a transfer, that belong to no request."""
+MAX_ALL_PARTS: Final = 1 << 19
+"""Parts of all requests under way; beyond that the oldest requests are forgotten."""
 
 
 @dataclass(slots=True)
@@ -37,6 +43,13 @@ class Transfer:
     pieces: list[tuple[int, int, int, int | None]] = field(default_factory=list)
     """(I/O virtual address, length, machine address, the frame's owner)."""
     fault: int = 0
+    key: tuple[int, int, int] = (0, 0, 0)
+    """(device, token, item): under which the IOMMU tells of it."""
+    request: Request | None = None
+
+    def goes_on(self, iova: int) -> bool:
+        """What the IOMMU tells of that address is the next piece of this transfer, and not of one that has its token again."""
+        return not self.fault and iova == self.iova + self.length
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -111,6 +124,9 @@ class Request:
     token: tuple[int, int] | None = None
     status: int | None = None
     answered: int = 0
+    parts: int = 0
+    left_out: int = 0
+    """Parts beyond MAX_PARTS."""
 
     def plain(self, name: str) -> dict[str, Any]:
         """For JSON."""
@@ -132,6 +148,7 @@ class Request:
             ],
             "commands": [command.plain() for command in self.commands],
             "dma": [transfer.plain() for transfer in self.transfers],
+            "left_out": self.left_out,
         }
 
 
@@ -146,6 +163,7 @@ class RequestJoiner:
         self._transfers: OrderedDict[tuple[int, int, int], Transfer] = OrderedDict()
         self._claims: OrderedDict[tuple[int, int, int], tuple[int, int, int]] = OrderedDict()
         self._out: deque[Request | Transfer] = deque(maxlen=MAX_LOOSE)
+        self._parts = 0
         self.forgotten = 0
         """Requests whose answer was not seen."""
 
@@ -159,7 +177,9 @@ class RequestJoiner:
             elif peer.bdf is not None:
                 if kind == Kind.REQUEST:
                     token, place, _iova, _length, command, purpose = record.values
-                    self._keep(self._claims, (peer.bdf, token, place), (record.track, command, purpose))
+                    key = (peer.bdf, token, place)
+                    self._keep(self._claims, key, (record.track, command, purpose))
+                    self._transfers.pop(key, None)  # a device that starts anew counts its tokens anew
             elif kind == Kind.TAKEN:
                 self._taken(record)
             elif kind == Kind.COMMAND:
@@ -184,14 +204,42 @@ class RequestJoiner:
         table.move_to_end(key)
         return table.popitem(last=False)[1] if len(table) > MAX_REQUESTS else None
 
+    def _room(self, request: Request) -> bool:
+        """For one more part of it."""
+        if request.parts >= MAX_PARTS:
+            request.left_out += 1
+            return False
+        request.parts += 1
+        self._parts += 1
+        while self._parts > MAX_ALL_PARTS and self._requests:
+            self._forget(self._requests.popitem(last=False)[1])
+            self.forgotten += 1
+        return True
+
+    def _forget(self, request: Request) -> None:
+        """It is not among those under way any more: neither is what belongs to it, and nothing is added."""
+        self._parts -= request.parts
+        request.parts = MAX_PARTS
+        if request.token is not None and self._by_token.get(request.token) is request:
+            del self._by_token[request.token]
+        for command in request.commands:
+            self._owners.pop(id(command), None)
+        for transfer in request.transfers:
+            if self._transfers.get(transfer.key) is transfer:
+                del self._transfers[transfer.key]
+
     # ------------------------------------------------------------------ the frontend's request
 
     def _taken(self, record: Record) -> None:
         disk, index, ident, operation, sector, sectors = record.values
         key = (record.subject, disk, record.track, index)
         request = Request(*key, record.time, ident, operation, sector, sectors)
-        if self._keep(self._requests, key, request) is not None:
-            self.forgotten += 1
+        before = self._requests.pop(key, None)
+        old = self._keep(self._requests, key, request)
+        for gone in (before, old):
+            if gone is not None:
+                self._forget(gone)
+                self.forgotten += 1
 
     def _of(self, record: Record) -> Request | None:
         disk, index = record.values[:2]
@@ -209,8 +257,11 @@ class RequestJoiner:
         if request is not None:
             number, ref, iova, length = record.values[2:6]
             if number == 0:
+                self._parts -= len(request.segments)
+                request.parts -= len(request.segments)
                 request.segments.clear()  # it goes to storage anew
-            request.segments.append((ref, iova, length))
+            if self._room(request):
+                request.segments.append((ref, iova, length))
 
     def _answered(self, record: Record) -> None:
         disk, index = record.values[:2]
@@ -218,10 +269,7 @@ class RequestJoiner:
         if request is None:
             return
         request.status, request.answered = record.values[2], record.time
-        if request.token is not None:
-            self._by_token.pop(request.token, None)
-        for command in request.commands:
-            self._owners.pop(id(command), None)
+        self._forget(request)
         self._out.append(request)
 
     # ------------------------------------------------------------------ the driver's command
@@ -233,14 +281,17 @@ class RequestJoiner:
         old = self._keep(self._commands, (record.subject, record.track, number), command)
         if old is not None:
             self._owners.pop(id(old), None)
-        if request is not None and record.track != 0:
+        if request is not None and record.track != 0 and self._room(request):
             request.commands.append(command)
             self._owners[id(command)] = request
 
     def _prp(self, record: Record) -> None:
         number, _, address, length = record.values[:4]
         command = self._commands.get((record.subject, record.track, number))
-        if command is not None:
+        if command is None:
+            return
+        request = self._owners.get(id(command))
+        if self._room(request) if request is not None else len(command.prps) < MAX_LONE_PARTS:
             command.prps.append((address, length))
 
     def _completed(self, record: Record) -> None:
@@ -255,15 +306,17 @@ class RequestJoiner:
         device = record.subject
         key = (device, token, place)
         transfer = self._transfers.get(key)
-        if transfer is None:
-            transfer = Transfer(device, record.time, iova, 0, bool(place & 1))
+        if transfer is None or not transfer.goes_on(iova):
+            transfer = Transfer(device, record.time, iova, 0, bool(place & 1), key=key)
             self._keep(self._transfers, key, transfer)
             self._assign(transfer, self._claims.get(key))
         owner = None if verdict & 0xFFFF == NOBODY else verdict & 0xFFFF
         transfer.fault = verdict >> 16
         transfer.length += length
         if not transfer.fault:
-            transfer.pieces.append((iova, length, machine, owner))
+            request = transfer.request
+            if self._room(request) if request is not None else len(transfer.pieces) < MAX_LONE_PARTS:
+                transfer.pieces.append((iova, length, machine, owner))
         elif self._request_of(transfer, self._claims.get(key)) is None:
             self._out.append(transfer)
 
@@ -284,8 +337,9 @@ class RequestJoiner:
         if transfer.purpose in (Purpose.SUBMISSION, Purpose.COMPLETION):
             return  # the driver's queues: of many requests
         request = self._request_of(transfer, claim)
-        if request is not None:
+        if request is not None and self._room(request):
             request.transfers.append(transfer)
+            transfer.request = request
 
 
 # ---------------------------------------------------------------------- as text
@@ -321,6 +375,8 @@ def request_text(request: Request, names: dict[int, str]) -> str:
             lines.append(f"  1 driver    {where}: PRP list at {command.list_page:#x}")
     for transfer in request.transfers:
         lines += transfer_lines(transfer, who)
+    if request.left_out:
+        lines.append(f"    {request.left_out} more records of it were left out")
     return "\n".join(lines)
 
 

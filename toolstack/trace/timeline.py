@@ -27,6 +27,8 @@ MAX_EVENTS: Final = 5_000_000
 """Of one file: about a gigabyte. More are counted, not written."""
 MAX_OPEN: Final = 8192
 """Requests under way that are kept in mind."""
+MAX_COMMANDS: Final = 256
+"""Of one request; a device's command has at least a page of it."""
 MOMENT_US: Final = 0.001
 FLOW_WINDOW_NS: Final = 1_000_000_000
 """A notification longer ago than this did not bring the request."""
@@ -69,13 +71,22 @@ class Timeline:
         self._requests: OrderedDict[tuple[int, int, int, int], _Request] = OrderedDict()
         self._by_token: OrderedDict[tuple[int, int], _Request] = OrderedDict()
         self._commands: OrderedDict[tuple[int, int, int], _Request] = OrderedDict()
-        self._spans: dict[tuple[int, int, int], str] = {}
+        self._spans: OrderedDict[tuple[int, int, int], str] = OrderedDict()
         self._claims: OrderedDict[tuple[int, int, int], tuple[int, int, int]] = OrderedDict()
-        self._ports: dict[tuple[int, int, int], tuple[int, int]] = {}
-        self._sent: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._ports: OrderedDict[tuple[int, int, int], tuple[int, int]] = OrderedDict()
+        self._sent: OrderedDict[tuple[int, int], tuple[int, int, int]] = OrderedDict()
+        self._waiting = 0
+        """Requests in `_answers`."""
         self._answers: OrderedDict[tuple[int, int], list[_Request]] = OrderedDict()
         self._leases: dict[int, tuple[int, int]] = {}
         out.write('{"displayTimeUnit":"ns","traceEvents":[\n')
+
+    @staticmethod
+    def _keep(table: OrderedDict[Any, Any], key: Any, value: Any) -> tuple[Any, Any] | None:
+        """Put in; the key and value that fell out for it: writers choose the keys, and may choose new ones without end."""
+        table[key] = value
+        table.move_to_end(key)
+        return table.popitem(last=False) if len(table) > MAX_OPEN else None
 
     # ------------------------------------------------------------------ events of the format
 
@@ -112,7 +123,9 @@ class Timeline:
             self._pids[pid] = name
             self._meta("process_name", pid, 0, {"name": name})
             self._meta("process_sort_index", pid, 0, {"sort_index": pid})
-        if tid is not None and self._tids.get((pid, tid)) != thread:
+        if tid is None or (len(self._tids) >= MAX_OPEN and (pid, tid) not in self._tids):
+            return  # more threads than a machine has: without names
+        if self._tids.get((pid, tid)) != thread:
             self._tids[pid, tid] = thread
             self._meta("thread_name", pid, tid, {"name": thread})
             self._meta("thread_sort_index", pid, tid, {"sort_index": tid})
@@ -169,10 +182,8 @@ class Timeline:
             self._end_lease(cpu, max(self._latest, self._leases[cpu][1]))
         for request in self._requests.values():
             self._end(request, self._latest, "open")
-        for (bdf, queue, command), name in self._spans.items():
-            self._span(
-                "e", self._device_pid(bdf), "command", f"{bdf:x}.{queue}.{command}", self._latest, name
-            )
+        for key in list(self._spans):
+            self._end_command(*key, self._latest)
         self._out.write("\n]}\n")
 
     # -- the hypervisor
@@ -259,9 +270,7 @@ class Timeline:
         bdf = peer.bdf or 0
         if kind == Kind.REQUEST:
             token, place, _, _, command, purpose = values
-            self._claims[bdf, token, place] = (track, command, purpose)
-            if len(self._claims) > MAX_OPEN:
-                self._claims.popitem(last=False)
+            self._keep(self._claims, (bdf, token, place), (track, command, purpose))
         elif kind == Kind.FETCHED:
             pid, tid = self._thread(peer, track, f"queue {track}" if track else "admin queue")
             command, opcode, prp1, prp2, block, blocks = values
@@ -275,6 +284,8 @@ class Timeline:
             }
             self._slice(pid, tid, time, f"fetched {name}", **args)
             self._end_command(bdf, track, command, time)
+            if len(self._spans) >= MAX_OPEN:
+                self._end_command(*next(iter(self._spans)), time)
             self._spans[bdf, track, command] = name
             self._span("b", pid, "command", f"{bdf:x}.{track}.{command}", time, name, **args)
             request = self._commands.get((bdf, track, command))
@@ -313,7 +324,7 @@ class Timeline:
                 self._slice(pid, tid, time, name, max(spent / 1000, MOMENT_US), **args)
             elif kind == Kind.SEND:
                 self._slice(pid, tid, time, f"notify port {values[0]}")
-                self._sent[peer.number, values[0]] = (time, pid, tid)
+                self._keep(self._sent, (peer.number, values[0]), (time, pid, tid))
             else:
                 self._slice(pid, tid, time, f"event port {values[0]}")
                 self._received((peer.number, values[0]), (pid, tid), time)
@@ -324,23 +335,20 @@ class Timeline:
         time, kind, track, subject, values = record
         if kind == Kind.KICKED:
             disk, remote = values[:2]
-            self._ports[subject, disk, track] = (subject, remote)
+            self._keep(self._ports, (subject, disk, track), (subject, remote))
         elif kind == Kind.TAKEN:
             self._taken(peer, record)
         elif kind == Kind.COMMAND:
             disk, index, token, device = values[:4]
             request = self._requests.get((subject, disk, track, index))
             if request is not None:
-                self._by_token[device, token] = request
-                if len(self._by_token) > MAX_OPEN:
-                    self._by_token.popitem(last=False)
+                self._keep(self._by_token, (device, token), request)
         elif kind == Kind.SUBMIT:
             request = self._by_token.get((subject, values[1])) if track else None
             if request is not None:
-                self._commands[subject, track, values[0]] = request
-                if len(self._commands) > MAX_OPEN:
-                    self._commands.popitem(last=False)
-                request.commands.append((subject, track, values[0]))
+                self._keep(self._commands, (subject, track, values[0]), request)
+                if len(request.commands) < MAX_COMMANDS:
+                    request.commands.append((subject, track, values[0]))
                 self._slice(
                     request.pid, request.tid, time, f"submit {request.name}", command=values[0], queue=track
                 )
@@ -394,12 +402,15 @@ class Timeline:
             self._flow("f", request, request.pid, request.tid, record.time)
             return
         self._answers.setdefault(request.port, []).append(request)
-        if len(self._answers) > MAX_OPEN or len(self._answers[request.port]) > MAX_OPEN:
+        self._waiting += 1
+        if self._waiting > MAX_OPEN:
             self._received(next(iter(self._answers)), None, 0)
 
     def _received(self, port: tuple[int, int], where: tuple[int, int] | None, time: int) -> None:
         """The frontend is told: flows of what was answered end there (or, with nobody told, where they were)."""
-        for request in self._answers.pop(port, ()):
+        told = self._answers.pop(port, [])
+        self._waiting -= len(told)
+        for request in told:
             if where is not None:
                 self._flow("f", request, *where, time)
             else:

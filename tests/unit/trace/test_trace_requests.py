@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from bus.trace import NOBODY, Kind, Purpose, Record
-from toolstack.trace.dma import MAX_REQUESTS, Request, RequestJoiner, Transfer, loose_text, request_text
+from toolstack.trace.dma import (
+    MAX_ALL_PARTS,
+    MAX_PARTS,
+    MAX_REQUESTS,
+    Request,
+    RequestJoiner,
+    Transfer,
+    loose_text,
+    request_text,
+)
 from toolstack.trace.names import device_name, disk_name, hypercall_name
 from toolstack.trace.session import DEVICE, HYPERVISOR, Entry, Peer
 
@@ -100,6 +109,91 @@ def test_a_fault_is_told_with_its_request_or_by_itself() -> None:
     (alone,) = story.found()
     assert isinstance(alone, Transfer)
     assert "I/O virtual 0x1234000" in loose_text(alone, {})
+
+
+def test_a_device_that_starts_anew_uses_its_tokens_again() -> None:
+    """As after a kill of the NVMe process: the same token and item, and for the same address. The later request has its steps 2 and 3."""
+    for claims in (True, False):
+        story = Story()
+        for index in (7, 8):
+            story.taken(index)
+            story.submitted()
+            story.moved()
+            story.answered(index=index)
+        story.entries = [e for e in story.entries if claims or e.record.kind != Kind.REQUEST]
+        first, second = story.found()
+        assert isinstance(first, Request)
+        assert isinstance(second, Request)
+        assert [len(each.transfers) for each in (first, second)] == [1, 1]
+        assert [each.transfers[0].length for each in (first, second)] == [8192, 8192]
+
+
+def test_a_request_that_is_redone_by_a_device_that_starts_anew_has_both_tries() -> None:
+    """Killed between the DMA and the completion: the driver submits the same command again, the device asks again."""
+    story = Story()
+    story.taken()
+    story.submitted()
+    story.moved()
+    story.submitted()
+    story.moved()
+    story.answered()
+    (request,) = story.found()
+    assert isinstance(request, Request)
+    assert [transfer.length for transfer in request.transfers] == [8192, 8192]
+
+
+def test_one_request_is_bounded() -> None:
+    """Segments, commands, PRPs, transfers and pieces without end: what is left out is counted and told."""
+    joiner = RequestJoiner()
+    story = Story()
+    story.taken()
+    story.submitted()
+    for turn in range(1500):
+        story.note(DOMIO, Kind.SEGMENT, 0, 5, 51712, 7, 1, 32, IOVA, 4096)
+        story.note(DOMIO, Kind.PRP, 1, 8, 3, 1, IOVA + 0x1000, 4096)
+        story.note(XEN, Kind.DMA, 2, 8, turn, 5, IOVA, 4096, 0xABC000, 5)
+        story.note(XEN, Kind.DMA, 2, 8, turn, 5, IOVA + 4096, 4096, 0xABC000, 5)
+    assert list(joiner.feed(story.entries)) == []
+    (request,) = joiner._requests.values()
+    pieces = sum(len(transfer.pieces) for transfer in request.transfers)
+    prps = sum(len(command.prps) for command in request.commands)
+    kept = len(request.segments) + len(request.commands) + prps + len(request.transfers) + pieces
+    assert kept == request.parts == joiner._parts == MAX_PARTS
+    story.entries.clear()
+    story.answered()
+    (done,) = joiner.feed(story.entries)
+    assert isinstance(done, Request)
+    assert "more records of it were left out" in request_text(done, {})
+    assert joiner._parts == 0
+    assert all(transfer.request is None for transfer in joiner._transfers.values())
+    assert not joiner._owners
+
+
+def test_all_requests_together_are_bounded() -> None:
+    """Each just below its own bound."""
+    joiner = RequestJoiner()
+    each = MAX_PARTS - 10
+    for index in range(MAX_ALL_PARTS // each + 3):
+        story = Story()
+        story.taken(index)
+        for _ in range(each):
+            story.note(DOMIO, Kind.SEGMENT, 0, 5, 51712, index, 1, 32, IOVA, 4096)
+        assert list(joiner.feed(story.entries)) == []
+        assert joiner._parts <= MAX_ALL_PARTS
+    assert joiner.forgotten
+    assert joiner._parts == sum(request.parts for request in joiner._requests.values())
+
+
+def test_commands_and_transfers_of_no_request_are_bounded_too() -> None:
+    joiner = RequestJoiner()
+    story = Story()
+    story.note(DOMIO, Kind.SUBMIT, 1, 8, 3, 40, 2, 2048, 16, 0)
+    for turn in range(1000):
+        story.note(DOMIO, Kind.PRP, 1, 8, 3, turn, IOVA, 4096)
+        story.note(XEN, Kind.DMA, 2, 8, 99, 5, 4096 * turn, 4096, 0xABC000, 5)
+    assert list(joiner.feed(story.entries)) == []
+    assert len(joiner._commands[8, 1, 3].prps) < 100
+    assert len(joiner._transfers[8, 99, 5].pieces) < 100
 
 
 def test_what_is_never_answered_is_forgotten_in_time() -> None:

@@ -6,11 +6,13 @@ import io
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.trace import FIELDS, NOBODY, Kind, Purpose, Record
 from tests.support.trace_format import problems
+from toolstack.trace import timeline as module
 from toolstack.trace.session import DEVICE, HYPERVISOR, Entry, Peer
 from toolstack.trace.timeline import Timeline
 
@@ -128,3 +130,29 @@ def test_whatever_processes_write_the_file_is_one(
         for place, (peer, kind, track, subject, values) in enumerate(records)
     ]
     assert problems(written(entries)) == []
+
+
+def test_what_writers_may_choose_anew_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that are never posted, ports, rings and answers that nobody hears of: the oldest go, and the file is whole."""
+    monkeypatch.setattr(module, "MAX_OPEN", 16)
+    out = io.StringIO()
+    timeline = Timeline(out, 0, dict(NAMES))
+    for turn in range(200):
+        at = 100_000 * turn
+        timeline.feed(
+            [
+                entry(at + 1000, NVME, Kind.FETCHED, 1, 0, turn, 2, 0, 0, 0, 8),
+                entry(at + 2000, GUEST, Kind.SEND, 0, 0, turn),
+                entry(at + 3000, DOMIO, Kind.KICKED, 0, 5, 51712 + 16 * turn, turn, 7, 0),
+                entry(at + 4000, DOMIO, Kind.TAKEN, 0, 5, 51712 + 16 * turn, 0, 99, 0, 2048, 8),
+                entry(at + 5000, DOMIO, Kind.ANSWERED, 0, 5, 51712 + 16 * turn, 0, 0),
+            ]
+        )
+    tables = (timeline._spans, timeline._sent, timeline._ports, timeline._tids)
+    assert [len(table) for table in tables] == [16, 16, 16, 16]
+    assert sum(map(len, timeline._answers.values())) == timeline._waiting <= 16
+    timeline.close()
+    trace = json.loads(out.getvalue())
+    assert [text for text in problems(trace) if "has no name" not in text] == []
+    spans = [e["ph"] for e in trace["traceEvents"] if e.get("cat") == "command"]
+    assert (spans.count("b"), spans.count("e")) == (200, 200)
