@@ -39,7 +39,7 @@ class Recorder:
     def start(self, control: Path) -> None:
         """The machine is up, its control socket is there. MachineError."""
         session = TraceSession(ControlClient(control))
-        self._thread = threading.Thread(target=self._record, args=(session,), name="trace")
+        self._thread = threading.Thread(target=self._record, args=(session,), name="trace", daemon=True)
         self._thread.start()
 
     def _record(self, session: TraceSession) -> None:
@@ -53,6 +53,8 @@ class Recorder:
             self.dropped = session.dropped
         except (OSError, MachineError) as error:
             self.error = str(error)
+        except Exception as error:  # a thread's end is seen by nobody: whoever stops it is told
+            self.error = f"{type(error).__name__}: {error}"
         finally:
             session.close()
 
@@ -61,6 +63,9 @@ class Recorder:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(STOP_S)
+        if self._thread is not None and self._thread.is_alive():
+            # The file is the thread's still, and numbers that it goes on to count would be wrong.
+            return f"{self.path}: the trace is not whole: it was not written out within {STOP_S:g} s"
         try:
             self._file.close()
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,17 +29,43 @@ def found(machine: RunningMachine) -> list[str]:
     ]
 
 
+def on_host() -> set[str]:
+    """All leaks on this host, in words: machines of others may have left some."""
+    return {f"{leak.kind}: {leak.text}" for leak in leaks.on_host()}
+
+
+def of_this_session(pid: int) -> bool:
+    """The process descends from this session of pytest (tests/conftest.py)."""
+    mark = f"DOMICILE_TEST_SESSION={os.environ['DOMICILE_TEST_SESSION']}".encode()
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
 def mine() -> list[str]:
-    """Leaks on this host that are of this session's machines."""
+    """Those that are of this session's machines."""
     here = str(base_directory())
-    return [leak.text for leak in leaks.on_host() if leak.kind != "process" or here in leak.text]
+    return [
+        leak.text
+        for leak in leaks.on_host()
+        if (
+            of_this_session(int(leak.mend.removeprefix("kill ")))
+            if leak.kind == "process"
+            else here in leak.text
+        )
+    ]
 
 
-def doctor(machine: str) -> tuple[int, str]:
-    """The command's status and output."""
-    command = [sys.executable, "-m", "toolstack.cli", "-M", machine, "doctor", "--leaks"]
+def doctor(machine: str) -> tuple[int, set[str]]:
+    """The command's status, and the leaks that it tells."""
+    command = [sys.executable, "-m", "toolstack.cli", "-M", machine, "doctor", "--leaks", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.returncode, done.stdout + done.stderr
+    findings = json.loads(done.stdout)
+    assert all(each["ok"] or each["name"].startswith("leak: ") for each in findings), done.stderr
+    return done.returncode, {
+        f"{each['name'].removeprefix('leak: ')}: {each['text']}" for each in findings if not each["ok"]
+    }
 
 
 def test_a_machine_that_works_has_no_leaks_and_leaves_none() -> None:
@@ -54,17 +81,20 @@ def test_a_machine_that_works_has_no_leaks_and_leaves_none() -> None:
             machine.wait_end(f"g{turn}")
         machine.settled()
         assert found(machine) == []
-        status, text = doctor(machine.machine.runtime.name)
+        strangers = on_host()
+        status, told = doctor(machine.machine.runtime.name)
+        strangers |= on_host()
         # Others' machines on this host may have left something; this one did not.
-        assert (
-            (status == 0 and machine.machine.runtime.name in text)
-            or "leak: process" in text
-            or "leak: directory" in text
-        )
+        assert told <= strangers
+        assert mine() == []
+        assert status == (1 if told else 0)
         runtime = machine.machine.runtime
         # What a socket of a dead domain, and records that do not agree, look like.
         (runtime.bus / "99-0123abcd").touch()
         assert found(machine) == ["socket: 1 sockets of domain 99, which is gone"]
+        status, told = doctor(runtime.name)
+        assert status == 1
+        assert "socket: 1 sockets of domain 99, which is gone" in told
         (runtime.bus / "99-0123abcd").unlink()
         checked = machine.client.request("check")
         wrong = {
@@ -105,6 +135,7 @@ def test_what_a_killed_machine_leaves_is_named(short: Path) -> None:
         }
         assert told["directory"].mend == f"rm -r {runtime.root}"
         assert told["process"].mend == f"kill {stray.pid}"
+        assert [text for text in mine() if f"process {stray.pid}:" in text], "it is this session's"
     finally:
         stray.kill()
         stray.wait(10.0)
