@@ -57,9 +57,12 @@ class DebugKey:
         domain = next(domain for domain in core.domains if domain.domid == number)
         peer = server.peers.get(domain.domid)
         process = server.processes.of(domain.domid)
+        extent = core.frames.extent_of(domain.domid)
         return {
             "pid": process.pid if process is not None else 0,
             "uid": process.uid if process is not None else 0,
+            "extent": int(extent.base) if extent is not None else 0,
+            "extent_end": extent.end if extent is not None else 0,
             "frames": core.frames.ram_pages(domain.domid),
             "ports": len(core.events.ports_of(domain.domid).channels),
             "mappings": len(self._grants.mappings(domain.domid)),

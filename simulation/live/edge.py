@@ -14,6 +14,7 @@ import re
 import select
 import socket
 import struct
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,10 @@ SIZE: Final = 1 << 18
 PLAN_AT: Final = 64
 PLAN_MAX: Final = 1 << 16
 COUNTERS_AT: Final = 1 << 17
-"""Two 32-bit words a fault: how often its event was seen, and whether it struck."""
+"""Two 32-bit words a fault: how often its event was seen, and what became of it (0: nothing yet, STRUCK, MISSED)."""
+STRUCK: Final = 1
+MISSED: Final = 2
+"""The controller did not answer in time: the process went on, and the fault does not count as carried out."""
 TABLE_AT: Final = 3 << 16
 TABLE_MAX: Final = 1 << 15
 MAX_FAULTS: Final = 256
@@ -73,17 +77,25 @@ class Board:
         self.words[at] += 1
         if self.words[at] != n or self.words[at + 1]:
             return False
-        self.words[at + 1] = 1
+        self.words[at + 1] = STRUCK
         return True
 
     def counts(self, fault: int) -> tuple[int, bool]:
         """(events seen, struck)"""
         at = COUNTERS_AT // 4 + 2 * fault
-        return self.words[at], bool(self.words[at + 1])
+        return self.words[at], self.words[at + 1] == STRUCK
+
+    def miss(self, fault: int) -> None:
+        """It was due, and nobody carried it out in time."""
+        self.words[COUNTERS_AT // 4 + 2 * fault + 1] = MISSED
+
+    def missed(self, fault: int) -> bool:
+        """See MISSED."""
+        return self.words[COUNTERS_AT // 4 + 2 * fault + 1] == MISSED
 
     def mark(self, fault: int) -> None:
         """It struck, by time."""
-        self.words[COUNTERS_AT // 4 + 2 * fault + 1] = 1
+        self.words[COUNTERS_AT // 4 + 2 * fault + 1] = STRUCK
 
     @property
     def fail(self) -> int:
@@ -164,13 +176,28 @@ class Edge:
         return self._strike([pair for pair in hits if self.board.seen(pair[0], pair[1].n)])
 
     def _strike(self, due: list[tuple[int, Fault]]) -> list[Fault]:
-        for index, _ in due:
+        done = []
+        for index, fault in due:
             try:
                 self._socket.send(struct.pack("<II", index, os.getpid()))
-                poller = select.poll()
-                poller.register(self._socket, select.POLLIN)
-                if poller.poll(ANSWER_S * 1000):
-                    self._socket.recv(16)
+                answered = self._answered(index)
             except OSError:
-                continue  # the controller is gone: the plan with it
-        return [fault for _, fault in due]
+                answered = False  # the controller is gone: the plan with it
+            if answered:
+                done.append(fault)
+            else:
+                self.board.miss(index)
+        return done
+
+    def _answered(self, index: int) -> bool:
+        """Whether the fault was carried out within ANSWER_S. An answer to an earlier one that came too late is none. OSError."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        deadline = time.monotonic() + ANSWER_S
+        while poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            packet = self._socket.recv(16)
+            if not packet:
+                return False
+            if packet == struct.pack("<I", index):
+                return True
+        return False

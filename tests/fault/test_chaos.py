@@ -113,7 +113,7 @@ def test_a_console_loses_nothing(worker: ChaosMachine, tmp_path: Path, what: Wha
     begun = time.monotonic()
     for tag in tags:
         worker.type("worker", f"say x {tag}\n")
-    worker.faults.wait(fault, worker.poll)
+    assert worker.faults.wait(fault, worker.poll).pids, f"there was no process {target}"
     worker.expect("worker", f"SAID {tags[-1]}", 30.0)
     seconds = time.monotonic() - begun
     said = [line.split()[1] for line in worker.text["worker"][mark:].splitlines() if line.startswith("SAID ")]

@@ -97,8 +97,13 @@ def test_each_request_has_its_three_steps(grub: RunningMachine) -> None:
     pieces = [piece for dma in data for piece in dma["machine"]]
     assert {piece["owner"] for piece in pieces} == {request["domain"]}
     assert all(dma["fault"] is None for dma in data)
-    # Inside the frames that the granter owns: its extent, as the hypervisor says.
+    # Frames of the granter's own extent, as the hypervisor's records have it: one for each page that the device named.
+    guest = grub.check()["domains"][str(request["domain"])]
+    assert guest["extent"] < guest["extent_end"]
+    assert all(guest["extent"] <= piece["address"] >> 12 < guest["extent_end"] for piece in pieces)
     assert all(piece["address"] & 0xFFF == piece["iova"] & 0xFFF for piece in pieces)
+    frames = {piece["iova"] >> 12: piece["address"] >> 12 for piece in pieces}
+    assert len(set(frames.values())) == len(frames) == len({iova >> 12 for iova in pseudophysical})
     assert (
         request["slot_time_ns"]
         < request["commands"][0]["time_ns"]
