@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bus.abi import domctl
+import contextlib
+import functools
+
+from bus.abi import domctl, hypercalls_model, layout
 from bus.abi.arch_x86 import xen_arch_domainconfig
 from bus.abi.hypercalls import HYPERCALLS, encode
 from bus.abi.xen import HYPERVISOR_domctl
@@ -23,15 +26,48 @@ from hypervisor.core.pool import XenPool
 from hypervisor.core.scheduler import CreditScheduler
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from simulation.memory import SimMemory, SimStaging
+from tests.fuzz.snapshot import Snapshot
 
 SECOND = 1_000_000_000
+ZEROES = bytes(4096)
+
+
+class TouchedMemory(SimMemory):
+    """Knows which pages were given out, so that few of them have to be put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.touched: set[int] = set()
+        self._kept: dict[int, tuple[memoryview, bytes]] = {}
+
+    def page(self, mfn: int) -> memoryview:
+        """See SimMemory."""
+        self.touched.add(mfn)
+        return super().page(mfn)
+
+    def keep(self) -> None:
+        """Note what all pages hold that were given out so far; others hold zeroes."""
+        self._kept = {
+            mfn: (view := super(TouchedMemory, self).page(mfn), bytes(view)) for mfn in sorted(self.touched)
+        }
+        self.touched.clear()
+
+    def put_back(self) -> None:
+        """As it was then. After the extents are."""
+        for view, data in self._kept.values():
+            view[:] = data
+        for mfn in self.touched:
+            if mfn not in self._kept:
+                with contextlib.suppress(KeyError):  # of an extent that came and went
+                    super().page(mfn)[:] = ZEROES
+        self.touched.clear()
 
 
 class WholeCore:
     """Domain 1 is PV, domain 2 a driver domain with a device at 00:01.0. Orders are carried out with what `answer` says."""
 
     def __init__(self) -> None:
-        memory = self.memory = SimMemory()
+        memory = self.memory = TouchedMemory()
         config = MachineConfig(total_pages=1 << 12, mfn_limit=1 << 16, mfn_holes=(), xenheap_frames=32)
         core = self.core = HypervisorCore(memory, config)
         iommu = Iommu(memory, XenPool(memory, Mfn(config.mfn_limit), 64))
@@ -142,3 +178,35 @@ class WholeCore:
         """AssertionError with the first broken invariant."""
         problems = [*self.checker.check(), *self.grants.check()]
         assert not problems, problems[0]
+
+
+CONSTANT = (
+    hypercalls_model.Command, hypercalls_model.Error, hypercalls_model.Hypercall, hypercalls_model.ArrayArg, layout.Layout, layout.Prim,
+    layout.Bytes, layout._Field,
+)  # fmt: skip
+"""The ABI's tables."""
+
+
+class Ready:
+    """A core that is built once, and is as new for each input."""
+
+    def __init__(self) -> None:
+        self.core = WholeCore()
+        memory = self.core.memory
+        memory.keep()
+        octets = [view.obj for view in memory._extents.values()]
+        self._snapshot = Snapshot(
+            self.core, constant=CONSTANT, elsewhere=(memory._kept, memory.touched, *octets)
+        )
+
+    def new(self) -> WholeCore:
+        """As if it had just been made. The one before is this one."""
+        self._snapshot.restore()
+        self.core.memory.put_back()
+        return self.core
+
+
+@functools.cache
+def ready() -> Ready:
+    """The process's own."""
+    return Ready()

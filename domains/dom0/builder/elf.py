@@ -6,6 +6,7 @@ the file without bounds: a symbol table whose `sh_link` names itself makes it re
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,9 +88,7 @@ def parse_elf(data: bytes) -> ElfImage:
     if data[5] != 1:
         raise BuildError("kernel: not a little-endian ELF file")
     bits = 32 * data[4]
-    structs = ELFStructs(little_endian=True, elfclass=bits)
-    structs.create_basic_structs()
-    structs.create_advanced_structs()
+    structs = _structs(bits)
     stream = io.BytesIO(data)
     try:
         header = struct_parse(structs.Elf_Ehdr, stream, stream_pos=0)
@@ -118,6 +117,15 @@ def parse_elf(data: bytes) -> ElfImage:
         note_sections=section_notes,
         guest_section=_guest_section(sections, header["e_shstrndx"], view),
     )
+
+
+@functools.cache
+def _structs(bits: int) -> ELFStructs:
+    """Layouts of ELF's tables, little-endian: made once, they never change."""
+    structs = ELFStructs(little_endian=True, elfclass=bits)
+    structs.create_basic_structs()
+    structs.create_advanced_structs()
+    return structs
 
 
 def _table(layout: Any, stream: io.BytesIO, header: Any, prefix: str, most: int, size: int) -> list[Any]:
