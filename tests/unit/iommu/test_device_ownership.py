@@ -14,7 +14,7 @@ from bus.abi.hypercalls import HYPERCALLS
 from bus.abi.xen import DOMID_SELF, HYPERVISOR_physdev_op
 from bus.addresses import Bdf, DomId, Mfn
 from bus.messages.device import Access, AccessDone, DeviceAccess, DeviceHello, DeviceVector
-from hypervisor.core.devices import DeviceService
+from hypervisor.core.devices import ACCESS_TIMEOUT_NS, DeviceService
 from hypervisor.core.effects import Order, Reply, ToDevice
 from hypervisor.core.grants import GrantTables
 from hypervisor.core.iommu import DmaFault, Iommu
@@ -207,3 +207,50 @@ def test_vectors_go_with_the_device_and_come_back_with_its_process(
         world.raised(2)
     assert world.vector(other, 2) == 0
     assert world.raised(2) == [{"to": other, "bdf": BDF, "entry": 2}]
+
+
+@pytest.mark.parametrize("how", ["answered", "late", "unplugged"])
+def test_a_register_that_a_dead_process_asked_for_is_not_answered_to_its_successor(
+    world: World, how: str
+) -> None:
+    """Tokens are a process's own: the next process of a driver domain waits under the same one for another register. However the dead
+    one's access comes to its end."""
+    domio = DomId(world.create(ssidref=1))
+    world.start(domio)
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, domio) == 0
+    asked: list[int] = []
+
+    def effects() -> list[Any]:
+        """What the core did; the device's process says nothing yet."""
+        seen = Machine.run(world)
+        asked.extend(
+            e.message.token for e in seen if isinstance(e, ToDevice) and isinstance(e.message, Access)
+        )
+        return [int.from_bytes(e.data, "little") for e in seen if isinstance(e, Reply) and e.token == 7]
+
+    def ask(offset: int) -> None:
+        access = DeviceAccess(token=7, bdf=BDF, space=-1, offset=offset, size=4, write=False, value=0)
+        world.devices.domain_access(world.now, domio, access)
+        assert effects() == []
+
+    ask(0)
+    world.core.process_ended(world.now, domio, "signal 9")
+    effects()
+    assert world.domctl(domctl.XEN_DOMCTL_resumedomain, domio).rc == 0
+    if how == "answered":
+        ask(4)
+        world.devices.receive(world.now, BDF, AccessDone(token=asked[0], value=0xDEAD))
+        assert effects() == [], "the answer is a dead process's"
+        world.devices.receive(world.now, BDF, AccessDone(token=asked[1], value=SECRET))
+        assert effects() == [SECRET]
+        return
+    if how == "late":
+        world.now += ACCESS_TIMEOUT_NS + 1
+        ask(4)
+        world.devices.tick(world.now)
+        assert effects() == []
+        world.devices.receive(world.now, BDF, AccessDone(token=asked[1], value=SECRET))
+        assert effects() == [SECRET]
+        return
+    world.devices.unplug(BDF)
+    assert effects() == []
