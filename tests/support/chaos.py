@@ -160,18 +160,19 @@ def disk_cycle(
 
 
 def table(lines: list[str]) -> str:
-    """Markdown of a record: a row for each kind of process and signal, with the worst time of each place."""
-    rows: dict[tuple[str, str], list[tuple[str, str, float]]] = {}
+    """Markdown of a record: a row for each kind of process, signal and outcome, with the worst time of each place."""
+    rows: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for line in lines:
         one = json.loads(line)
-        rows.setdefault((one["target"], one["what"]), []).append(
-            (one["place"], one["outcome"], one["seconds"])
-        )
+        places = rows.setdefault((one["target"], one["what"], one["outcome"]), {})
+        places.setdefault(one["place"], []).append(one["seconds"])
     text = ["| struck | with | at (longest step, seconds) | outcome |", "| --- | --- | --- | --- |"]
-    for (target, what), cells in sorted(rows.items()):
-        places = ", ".join(f"{place} ({seconds:.1f})" for place, _, seconds in sorted(set(cells)))
-        outcomes = ", ".join(sorted({outcome for _, outcome, _ in cells}))
-        text.append(f"| {target} | {what} | {places} | {outcomes} |")
+    for (target, what, outcome), places in sorted(rows.items()):
+        cells = ", ".join(
+            f"{place} ({max(seconds):.1f}{f' of {len(seconds)}' if len(seconds) > 1 else ''})"
+            for place, seconds in sorted(places.items())
+        )
+        text.append(f"| {target} | {what} | {cells} | {outcome} |")
     return "\n".join(text)
 
 
