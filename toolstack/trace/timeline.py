@@ -182,8 +182,8 @@ class Timeline:
             self._end_lease(cpu, max(self._latest, self._leases[cpu][1]))
         for request in self._requests.values():
             self._end(request, self._latest, "open")
-        for key in list(self._spans):
-            self._end_command(*key, self._latest)
+        for bdf, queue, command in list(self._spans):
+            self._end_command(bdf, queue, command, self._latest)
         self._out.write("\n]}\n")
 
     # -- the hypervisor
