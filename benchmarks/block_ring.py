@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from bus.abi.io.ring import distance, full_barrier
 from drivers.block.backend import Backend
-from drivers.block.frontend import Features, Frontend, Page
+from drivers.block.frontend import Features, Frontend
 from drivers.block.ledger import Ledger
 from drivers.block.ports import Command
 from drivers.block.requests import Disk
 from drivers.block.wire import RESPONSE, pack_request
 from drivers.block.wire import X86_64 as ABI
 from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.pages import Page
 
 DEPTH = 32
 

@@ -17,11 +17,12 @@ from bus.abi.grant_table import (
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId, Mfn, Port
 from domains.native.xenstore import XenstoreClient
-from drivers.block.frontend import DiskError, Features, Frontend, Page
+from drivers.block.frontend import DiskError, Features, Frontend
 from drivers.block.nodes import QueueLink
 from drivers.block.wire import X86_64
 from drivers.block.xenbus_front import FrontDevice, Wish
 from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.pages import Page
 from drivers.xenbus.states import XenbusState
 from simulation.process import SimDomain
 

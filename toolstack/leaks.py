@@ -135,7 +135,7 @@ def _processes(runtime: RuntimeDirectory, domains: dict[str, dict[str, int]]) ->
     waiting = Counter(
         one.role
         for one in _children(runtime)
-        if one.role in ("domu", "domio", "dom0") and one.pid not in known
+        if one.role in ("domu", "domio", "netio", "dom0") and one.pid not in known
     )
     for role, count in waiting.items():
         if count > 1:

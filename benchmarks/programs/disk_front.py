@@ -14,11 +14,12 @@ from bus.abi import grant_table as gt
 from bus.abi import xen
 from bus.addresses import DomId, Mfn, Port
 from domains.native.xenstore import XenstoreClient
-from drivers.block.frontend import Features, Frontend, Page
+from drivers.block.frontend import Features, Frontend
 from drivers.block.nodes import QueueLink
 from drivers.block.wire import X86_64
 from drivers.block.xenbus_front import FrontDevice, Wish
 from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.pages import Page
 from drivers.xenbus.states import XenbusState
 
 DEPTH = 32

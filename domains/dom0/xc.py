@@ -66,7 +66,7 @@ class ControlInterface:
         domid: int = 0,
     ) -> DomId:
         """XEN_DOMCTL_createdomain with this domid, or one of the hypervisor's choice. `ssidref` says which program its process runs: 0 a
-        guest, 1 the native DomIO, 2 a device model (hypervisor.core.domains.ROLES)."""
+        guest, 1 the native DomIO, 2 a device model, 3 NetIO (hypervisor.core.domains.ROLES)."""
         payload = dc.xen_domctl_createdomain(
             ssidref=ssidref,
             handle=uuid,

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 from bus.abi.io.blkif import (
     BLKIF_DISCARD_SECURE,
@@ -41,31 +41,7 @@ from drivers.block.wire import (
     pack_segments,
 )
 from drivers.xenbus.paged_ring import PagedRing
-
-PAGE: Final = 4096
-
-
-class Page(NamedTuple):
-    """A page of the frontend's memory."""
-
-    gfn: int
-    data: memoryview
-
-
-class PageSource(Protocol):
-    """The frontend's memory and grant table."""
-
-    def allocate(self, count: int) -> list[Page]:
-        """Pages for I/O. MemoryError if there are none."""
-
-    def free(self, pages: Sequence[Page]) -> None:
-        """They are not needed any more."""
-
-    def grant(self, pages: Sequence[Page], readonly: bool) -> list[int]:
-        """Let the back end's domain at them: grant references."""
-
-    def end(self, refs: Sequence[int]) -> list[bool]:
-        """End the grants; False for one that the back end has mapped still (its page must not be used again)."""
+from drivers.xenbus.pages import PAGE, Page, PageSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,15 @@ class Dying(IntEnum):
     """All is given back but frames that others still refer to."""
 
 
-ROLES = {0: (None, "domu"), 1: (Kind.NATIVE, "domio"), 2: (Kind.NATIVE, "dm")}
+ROLES = {
+    0: (None, "domu"),
+    1: (Kind.NATIVE, "domio"),
+    2: (Kind.NATIVE, "dm"),
+    3: (Kind.NATIVE, "netio"),
+}
 """By the security label of XEN_DOMCTL_createdomain (`ssidref`), which on Xen too says what a domain is for:
 0, an
-ordinary guest, PV or HVM by the flags; 1, a native driver domain; 2, a device model."""
+ordinary guest, PV or HVM by the flags; 1, the native driver domain of the disks; 2, a device model; 3, the one of the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class DomainSpec:
     domid: int = 0
     """0 or >= DOMID_FIRST_RESERVED: choose one."""
     role: str = "domu"
-    """Which program its process runs: dom0, domio, dm, domu."""
+    """Which program its process runs: dom0, domio, netio, dm, domu."""
     handle: bytes = bytes(16)
     max_vcpus: int = 1
     max_evtchn_port: int = 0x7FFFFFFF

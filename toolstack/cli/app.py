@@ -12,6 +12,7 @@ from toolstack.cli import (
     verbs_domain,
     verbs_faults,
     verbs_machine,
+    verbs_network,
     verbs_top,
     verbs_trace,
     verbs_xenstore,
@@ -70,6 +71,9 @@ def run(
     vif: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Network interface, as in xl.cfg; repeatable.")
     ] = None,
+    net: Annotated[
+        bool, typer.Option("--net", help="A network interface on the bridge xenbr0: --vif bridge=xenbr0.")
+    ] = False,
     nvme: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,7 +178,7 @@ def run(
     status = run_verb(
         fields,
         disks=[*(disk or []), *([f"vdev=hdc,cdrom,target={cdrom}"] if cdrom else [])],
-        vifs=vif or [],
+        vifs=[*(vif or []), *(["bridge=xenbr0"] if net else [])],
         nvme=nvme or [],
         pci=pci or [],
         until=until,
@@ -196,6 +200,7 @@ def run(
 verbs_machine.add(app)
 verbs_domain.add(app)
 verbs_devices.add(app)
+verbs_network.add(app)
 verbs_xenstore.add(app)
 verbs_faults.add(app)
 verbs_trace.add(app)

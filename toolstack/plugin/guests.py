@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from toolstack.cli.images import Images, make_config, name_of
 from toolstack.errors import MachineError
 from toolstack.machine import Machine
+from toolstack.plugin.network import BRIDGE, Network
+from toolstack.xlcfg.devices import parse_vif
 
 if TYPE_CHECKING:
     from toolstack.faults import Faults
@@ -172,6 +175,8 @@ class GuestMachine:
         else:
             self.machine = Machine(name, **settings)
         self.domains: dict[str, Domain] = {}
+        self.networks: list[Network] = []
+        """Ports of its bridges that tests have."""
         self._serial = 0
 
     def request(self, verb: str, args: dict[str, Any] | None = None) -> Any:
@@ -189,9 +194,11 @@ class GuestMachine:
         vcpus: int = 1,
         type: str = "pv",
         disks: tuple[Path | str | dict[str, Any], ...] | list[Path | str | dict[str, Any]] = (),
+        vifs: Sequence[str | dict[str, Any]] = (),
         **more: Any,
     ) -> Domain:
         """Build and start a guest. `disks`: paths of raw images (xvda, xvdb ...), or maps as `toolstack.xlcfg.devices` makes them.
+        `vifs`: network interfaces, each as in xl.cfg ("mac=00:16:3e:00:00:01,bridge=xenbr0", or "" for one with nothing special).
         InputError for a file or value that does not do; MachineError with the builder's verdict."""
         self._serial += 1
         wanted = name or f"{name_of(os.fspath(kernel))[:40]}-{self._serial}"
@@ -199,7 +206,8 @@ class GuestMachine:
             "name": wanted, "kernel": os.fspath(kernel), "ramdisk": os.fspath(ramdisk) if ramdisk else "",
             "cmdline": cmdline, "memory_mb": memory_mb, "vcpus": vcpus, "type": type,
             "on_reboot": "destroy",
-            "disks": [disk_fields(disk, number) for number, disk in enumerate(disks)], **more,
+            "disks": [disk_fields(disk, number) for number, disk in enumerate(disks)],
+            "vifs": [parse_vif(vif, "vif") if isinstance(vif, str) else vif for vif in vifs], **more,
         }  # fmt: skip
         domain = Domain(self, wanted)
         before = self.domains.get(wanted)
@@ -250,8 +258,22 @@ class GuestMachine:
             for path in sorted(self.machine.runtime.logs.glob("*.log"))
         }
 
+    def network(self, bridge: str = BRIDGE, *, mirror: bool = False) -> Network:
+        """A port of a bridge, which is made if there is none of that name. `mirror`: it also sees what goes from one guest to another.
+        MachineError."""
+        network = Network(self, bridge, mirror=mirror)
+        self.networks.append(network)
+        return network
+
+    def close_networks(self) -> None:
+        """Leave all bridges."""
+        for network in self.networks:
+            network.close()
+        self.networks.clear()
+
     def close(self) -> None:
         """Take it down."""
+        self.close_networks()
         self.machine.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from toolstack.faults import Faults
     from toolstack.plugin.guests import Console, Domain, GuestMachine
+    from toolstack.plugin.network import Network
 
 MARKERS = (
     "domicile_scope(scope): 'function' (a machine for each test) or 'session' (one for all tests of this process)",
@@ -140,6 +141,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[GuestMac
                 request.getfixturevalue("_domicile_shared").close()
         finally:
             running.domains.clear()
+            running.close_networks()
             if own:
                 running.close()
 
@@ -166,12 +168,17 @@ def _keep(running: GuestMachine, directory: Path, item: pytest.Item) -> None:
     texts |= {f"log-{name}": text for name, text in running.logs().items() if text}
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8", errors="replace")
-    item.add_report_section("teardown", "domicile", f"kept in {directory}: {', '.join(sorted(texts))}")
+    captures = {f"network-{number}-{one.bridge}.pcap": one for number, one in enumerate(running.networks)}
+    for name, network in captures.items():
+        network.save(directory / name)
+    item.add_report_section(
+        "teardown", "domicile", f"kept in {directory}: {', '.join(sorted([*texts, *captures]))}"
+    )
 
 
 @pytest.fixture
 def domain(machine: GuestMachine) -> DomainFactory:
-    """`domain(kernel, ramdisk=, cmdline=, memory_mb=, vcpus=, disks=, type=, name=)` builds and starts a guest: a `Domain`."""
+    """`domain(kernel, ramdisk=, cmdline=, memory_mb=, vcpus=, disks=, vifs=, type=, name=)` builds and starts a guest: a `Domain`."""
     return machine.start
 
 
@@ -194,6 +201,14 @@ def faults(machine: GuestMachine) -> Faults:
     A machine with a plan is the test's own, also where machines are shared otherwise. docs/faults.md has events and faults."""
     assert machine.faults is not None
     return machine.faults
+
+
+@pytest.fixture
+def network(machine: GuestMachine) -> Network:
+    """The test's port of the bridge xenbr0: `send(packet)`, `expect(filter, timeout)`, `ask(packet, filter)`, `link(loss=0.1, seed=1)`,
+    `capture`, `on("xenbr1")` for another one. Guests join by `domain(kernel, vifs=["bridge=xenbr0"])`. If the test fails, what the port
+    saw is kept as a pcap file."""
+    return machine.network()
 
 
 @pytest.fixture

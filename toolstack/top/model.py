@@ -24,6 +24,19 @@ class Vbd:
 
 
 @dataclass(frozen=True, slots=True)
+class Vif:
+    """A network interface, as its back end counts, seen from the guest: it transmits and receives."""
+
+    number: int
+    tx_bytes: int = 0
+    tx_packets: int = 0
+    tx_errors: int = 0
+    rx_bytes: int = 0
+    rx_packets: int = 0
+    rx_dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Vcpu:
     """A virtual CPU."""
 
@@ -49,6 +62,7 @@ class Domain:
     ssid: int = 0
     vcpus: Sequence[Vcpu] = ()
     vbds: Sequence[Vbd] = ()
+    vifs: Sequence[Vif] = ()
     cpu_percent: float = 0.0
     """Since the sample before; of one processor."""
 
@@ -91,6 +105,7 @@ def sample_of(answer: dict[str, Any], machine: str) -> Sample:
                 row["ssid"],
                 tuple(Vcpu(*vcpu) for vcpu in row["vcpus"]),
                 tuple(Vbd(*vbd) for vbd in row["vbds"]),
+                tuple(Vif(*vif) for vif in row["vifs"]),
             )
             for row in answer["domains"]
         ),
@@ -145,9 +160,13 @@ def _max_percent(domain: Domain, sample: Sample) -> str:
     return f"{_percent(lambda d: d.max_kib)(domain, sample):.1f}" if domain.max_kib else "n/a"
 
 
-def _zero(domain: Domain, sample: Sample) -> float:
-    """No network back end is built: a domain has no interfaces."""
-    return 0
+def _net(
+    of: Callable[[Vif], int],
+) -> tuple[Callable[[Domain, Sample], float], Callable[[Domain, Sample], str]]:
+    def value(domain: Domain, _: Sample) -> float:
+        return sum(of(vif) for vif in domain.vifs)
+
+    return value, lambda domain, sample: str(int(value(domain, sample)))
 
 
 COLUMNS: Final = (
@@ -168,9 +187,9 @@ COLUMNS: Final = (
     ),
     Column("MAXMEM(%)", 9, 20, _percent(lambda d: d.max_kib), _max_percent),
     Column("VCPUS", 5, 80, lambda d, s: len(d.vcpus), lambda d, s: str(len(d.vcpus))),
-    Column("NETS", 4, 12, _zero, lambda d, s: "0"),
-    Column("NETTX(k)", 8, 11, _zero, lambda d, s: "0"),
-    Column("NETRX(k)", 8, 11, _zero, lambda d, s: "0"),
+    Column("NETS", 4, 12, *_net(lambda vif: 1)),
+    Column("NETTX(k)", 8, 11, *_net(lambda vif: vif.tx_bytes // 1024)),
+    Column("NETRX(k)", 8, 11, *_net(lambda vif: vif.rx_bytes // 1024)),
     Column("VBDS", 4, 50, lambda d, s: len(d.vbds), lambda d, s: str(len(d.vbds))),
     Column("VBD_OO", 8, 30, *_count(lambda v: v.out_of_requests)),
     Column("VBD_RD", 8, 85, *_count(lambda v: v.reads)),

@@ -21,6 +21,7 @@ MODULES: Final = {
     "hypervisor": "hypervisor",
     "dom0": "domains.dom0",
     "domio": "domains.domio",
+    "netio": "domains.netio",
     "dm": "domains.dm",
     "domu": "domains.domu",
     "nvme": "domains.devices.nvme",

@@ -6,37 +6,30 @@ The supervisor's part (`domicile devd`) is here too: a device process that ends 
 
 from __future__ import annotations
 
-import os
 import re
 import select
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgpack
 
-from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
-from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
-from bus.abi.xen import DOMID_SELF
-from bus.addresses import DomId, Port
+from bus.addresses import DomId
 from bus.messages.device import Inspect
 from bus.messages.domain import Order
 from bus.messages.warden import Deposit, Deposited
 from bus.packets import PacketLink
-from domains.dom0.toolstack.images import ForeignMemory
+from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain, Restarts
 from domains.dom0.toolstack.vdev import number_of
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
-from domains.native.domain import GrantError, HypercallError, NativeDomain
+from domains.native.domain import HypercallError, NativeDomain
 
 DOMIO_PAGES: Final = 8192
 """DomIO's own memory: queues, ledgers, rings (32 MiB)."""
 DEPOSIT_TIMEOUT_S: Final = 5.0
-READY_TIMEOUT_S: Final = 20.0
 RESTART_DELAY_S: Final = 0.05
-FAST_RESTARTS: Final = 20
-"""A process that ends more often than this within ten seconds is left alone, and an error is logged."""
 
 
 NO_DEVICE: Final = -1
@@ -69,16 +62,6 @@ class Disk:
     """Its file, while an emulated drive of the guest's has it: the device process gets it when the guest has unplugged that."""
 
 
-@dataclass(slots=True)
-class _Restarts:
-    times: list[float] = field(default_factory=list)
-
-    def allowed(self) -> bool:
-        now = time.monotonic()
-        self.times = [moment for moment in self.times if now - moment < 10.0] + [now]
-        return len(self.times) <= FAST_RESTARTS
-
-
 class Disks:
     """All disks of the machine, and DomIO."""
 
@@ -91,97 +74,40 @@ class Disks:
         self._xc = xc
         self._warden = warden
         self._log = log
-        self.domio: DomId | None = None
+        self.driver = DriverDomain(host, store, xc, log, name="DomIO", role=1, pages=DOMIO_PAGES, model=True)
+        self.driver.give_up = self.destroy_domio
         self.disks: dict[str, Disk] = {}
         self.find_domain: Callable[[str], DomId | None] = lambda name: None
         """A running domain by its name or number."""
         self.others: Callable[[int], tuple[str, str] | None] = lambda bdf: None
         """(role, name) of a device that is no disk of ours, by its PCI address."""
-        self._restarts: dict[object, _Restarts] = {}
+        self._restarts: dict[int, Restarts] = {}
         self._serial = 0
         host.on_order["device_ended"] = self._device_ended
 
     # ------------------------------------------------------------------ DomIO
 
-    def _start_domio(self) -> DomId:
-        """Create and start the driver domain."""
-        xc, host, store = self._xc, self._host, self._store
-        domid = xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=1)
-        xc.max_vcpus(domid, 1)
-        xc.max_mem(domid, DOMIO_PAGES << 2)
-        xc.populate(domid, range(DOMIO_PAGES))
-        xenstore_gfn = DOMIO_PAGES - 1
-        port = host.alloc_unbound(domid, DOMID_SELF)
-        xc.set_hvm_param(domid, HVM_PARAM_STORE_PFN, xenstore_gfn)
-        xc.set_hvm_param(domid, HVM_PARAM_STORE_EVTCHN, port)
-        fd, extent = host.foreign_extents[domid]
-        memory = ForeignMemory(fd, extent["base"], extent["frames"])
-        try:
-            entry = GRANT_ENTRY_V1.pack(grant_entry_v1(GTF_permit_access, DomId(0), xenstore_gfn))
-            offset = GNTTAB_RESERVED_XENSTORE * GRANT_ENTRY_V1.size
-            memory.write_mfn(xc.grant_table_mfns(domid)[0], offset, entry)
-        finally:
-            memory.close()
-        base = f"/local/domain/{domid}"
-        store.mkdir(base)
-        store.permit(base, "n0", f"r{domid}")
-        for path, value in (
-            ("name", "DomIO"),
-            ("domid", str(domid)),
-            ("memory/target", str(DOMIO_PAGES << 2)),
-        ):
-            store.write(f"{base}/{path}", value)
-        store.mkdir(f"{base}/backend")
-        store.permit(f"{base}/backend", f"n{domid}")
-        store.write(f"{base}/device-model/ready", "0")
-        store.permit(f"{base}/device-model/ready", f"n{domid}")
-        self._introduce(domid, port)
-        xc.unpause(domid)
-        self.domio = domid
-        return domid
-
-    def _introduce(self, domid: DomId, port: Port) -> None:
-        """Connect DomIO to xenstored. Its ring is a grant, which its process must answer for: on a busy host that may still be
-        loading its code when the order's second is over. GrantError if it does not come up."""
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while True:
-            try:
-                self._store.introduce(domid, port)
-                return
-            except GrantError:
-                if time.monotonic() > deadline:
-                    raise
-                self._host.reactor.once(0.2)
+    @property
+    def domio(self) -> DomId | None:
+        """DomIO, if there is one."""
+        return self.driver.domid
 
     def check(self) -> None:
-        """VIRQ_DOM_EXC: has DomIO's process ended? It is restarted in place: same domain, memory, ports and rings."""
-        domid = self.domio
-        if domid is None:
-            return
-        info = self._xc.domain_info(domid)
-        if info is None or not info.flags & 4:  # XEN_DOMINF_shutdown
-            return
-        if not self._restarts.setdefault("domio", _Restarts()).allowed():
-            self._log("DomIO ends again and again: it is not restarted any more")
-            self.destroy_domio()
-            return
-        self._log("DomIO's process ended: a new one takes its place")
-        self._xc.resume(domid)
+        """VIRQ_DOM_EXC."""
+        self.driver.check()
 
     def destroy_domio(self) -> None:
         """DomIO goes for good: its devices are pulled out, and its frontends find their backends Closed. DiskError if there is none."""
         domid = self.domio
         if domid is None:
             raise DiskError("there is no DomIO: it comes with the first disk")
-        self.domio = None
         disks = [disk for disk in self.disks.values() if disk.backend == domid]
         for disk in disks:
             del self.disks[disk.name]
         for disk in disks:
             self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
             self.deposit(disk.name, [], [], {})
-        self._xc.destroy(domid)
-        self._store.domain_died(domid)
+        self.driver.destroy()
         self._store.remove(f"/local/domain/{domid}/device-model")
         for disk in disks:
             back = f"/local/domain/{domid}/backend/vbd/{disk.domid}/{disk.number}"
@@ -227,7 +153,7 @@ class Disks:
                 found = ("nvme", disk.name)
         if found is None:
             return
-        if self._restarts.setdefault(bdf, _Restarts()).allowed():
+        if self._restarts.setdefault(bdf, Restarts()).allowed():
             self._xc.plug(bdf, *found)
         else:
             self._log(f"device {bdf:#x} ends again and again: it is not plugged in any more")
@@ -249,7 +175,7 @@ class Disks:
             return self._attach_foreign(domid, vdev, number, config, served)
         if fd is None:
             raise DiskError(f"disk {vdev}: no file was given (an empty drive is not served)")
-        backend = self.domio if self.domio is not None else self._start_domio()
+        backend = self.domio if self.domio is not None else self.driver.start()
         self._serial += 1
         bdf = (self._serial & 0x1F) << 3 | (self._serial >> 5) << 8
         readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))

@@ -15,6 +15,7 @@ from bus.abi.grant_table import GNTTAB_RESERVED_CONSOLE
 from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from bus.addresses import DomId, GrantRef, Mfn, Port, VcpuId
 from bus.link import HypervisorGone
+from bus.log import Logger
 from bus.messages.control import DomainConfig
 from bus.messages.domain import Order
 from bus.packets import close_all
@@ -28,6 +29,7 @@ from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
 from domains.dom0.toolstack.kernels import Files, load_files
 from domains.dom0.toolstack.models import DeviceModel, ModelError, model_settings, slot_of
+from domains.dom0.toolstack.nics import NicError, Nics
 from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
 from domains.dom0.xc import E820_RAM, ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
@@ -64,7 +66,8 @@ class Manager:
         self.xc = xc
         self.disks = disks
         self.hardware = Hardware(host, xc, disks)
-        disks.find_domain = self._domain_called
+        self.nics = Nics(host, store, xc, disks.deposit, Logger("dom0", part="nics").info)
+        disks.find_domain = self.nics.find_domain = self._domain_called
         self._consoles = consoles
         self.guests: dict[DomId, Guest] = {}
         self.on_end: list[Ended] = []
@@ -114,6 +117,7 @@ class Manager:
             HypercallError,
             GrantError,
             DiskError,
+            NicError,
             HardwareError,
             ModelError,
             ValueError,
@@ -223,6 +227,9 @@ class Manager:
         guest.console.connect(host.map_grants(domid, [GrantRef(GNTTAB_RESERVED_CONSOLE)]), console_port)
         write_guest_nodes(self.store, guest, ring, console_port)
         self._attach_disks(guest)
+        for vif in config.vifs:
+            self.nics.attach(domid, vif, config.type)
+        self.nics.wait_offered(domid)
         self.store.introduce(domid, xenstore_port)
         if guest.model is not None:
             guest.model.start()
@@ -299,7 +306,7 @@ class Manager:
     def check(self) -> None:
         """VIRQ_DOM_EXC: look which domains have shut down or died. What goes wrong with one is logged and tried again: it is no
         matter of the others."""
-        checks = [self.disks.check]
+        checks = [self.disks.check, self.nics.check]
         checks += [lambda guest=guest: self._look(guest) for guest in self.guests.values()]  # type: ignore[misc]  # the default binds now
         for check in checks:
             try:
@@ -394,6 +401,7 @@ class Manager:
     def _forget(self, domid: DomId, model: DeviceModel | None = None) -> None:
         """Destroy a domain with its device model, and what the store knows of it."""
         self.disks.domain_died(domid)
+        self.nics.domain_died(domid)
         self.store.domain_died(domid)
         base = f"/local/domain/{domid}"
         vm = self.store.read(f"{base}/vm")
@@ -435,8 +443,9 @@ class Manager:
         """A domain's name."""
         if domid == 0:
             return "Domain-0"
-        if domid == self.disks.domio:
-            return "DomIO"
+        for driver in (self.disks.driver, self.nics.driver):
+            if domid == driver.domid:
+                return driver.name
         for guest in self.guests.values():
             if guest.model is not None and guest.model.domid == domid:
                 return f"{guest.config.name}-dm"

@@ -26,6 +26,7 @@ from domains.dom0.toolstack.guest import Guest, ToolstackError
 from domains.dom0.toolstack.hardware import HardwareError
 from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.models import DeviceModel, ModelError
+from domains.dom0.toolstack.nics import NicError
 from domains.dom0.toolstack.top import top_view
 from domains.dom0.toolstack.traces import Traces
 from domains.dom0.xenstore_service import XenstoreError
@@ -172,12 +173,21 @@ class ToolstackServer:
             "block-attach": self._block_attach,
             "block-detach": self._block_detach,
             "block-list": lambda client, args, fds: manager.disks.list(manager.find(args["domain"]).domid),
+            "network-attach": self._network_attach,
+            "network-detach": lambda client, args, fds: manager.nics.detach(
+                manager.find(args["domain"]).domid, str(args["vif"]), force=bool(args.get("force"))
+            ),
+            "network-list": lambda client, args, fds: manager.nics.list(manager.find(args["domain"]).domid),
+            "network-port": self._network_port,
+            "network-link": lambda client, args, fds: manager.nics.set_link(
+                args["bridge"], {name: value for name, value in args.items() if name != "bridge"}
+            ),
             "device-plug": self._device_plug,
             "device-unplug": lambda client, args, fds: manager.hardware.unplug(int(args["bdf"])),
             "pci-list": self._pci_list,
             "iommu": self._iommu,
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
-            "top": lambda client, args, fds: top_view(manager, traces.disks()),
+            "top": lambda client, args, fds: top_view(manager, traces.disks(), traces.nets()),
             "vcpu-pin": self._vcpu_pin,
             "trace": self._trace,
             "tracing": lambda client, args, fds: traces.watched,
@@ -240,7 +250,7 @@ class ToolstackServer:
             response = Response(
                 id=request.id, ok=False, error=f"{request.verb}: the hypervisor says: {error}"[:4000]
             )
-        except (ToolstackError, DiskError, HardwareError, ModelError, XenstoreError) as error:
+        except (ToolstackError, DiskError, NicError, HardwareError, ModelError, XenstoreError) as error:
             response = Response(id=request.id, ok=False, error=str(error)[:4000])
         except KeyError as error:
             response = Response(id=request.id, ok=False, error=f"{request.verb}: argument {error} is missing")
@@ -264,9 +274,6 @@ class ToolstackServer:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ToolstackError(f"configuration: {where}: {first['msg']}") from None
-        if config.vifs:
-            close_all(fds)
-            raise ToolstackError("vif: this machine has no network backend: leave it out")
         domid = self.manager.create(config, fds)
         if args.get("attach"):
             client.follows = True
@@ -425,6 +432,17 @@ class ToolstackServer:
         except (DiskError, ValueError) as error:
             raise ToolstackError(str(error)) from None
 
+    def _network_attach(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
+        vif, guest = args["vif"], self.manager.find(args["domain"])
+        if not isinstance(vif, dict):
+            raise ToolstackError("network-attach: vif must be a map")
+        return self.manager.nics.attach(guest.domid, vif, guest.config.type).devid
+
+    def _network_port(self, client: Client, args: dict[str, Any], fds: list[int]) -> Answer:
+        """A port on `bridge` for a program (`mirror`: it sees all that passes): its number; its socket comes along, and closing that ends it."""
+        number, fd = self.manager.nics.open_port(args["bridge"], mirror=bool(args.get("mirror")))
+        return Answer({"port": number}, [fd])
+
     def _device_plug(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
         """`kind`, `config` (format, readonly, target), perhaps `bdf`; the file is the descriptor. The PCI address."""
         config, bdf = args["config"], args.get("bdf")
@@ -439,9 +457,11 @@ class ToolstackServer:
         return self.manager.hardware.list(None if name is None else self.manager.find(name).domid)
 
     def _destroy(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
-        disks = self.manager.disks
-        if disks.domio is not None and args["domain"] in ("DomIO", str(disks.domio), disks.domio):
+        disks, nics = self.manager.disks, self.manager.nics
+        if disks.driver.called(args["domain"]):
             disks.destroy_domio()
+        elif nics.driver.called(args["domain"]):
+            nics.destroy_netio()
         else:
             self.manager.destroy(args["domain"])
 

@@ -14,20 +14,24 @@ NO_LIMIT: Final = 0xFFFF_FFFF
 """Pages: more than any machine has."""
 
 
-def top_view(manager: Manager, counters: dict[tuple[int, int], tuple[int, ...]]) -> dict[str, Any]:
-    """`counters` of disks: by (domain, number), as drivers.block.watch has them. Memory in KiB, times in seconds."""
+Counts = dict[tuple[int, int], tuple[int, ...]]
+"""By (domain, number of a disk or interface)."""
+
+
+def top_view(manager: Manager, disks: Counts, nets: Counts) -> dict[str, Any]:
+    """Counters as drivers.block.watch and drivers.net.watch have them. Memory in KiB, times in seconds."""
     physical = manager.xc.physinfo()
     return {
         "time": time.monotonic(),
         "cpus": physical.nr_cpus,
         "total_kib": physical.total_pages << 2,
         "free_kib": physical.free_pages << 2,
-        "domains": [_domain(manager, info, counters) for info in manager.xc.domain_list()],
+        "domains": [_domain(manager, info, disks, nets) for info in manager.xc.domain_list()],
     }
 
 
 def _domain(
-    manager: Manager, info: dc.xen_domctl_getdomaininfo, counters: dict[tuple[int, int], tuple[int, ...]]
+    manager: Manager, info: dc.xen_domctl_getdomaininfo, disks: Counts, nets: Counts
 ) -> dict[str, Any]:
     return {
         "domid": info.domain,
@@ -39,9 +43,14 @@ def _domain(
         "ssid": info.ssidref,
         "vcpus": _vcpus(manager, info),
         "vbds": [
-            [disk.vdev, disk.number, *counters.get((info.domain, disk.number), (0,) * 7)]
+            [disk.vdev, disk.number, *disks.get((info.domain, disk.number), (0,) * 7)]
             for disk in manager.disks.disks.values()
             if disk.domid == info.domain
+        ],
+        "vifs": [
+            [nic.devid, *nets.get((info.domain, nic.devid), (0,) * 6)[:6]]
+            for nic in manager.nics.nics
+            if nic.domid == info.domain
         ],
     }
 

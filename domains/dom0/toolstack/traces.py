@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from bus.messages.domain import Order
 from bus.trace_page import Counters, map_read_only
 from domains.native.domain import HypercallError, NativeDomain
 from drivers.block.watch import counter_disk
+from drivers.net.watch import counter_vif
 
 DEVICES: Final = 0x8000_0000
 """Peers from here on are no domains."""
@@ -90,11 +91,20 @@ class Traces:
 
     def disks(self) -> dict[tuple[int, int], tuple[int, ...]]:
         """What back ends say that they did: counters (drivers.block.watch) by (frontend's domain, disk's number)."""
+        return self._counted("domio", counter_disk)
+
+    def nets(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """The same of network interfaces (drivers.net.watch)."""
+        return self._counted("netio", counter_vif)
+
+    def _counted(
+        self, role: str, whose: Callable[[int], tuple[int, int] | None]
+    ) -> dict[tuple[int, int], tuple[int, ...]]:
         found: dict[tuple[int, int], tuple[int, ...]] = {}
         for page in self._pages.values():
-            if page.role == "domio":
+            if page.role == role:
                 for key, values in page.counters.read().items():
-                    disk = counter_disk(key)
-                    if disk is not None:
-                        found[disk] = tuple(values)
+                    device = whose(key)
+                    if device is not None:
+                        found[device] = tuple(values)
         return found

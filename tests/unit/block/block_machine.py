@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from drivers.block.backend import Backend
-from drivers.block.frontend import Features, Frontend, Page
+from drivers.block.frontend import Features, Frontend
 from drivers.block.ledger import Ledger
 from drivers.block.ports import Command, Op
 from drivers.block.requests import Disk
 from drivers.block.wire import X86_64, Abi
 from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.pages import Page
 
 SECTOR = 512
 

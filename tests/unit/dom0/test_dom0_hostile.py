@@ -196,7 +196,7 @@ GARBAGE = ["", "abc", "-1", "9" * 20, "9" * 5000, "0x10", "\u0661", "4294967296"
 def test_nodes_that_a_guest_wrote_are_shown_as_missing(rig: Rig, text: str) -> None:
     """`block-list` reads the frontend's own directory."""
     rig.guest()
-    rig.disks.domio = DomId(2)
+    rig.disks.driver.domid = DomId(2)
     rig.disks.disks["disk1"] = Disk("disk1", 8, GUEST, "xvda", 51712, {}, {}, DomId(2))
     front = f"/local/domain/{GUEST}/device/vbd/51712"
     for node in ("event-channel", "ring-ref"):

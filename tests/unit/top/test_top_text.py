@@ -73,10 +73,12 @@ def test_the_toolstacks_answer_becomes_a_sample() -> None:
         "time": 5.0, "cpus": 2, "total_kib": 100, "free_kib": 40,
         "domains": [{
             "domid": 7, "name": "x", "state": "--b---", "seconds": 1.5, "memory_kib": 10, "max_kib": 0, "ssid": 1,
-            "vcpus": [[0, 1, "running", 1.5]], "vbds": [["xvda", 51712, 1, 2, 3, 4, 5, 6, 7]],
+            "vcpus": [[0, 1, "running", 1.5]], "vbds": [["xvda", 51712, 1, 2, 3, 4, 5, 6, 7]], "vifs": [[0, 4096, 2, 0, 10240, 3, 1]],
         }],
     }  # fmt: skip
     (domain,) = sample_of(answer, "m").domains
     (vbd,) = domain.vbds
+    (vif,) = domain.vifs
+    assert (vif.tx_bytes, vif.rx_bytes, vif.rx_dropped) == (4096, 10240, 1)
     assert (vbd.out_of_requests, vbd.reads, vbd.writes, vbd.flushes, vbd.discards) == (1, 2, 3, 4, 5)
     assert (vbd.read_sectors, vbd.written_sectors) == (6, 7)

@@ -1,0 +1,143 @@
+"""Native driver domains: made with the first device that they serve, and restarted in place when their process ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
+from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
+from bus.abi.xen import DOMID_SELF
+from bus.addresses import DomId, Port
+from domains.dom0.toolstack.images import ForeignMemory
+from domains.dom0.xc import ControlInterface
+from domains.dom0.xenstore_service import XenstoreService
+from domains.native.domain import GrantError, NativeDomain
+
+READY_TIMEOUT_S: Final = 20.0
+FAST_RESTARTS: Final = 20
+"""A process that ends more often than this within ten seconds is left alone, and an error is logged."""
+
+
+@dataclass(slots=True)
+class Restarts:
+    """How often something was started again lately."""
+
+    times: list[float] = field(default_factory=list)
+
+    def allowed(self) -> bool:
+        """One more, now."""
+        now = time.monotonic()
+        self.times = [moment for moment in self.times if now - moment < 10.0] + [now]
+        return len(self.times) <= FAST_RESTARTS
+
+
+class DriverDomain:
+    """One driver domain, if it was needed yet."""
+
+    def __init__(
+        self,
+        host: NativeDomain,
+        store: XenstoreService,
+        xc: ControlInterface,
+        log: Callable[[str], None],
+        *,
+        name: str,
+        role: int,
+        pages: int,
+        model: bool = False,
+    ) -> None:
+        """`role`: its ssidref (hypervisor.core.domains.ROLES). `pages`: its own memory. `model`: it can serve device models."""
+        self._host: Final = host
+        self._store: Final = store
+        self._xc: Final = xc
+        self._log: Final = log
+        self.name: Final = name
+        self._role: Final = role
+        self._pages: Final = pages
+        self._model: Final = model
+        self._restarts = Restarts()
+        self.domid: DomId | None = None
+        self.give_up: Callable[[], None] = lambda: None
+        """Its process ends again and again: take it and what it serves away."""
+
+    def start(self, wanted: DomId = DomId(0)) -> DomId:  # noqa: B008  # a number
+        """Create and start it, with that number, or one of the hypervisor's choice. HypercallError, GrantError."""
+        xc, host, store = self._xc, self._host, self._store
+        domid = xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=self._role, domid=wanted)
+        xc.max_vcpus(domid, 1)
+        xc.max_mem(domid, self._pages << 2)
+        xc.populate(domid, range(self._pages))
+        xenstore_gfn = self._pages - 1
+        port = host.alloc_unbound(domid, DOMID_SELF)
+        xc.set_hvm_param(domid, HVM_PARAM_STORE_PFN, xenstore_gfn)
+        xc.set_hvm_param(domid, HVM_PARAM_STORE_EVTCHN, port)
+        fd, extent = host.foreign_extents[domid]
+        memory = ForeignMemory(fd, extent["base"], extent["frames"])
+        try:
+            entry = GRANT_ENTRY_V1.pack(grant_entry_v1(GTF_permit_access, DomId(0), xenstore_gfn))
+            offset = GNTTAB_RESERVED_XENSTORE * GRANT_ENTRY_V1.size
+            memory.write_mfn(xc.grant_table_mfns(domid)[0], offset, entry)
+        finally:
+            memory.close()
+        base = f"/local/domain/{domid}"
+        store.mkdir(base)
+        store.permit(base, "n0", f"r{domid}")
+        for path, value in (
+            ("name", self.name),
+            ("domid", str(domid)),
+            ("memory/target", str(self._pages << 2)),
+        ):
+            store.write(f"{base}/{path}", value)
+        owned: Sequence[tuple[str, str]] = (("error", ""), ("device-model/ready", "0"))
+        for path, value in owned if self._model else owned[:1]:
+            store.write(f"{base}/{path}", value)
+            store.permit(f"{base}/{path}", f"n{domid}")
+        store.mkdir(f"{base}/backend")
+        store.permit(f"{base}/backend", f"n{domid}")
+        self._introduce(domid, port)
+        xc.unpause(domid)
+        self.domid = domid
+        return domid
+
+    def _introduce(self, domid: DomId, port: Port) -> None:
+        """Connect it to xenstored. Its ring is a grant, which its process must answer for: on a busy host that may still be
+        loading its code when the order's second is over. GrantError if it does not come up."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while True:
+            try:
+                self._store.introduce(domid, port)
+                return
+            except GrantError:
+                if time.monotonic() > deadline:
+                    raise
+                self._host.reactor.once(0.2)
+
+    def check(self) -> None:
+        """VIRQ_DOM_EXC: has its process ended? It is restarted in place: same domain, memory, ports and rings."""
+        domid = self.domid
+        if domid is None:
+            return
+        info = self._xc.domain_info(domid)
+        if info is None or not info.flags & 4:  # XEN_DOMINF_shutdown
+            return
+        if not self._restarts.allowed():
+            self._log(f"{self.name} ends again and again: it is not restarted any more")
+            self.give_up()
+            return
+        self._log(f"{self.name}'s process ended: a new one takes its place")
+        self._xc.resume(domid)
+
+    def destroy(self) -> None:
+        """It goes for good."""
+        domid, self.domid = self.domid, None
+        if domid is not None:
+            self._xc.destroy(domid)
+            self._store.domain_died(domid)
+
+    def called(self, name: object) -> bool:
+        """Whether a user's word (name or number) means it."""
+        return self.domid is not None and str(name) in (self.name, str(int(self.domid)))

@@ -1,0 +1,116 @@
+"""`domicile-netio`: the native driver domain of the network."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import Final
+
+from bus import privileges
+from bus.link import HypervisorGone
+from bus.log import Logger
+from bus.messages.domain import Order
+from bus.messages.net import TO_NETIO
+from bus.packets import PacketLink
+from bus.process import begin
+from bus.trace_page import Counters
+from domains.native.domain import NativeDomain
+from domains.native.reactor import Reactor
+from domains.native.xenstore import XenstoreClient
+from domains.netio.bridges import Bridges
+from domains.netio.copies import Stage
+from domains.netio.ports import Outside
+from domains.netio.vif import VifServer
+from drivers.xenbus.client import XenstoreError
+from drivers.xenbus.nodes import NodeError
+
+LOG: Final = Logger("netio")
+LAST_NODE: Final = "trusted"
+"""The last node that the toolstack writes into an interface's directory: from then on it is complete."""
+
+
+class NetIo:
+    """All interfaces of this driver domain."""
+
+    def __init__(
+        self, host: NativeDomain, control: PacketLink | None, counters: Counters | None = None
+    ) -> None:
+        """`control`: to Dom0, for ports and links; None: there are none."""
+        self.host: Final = host
+        self._control: Final = control
+        self._counters: Final = counters
+        self.bridges: Final = Bridges(host.reactor.after)
+        self.servers: Final[dict[str, VifServer]] = {}
+        self.store: XenstoreClient
+        self.stage: Stage
+
+    def start(self) -> None:
+        """The domain is built: find what there is to serve."""
+        host = self.host
+        self.store = XenstoreClient(host)
+        if host.known_channels:  # a process before this one had them
+            self.store.reconnect()
+        self.stage = Stage(host, host.own_gfns[0])
+        if self._control is not None:
+            Outside(host.reactor, self.bridges, self._control)
+        self.store.watch("backend/vif", self._scan)
+
+    def _scan(self, path: str) -> None:
+        """Which interfaces are there?"""
+        node = path.partition("backend/vif/")[2].split("/")[2:]
+        if node and node != [LAST_NODE]:
+            return  # within an interface's directory: neither new nor gone
+        base = f"/local/domain/{self.host.domid}/backend/vif"
+        found = []
+        for domid in self.store.list(base):
+            for number in self.store.list(f"{base}/{domid}"):
+                path = f"{base}/{domid}/{number}"
+                if self.store.read(f"{path}/{LAST_NODE}") is not None:
+                    found.append(path)
+        for path in [path for path in self.servers if path not in found]:
+            self.servers.pop(path).close()
+        for path in found:
+            if path not in self.servers:
+                self._serve(path)
+
+    def _serve(self, path: str) -> None:
+        try:
+            server = VifServer(
+                self.host, self.store, path, self.stage, self.bridges, self._forget, self._counters
+            )
+        except (ValueError, NodeError) as error:
+            LOG.warning(str(error), vif=path)
+            return
+        self.servers[path] = server
+        try:
+            server.start()
+        except (XenstoreError, TimeoutError) as error:  # its nodes are gone meanwhile, perhaps
+            LOG.warning(f"cannot be offered: {error}", vif=path)
+
+    def _forget(self, server: VifServer) -> None:
+        self.servers.pop(server.path, None)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    start = begin(privileges.Limits(open_files=4096, processes=16, oom_score=-200))
+    reactor = Reactor()
+    host = NativeDomain(start, reactor)
+    control = start.fds.get("control")
+    link = PacketLink(socket.socket(fileno=control), TO_NETIO) if control is not None else None
+    netio = NetIo(host, link, host.counters)
+
+    def started(order: Order, fds: list[int]) -> bytes:
+        reactor.soon(netio.start)
+        return b""
+
+    host.on_order["start"] = started
+    host.on_order["ping"] = lambda order, fds: b""  # the hypervisor asks for a sign of life
+    try:
+        reactor.run()
+    except HypervisorGone as gone:
+        sys.exit(f"netio: {gone}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The conformance guest `net` and a test on one bridge: frames both ways, states up, down and up again, a ring broken on purpose."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Raw
+
+from guests.build import build
+from toolstack.plugin.guests import GuestMachine
+from toolstack.plugin.network import Network
+
+MAC = "00:16:3e:00:00:02"
+US = "02:00:00:00:00:01"
+ADDRESS = "10.0.0.2"
+
+
+def packet(payload: Any) -> Any:
+    return Ether(dst=MAC, src=US) / IP(src="10.0.0.1", dst=ADDRESS) / payload
+
+
+def udp(port: int, payload: bytes) -> Any:
+    return packet(UDP(sport=4000, dport=port) / Raw(payload))
+
+
+def ours(port: int) -> Any:
+    return lambda one: one.haslayer(UDP) and one[UDP].sport == port
+
+
+@pytest.mark.pv
+def test_a_frontend_of_this_project_and_a_test_exchange_frames(
+    domain: Any, network: Network, machine: GuestMachine
+) -> None:
+    """ARP, ICMP, UDP; checksums completed by the back end; packets in several slots; multicast groups; the states of xenbus."""
+    guest = domain(build("net"), vifs=[f"mac={MAC}"])
+    guest.console.expect("net: up")
+    announced = network.expect(ARP)
+    assert (announced[ARP].hwsrc, announced[ARP].psrc) == (MAC, ADDRESS)
+
+    answer = network.ask(
+        Ether(dst="ff:ff:ff:ff:ff:ff", src=US) / ARP(hwsrc=US, psrc="10.0.0.1", pdst=ADDRESS), ARP
+    )
+    assert (answer.src, answer[ARP].op, answer[ARP].hwsrc) == (MAC, 2, MAC)
+
+    for size in (0, 56, 1400, 8000):
+        echo = network.ask(packet(ICMP(id=7, seq=size) / Raw((bytes(range(256)) * 40)[:size])), ICMP)
+        assert (echo[ICMP].type, echo[ICMP].seq) == (0, size)
+        assert bytes(echo[ICMP].payload)[:size] == (bytes(range(256)) * 40)[:size]
+
+    for port, payload in ((7, b"odd"), (7, b"even"), (8, b"none"), (10, b"x" * 1000)):
+        back = network.ask(udp(port, payload), ours(port))
+        assert bytes(back[UDP].payload)[: len(payload)] == payload
+        given = back[UDP].chksum
+        del back[UDP].chksum
+        right = Ether(bytes(back))[UDP].chksum
+        assert given == (right if port == 7 else 0)
+
+    network.send(Ether(dst="01:00:5e:01:02:04", src=US, type=0x88B5) / Raw(b"not asked for"))
+    network.send(Ether(dst="01:00:5e:01:02:03", src=US, type=0x88B5) / Raw(b"asked for"))
+    assert guest.console.expect(r"net: group (\d+)")[1] == "23"
+
+    network.send(udp(9, b"go on"))
+    guest.console.expect("net: up again")
+    assert network.ask(udp(7, b"again"), ours(7))[UDP].load == b"again"
+    network.send(udp(9, b"go on"))
+    assert guest.wait_end() == "poweroff"
+    lines = guest.console.text.splitlines()
+    assert [line for line in lines if line.startswith(("not ok", "Bail"))] == []
+    assert f"1..{sum(bool(re.match('ok ', line)) for line in lines)}" in lines
+    assert machine.request("check")["problems"] == []
