@@ -41,3 +41,8 @@ GrantRef = NewType("GrantRef", int)
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 PAGE_MASK: Final = PAGE_SIZE - 1
+
+
+def canonical(address: int) -> bool:
+    """A 48-bit canonical linear address."""
+    return (address >> 47) in (0, 0x1FFFF)

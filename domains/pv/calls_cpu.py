@@ -37,7 +37,7 @@ from domains.pv.calls import NO_RESULT, Handler, Result
 from domains.pv.cpu import Cpu
 from domains.pv.debugreg import read_debugreg, set_debugreg
 from domains.pv.iret import iret
-from domains.pv.msr import canonical
+from bus.addresses import canonical
 from domains.pv.state import CR0_TS
 
 MAX_TRAPS: Final = 4096

@@ -14,12 +14,11 @@ from bus.abi.arch_x86 import (
 )
 from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from bus.abi.errno import XEN_EINVAL
-from bus.addresses import PAGE_MASK, PAGE_SHIFT, Mfn, VcpuId
+from bus.addresses import PAGE_MASK, PAGE_SHIFT, Mfn, VcpuId, canonical
 from domains.pv.bounce import RFLAGS_IOPL
 from domains.pv.calls_cpu import FIXED_CS, apply_assists, assists_valid
 from domains.pv.cpu import Cpu
 from domains.pv.debugreg import set_debugreg
-from domains.pv.msr import canonical
 from domains.pv.state import CR0_BASE, CR0_TS, CR4_BASE, CR4_GUEST_MASK, InitialRegisters, VcpuState
 
 MAX_GDT_ENTRIES: Final = 16 * 512

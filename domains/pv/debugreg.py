@@ -10,7 +10,7 @@ from typing import Final
 
 from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from bus.abi.errno import XEN_EINVAL, XEN_ENODEV, XEN_EPERM
-from domains.pv.msr import canonical
+from bus.addresses import canonical
 from domains.pv.state import VcpuState
 
 CR4_DE: Final = 1 << 3

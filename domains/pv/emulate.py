@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from bus.addresses import PAGE_SHIFT, Mfn
+from bus.addresses import PAGE_SHIFT, Mfn, canonical
 from domains.pv.api import GuestFault
 from domains.pv.bounce import (
     PF_FETCH,
@@ -25,8 +25,8 @@ from domains.pv.bounce import (
 from domains.pv.cpu import Cpu
 from domains.pv.debugreg import DR6_BS, read_debugreg, set_debugreg
 from domains.pv.ioports import iopl_ok
-from domains.pv.msr import GeneralProtection, canonical, read_msr, write_msr
-from domains.pv.stack_fault import by_stack_segment
+from domains.pv.msr import GeneralProtection, read_msr, write_msr
+from domains.vcpu.stack_fault import by_stack_segment
 from domains.pv.state import CR0_BASE, CR0_TS, CR4_BASE, CR4_GUEST_MASK
 from domains.pv.time import Timekeeper
 

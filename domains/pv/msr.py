@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Final
 
 from bus.abi.xen import HYPERVISOR_iret
-from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
+from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn, canonical
 from domains.pv.cpu import EFER_HARDWARE, Cpu
 from domains.pv.time import Timekeeper
 
@@ -39,11 +39,6 @@ XEN_PAT: Final = 0x050100070406
 """PAT as Xen programs it: WB WT UC- UC WC WP (xen.h, MMU_NORMAL_PT_UPDATE)."""
 MISC_ENABLE: Final = 1 | 1 << 11 | 1 << 12 | 1 << 23
 """Fast strings, no branch trace, no PEBS, no xTPR: what Xen leaves of MSR_IA32_MISC_ENABLE."""
-
-
-def canonical(address: int) -> bool:
-    """A 48-bit canonical address."""
-    return (address >> 47) in (0, 0x1FFFF)
 
 
 class GeneralProtection(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from bus.abi.arch_x86_64 import FLAT_RING3_CS64, FLAT_RING3_SS64, HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from bus.addresses import VcpuId
 from domains.pv.api import Continuation, GuestFault
 from domains.pv.bounce import (
@@ -41,6 +41,8 @@ FORCED_EMULATION: Final = b"\x0f\x0bxen"
 """XEN_EMULATE_PREFIX (arch-x86/xen.h): UD2 and the letters; the instruction to emulate follows."""
 CPUID_OPCODE: Final = b"\x0f\xa2"
 RDPMC: Final = b"\x0f\x33"
+ICEBP: Final = b"\xf1"
+"""A trap to #DB; the vCPU does not know the instruction."""
 CR4_TSD: Final = 4
 _LOW32: Final = 0xFFFFFFFF
 
@@ -78,6 +80,9 @@ class Traps:
             user_syscall(cpu)
             return
         r = cpu.regs
+        if r.cs != FLAT_RING3_CS64 or r.ss != FLAT_RING3_SS64:  # a selector of the guest's own does not come back
+            r.cs = FLAT_RING3_CS64
+            r.ss = FLAT_RING3_SS64
         number = r.rax
         if number < NUMBERS:
             handler = self._table[number]
@@ -183,7 +188,11 @@ class Traps:
             inject_gp(cpu)
             return
         if code[:5] != FORCED_EMULATION or code[5:7] != CPUID_OPCODE:
-            inject(cpu, TRAP_UD)
+            if code[:1] == ICEBP:
+                r.rip += 1
+                inject(cpu, TRAP_DB)
+            else:
+                inject(cpu, TRAP_UD)
             return
         s = cpu.current
         if not s.kernel_mode and s.misc_features & 1:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from domains.vcpu.corrections import ALWAYS, HARDWARE
 from domains.vcpu.insides import SEGMENT_SIZE, Fixed, Offsets, library
-from domains.vcpu.thunks import Code, fault_or_return
+from domains.vcpu.thunks import Code, Control, fault_or_return
 
 FIRST_EXIT: Final = 0x100
 """Vectors from here on are SVM exit codes: 0x100 + code."""
@@ -19,25 +20,43 @@ def _u32(value: int) -> bytes:
     return (value & 0xFFFFFFFF).to_bytes(4, "little")
 
 
-def interrupt_hook(cpu: int, env: int, control: int, found: Offsets, exits: int) -> Code:
+def interrupt_hook(cpu: int, env: int, control: int, found: Offsets, exits: int, correct: int) -> Code:
     """UC_HOOK_INTR: (rdi uc, esi vector). Exceptions are delivered by QEMU's own code: frame, stack switch,
     error code.
 
     It may fault in its turn and then leaves by longjmp to the run loop, which calls this hook again: so
-    double and triple faults come about. `exception_is_int` must be cleared: a later exit would take its
-    next RIP.
+    double and triple faults come about; DELIVERING tells. `correct` (Python) sees those, and the vectors of
+    `corrections.ALWAYS`, and returns the vector. `exception_is_int` must be cleared: a later exit would
+    take its next RIP.
     """
     code = (
         Code()
         .emit("4883ec08")  # sub rsp, 8
+        .load("rcx", control + Control.DELIVERING)
         .emit("81fe", _u32(FIRST_EXIT))  # cmp esi, 0x100
         .jump("73", "exit")  # jae
+        .emit("833900")  # cmp dword [rcx], 0
+        .jump("75", "correct")
+        .emit("b8", _u32(ALWAYS), "0fa3f0")  # mov eax, ALWAYS; bt eax, esi (modulo 32: INT n may match)
+        .jump("72", "correct")
+        .label("deliver")
+        .emit("897104")  # mov [rcx+4], esi
+        .load("rax", env + found.exception_is_int)
+        .emit("8b00", "ffc0", "8901")  # mov eax, [rax]; inc eax; mov [rcx], eax
         .load("rdi", cpu)
         .call(library().address("x86_cpu_do_interrupt_x86_64"))
+        .load("rcx", control + Control.DELIVERING)
+        .emit("c701", "00000000")  # mov dword [rcx], 0
         .load("rax", env + found.exception_is_int)
         .emit("c700", "00000000")  # mov dword [rax], 0
         .emit("4883c408", "c3")  # add rsp, 8; ret
+        .label("correct")
+        .call(correct)
+        .load("rcx", control + Control.DELIVERING)
+        .emit("89c6", "39f6")  # mov esi, eax; cmp esi, esi
+        .jump("74", "deliver")
         .label("exit")
+        .emit("c701", "00000000")  # mov dword [rcx], 0
         .load("rax", env + found.exception_is_int)
         .emit("c700", "00000000")
         .call(exits)
@@ -54,8 +73,12 @@ def invalid_hook(cpu: int, env: int, control: int, target: int) -> Code:
         .call(target)
         .emit("84c0")  # test al, al
         .jump("75", "done")
+        .load("rcx", control + Control.DELIVERING)
+        .emit("c701", _u32(HARDWARE), "c74104", _u32(UD))  # mov dword [rcx], 1; mov dword [rcx+4], 6
         .load("rdi", cpu)
         .call(library().address("x86_cpu_do_interrupt_x86_64"))
+        .load("rcx", control + Control.DELIVERING)
+        .emit("c701", "00000000")  # mov dword [rcx], 0
         .label("done")
         .emit("b801000000")  # mov eax, 1
     )

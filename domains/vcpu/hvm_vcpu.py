@@ -17,6 +17,7 @@ from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 from bus.addresses import MachineAddr
 from domains.vcpu import hvm_thunks, strings, thunks
 from domains.vcpu.api import GuestFault, StopReason, VcpuError
+from domains.vcpu.corrections import Corrections
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
 from domains.vcpu.machine import Machine
@@ -38,7 +39,7 @@ HF_GUEST: Final = 1 << 21
 HF2_NMI: Final = 1 << 2
 EXIT_CR_WRITE, EXIT_INVLPG, EXIT_MSR, EXIT_SHUTDOWN = 0x10, 0x79, 0x7C, 0x7F
 INTERCEPT_INVLPG, INTERCEPT_MSR, INTERCEPT_SHUTDOWN = 1 << 25, 1 << 28, 1 << 31
-UD, GP = 6, 13
+DB, UD, GP = 1, 6, 13
 IF: Final = 1 << 9
 PE, VM, LMA = 1, 1 << 17, 1 << 10
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
@@ -53,6 +54,7 @@ CODE32_FLAT, DATA32_FLAT, TSS32_BUSY = 0xC09B, 0xC093, 0x008B
 
 _pointer, _u32, _i32, _u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint64
 _Interrupt = ctypes.CFUNCTYPE(None, _pointer, _u32, _pointer)
+_Correct = ctypes.CFUNCTYPE(_u32, _pointer, _u32, _pointer)
 _Invalid = ctypes.CFUNCTYPE(ctypes.c_bool, _pointer, _pointer)
 _Plain = ctypes.CFUNCTYPE(None, _pointer, _pointer)
 _Answer = ctypes.CFUNCTYPE(_i32, _pointer, _pointer)
@@ -92,6 +94,7 @@ class UnicornHvmVcpu(Machine):
             VMCB, ctypes.addressof(ctypes.c_char.from_buffer(self._hidden)), VMCB_SIZE, writable=True
         )
         self.memory: Final = GuestMemory(self._memory, self.regs, self._cpu)
+        self._corrections: Final = Corrections(self.regs, self._code_at, self._code_is_long)
         self._control_traps = 0
         self._trap_invlpg = False
         self.string_ports: frozenset[int] = frozenset()
@@ -284,7 +287,9 @@ class UnicornHvmVcpu(Machine):
     def _install(self) -> None:
         env, cpu, control, found, page = self._env, self._cpu, self._control.address, self._found, self._code
         exits = self._callback(_Interrupt, self._on_exit)
-        self._add_hook(UC_HOOK_INTR, page.add(hvm_thunks.interrupt_hook(cpu, env, control, found, exits)))
+        correct = self._callback(_Correct, self._on_fault)
+        interrupt = hvm_thunks.interrupt_hook(cpu, env, control, found, exits, correct)
+        self._add_hook(UC_HOOK_INTR, page.add(interrupt))
         invalid = self._callback(_Invalid, self._on_invalid)
         self._add_hook(UC_HOOK_INSN_INVALID, page.add(hvm_thunks.invalid_hook(cpu, env, control, invalid)))
         c = x86_const
@@ -411,13 +416,15 @@ class UnicornHvmVcpu(Machine):
         except BaseException as error:
             self._failed(error)
 
+    def _code_is_long(self) -> bool:
+        return bool(self.regs.hflags & hvm_thunks.HF_CS64)
+
     def code_at_rip(self, size: int = 15) -> bytes:
         """Up to `size` bytes of code at CS:RIP, as far as they are mapped."""
-        base = (
-            self.regs.rip
-            if self.regs.hflags & hvm_thunks.HF_CS64
-            else self.regs.segment("cs").base + self.regs.rip
-        )
+        return self._code_at(self.regs.rip, size)
+
+    def _code_at(self, rip: int, size: int) -> bytes:
+        base = rip & M64 if self._code_is_long() else self.regs.segment("cs").base + rip & M32
         out = b""
         try:
             while len(out) < size:
@@ -432,13 +439,31 @@ class UnicornHvmVcpu(Machine):
         return done is not False
 
     def _hypercall(self) -> bool:
-        if self.code_at_rip(3) not in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
+        code = self.code_at_rip()
+        if code[:3] not in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
+            if self._corrections.icebp(code):
+                raise GuestFault(DB, 0)
             return False
         before = self.regs.rip
         self._exits.on_hypercall()
         if self.regs.rip == before:
             self.regs.rip = before + 3
         return True
+
+    def _on_fault(self, uc: int, vector: int, user: int) -> int:
+        """An exception on its way to the IDT that QEMU may have got wrong: the right vector."""
+        try:
+            words = self._control.d
+            vector, self.regs.error_code = self._corrections.correct(
+                vector,
+                self.regs.error_code,
+                words[Control.DELIVERING // 4],
+                words[Control.DELIVERED // 4],
+            )
+            self._exception_index.value = vector
+        except BaseException as error:
+            self._failed(error)
+        return vector
 
     def _on_exit(self, uc: int, vector: int, user: int) -> None:
         self._guarded(self._exit, vector - hvm_thunks.FIRST_EXIT)

@@ -46,6 +46,10 @@ class Control:
     """u32: interrupt requests to put back when an exception from outside was raised."""
     RESUME = 56
     """u64: blocks left after that."""
+    DELIVERING = 64
+    """u32, HVM: not 0 while an exception is being delivered (`corrections.HARDWARE`, `SOFTWARE`); set again by the next one."""
+    DELIVERED = 68
+    """u32: its vector."""
 
 
 class ControlPage:

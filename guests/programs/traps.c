@@ -12,6 +12,7 @@ static char spare[PAGE_SIZE] PAGE_ALIGNED;
 static void do_ud2(unsigned long a) { (void)a; __asm__ volatile("ud2"); }
 static void do_int3(unsigned long a) { (void)a; __asm__ volatile("int3"); }
 static void do_int80(unsigned long a) { (void)a; __asm__ volatile("int $0x80"); }
+static void do_icebp(unsigned long a) { (void)a; __asm__ volatile(".byte 0xf1"); }
 static void do_divide(unsigned long a) { __asm__ volatile("xor %%edx, %%edx; mov $1, %%eax; div %0" : : "r"((uint32_t)a) : "eax", "edx"); }
 static void do_read(unsigned long a) { __asm__ volatile("mov (%0), %%rax" : : "r"(a) : "rax", "memory"); }
 static void do_write(unsigned long a) { __asm__ volatile("movq $1, (%0)" : : "r"(a) : "memory"); }
@@ -44,6 +45,8 @@ static void kernel_exceptions(void)
     events_on();
     same(attempt(do_int3, 0), 3, "INT3 is #BP");
     ok(at_code(caught.rip, do_int3) && byte_at(caught.rip - 1) == 0xcc, "with RIP behind it");
+    same(attempt(do_icebp, 0), 1, "ICEBP is #DB");
+    ok(at_code(caught.rip, do_icebp) && byte_at(caught.rip - 1) == 0xf1, "with RIP behind it");
     same(attempt(do_divide, 0), 0, "division by zero is #DE");
     ok(at_code(caught.rip, do_divide) && byte_at(caught.rip) == 0xf7, "with RIP at it");
     same(attempt(do_int80, 0), 0x80, "INT 0x80 in the kernel goes to its handler");
@@ -228,6 +231,28 @@ static void segment_bases(void)
     same(HYPERVISOR_set_segment_base(SEGBASE_FS, 1ul << 63), -XEN_EINVAL, "a base that is not canonical: EINVAL");
 }
 
+#define OWN_CS (1 << 3 | 3)
+static uint64_t own_gdt[512] PAGE_ALIGNED;
+
+/* A hypercall made with a code segment of the guest's own. */
+static void own_code_segment(void)
+{
+    own_gdt[1] = 0x00affb000000ffff; /* 64-bit code, DPL 3 */
+    uint64_t frame = virt_to_mfn(own_gdt);
+    same(set_pte(own_gdt, frame << PAGE_SHIFT | PTE_RO), 0, "make a descriptor table read-only");
+    same(hypercall(__HYPERVISOR_set_gdt, &frame, 512, 0, 0), 0, "set_gdt");
+    unsigned before, after;
+    long rc;
+    __asm__ volatile("push %[own]; lea 1f(%%rip), %%rax; push %%rax; lretq; 1: mov %%cs, %[before]; mov %[nr], %%eax; xor %%edi, %%edi; syscall;"
+                     "mov %%cs, %[after]; push %[flat]; lea 2f(%%rip), %%rcx; push %%rcx; lretq; 2:"
+                     : "=&a"(rc), [before] "=&r"(before), [after] "=&r"(after)
+                     : [own] "i"(OWN_CS), [flat] "i"(FLAT_RING3_CS64), [nr] "i"(__HYPERVISOR_xen_version)
+                     : "rdi", "rsi", "rdx", "rcx", "r11", "memory");
+    same(before, OWN_CS, "code runs with a selector of the guest's own");
+    same(rc >> 16, 4, "a hypercall works there");
+    same(after, FLAT_RING3_CS64, "and comes back with Xen's flat selector");
+}
+
 void program(void)
 {
     kernel_exceptions();
@@ -237,4 +262,5 @@ void program(void)
     user_tables();
     user_mode();
     segment_bases();
+    own_code_segment();
 }

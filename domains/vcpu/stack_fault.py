@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from domains.pv.msr import canonical
+from bus.addresses import canonical
 from domains.vcpu.api import Registers
 
 _RSP: Final = 4
