@@ -6,29 +6,14 @@ import re
 from typing import Any
 
 import pytest
-from scapy.layers.inet import ICMP, IP, UDP
+from net_packets import ADDRESS, MAC, OWN, PATTERN, US, echo, go_on, ours, udp
+from scapy.layers.inet import ICMP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from guests.build import build
 from toolstack.plugin.guests import GuestMachine
 from toolstack.plugin.network import Network
-
-MAC = "00:16:3e:00:00:02"
-US = "02:00:00:00:00:01"
-ADDRESS = "10.0.0.2"
-
-
-def packet(payload: Any) -> Any:
-    return Ether(dst=MAC, src=US) / IP(src="10.0.0.1", dst=ADDRESS) / payload
-
-
-def udp(port: int, payload: bytes) -> Any:
-    return packet(UDP(sport=4000, dport=port) / Raw(payload))
-
-
-def ours(port: int) -> Any:
-    return lambda one: one.haslayer(UDP) and one[UDP].sport == port
 
 
 @pytest.mark.pv
@@ -41,15 +26,13 @@ def test_a_frontend_of_this_project_and_a_test_exchange_frames(
     announced = network.expect(ARP)
     assert (announced[ARP].hwsrc, announced[ARP].psrc) == (MAC, ADDRESS)
 
-    answer = network.ask(
-        Ether(dst="ff:ff:ff:ff:ff:ff", src=US) / ARP(hwsrc=US, psrc="10.0.0.1", pdst=ADDRESS), ARP
-    )
+    answer = network.ask(Ether(dst="ff:ff:ff:ff:ff:ff", src=US) / ARP(hwsrc=US, psrc=OWN, pdst=ADDRESS), ARP)
     assert (answer.src, answer[ARP].op, answer[ARP].hwsrc) == (MAC, 2, MAC)
 
     for size in (0, 56, 1400, 8000):
-        echo = network.ask(packet(ICMP(id=7, seq=size) / Raw((bytes(range(256)) * 40)[:size])), ICMP)
-        assert (echo[ICMP].type, echo[ICMP].seq) == (0, size)
-        assert bytes(echo[ICMP].payload)[:size] == (bytes(range(256)) * 40)[:size]
+        answer = network.ask(echo(size, size), ICMP)
+        assert (answer[ICMP].type, answer[ICMP].seq) == (0, size)
+        assert bytes(answer[ICMP].payload)[:size] == PATTERN[:size]
 
     for port, payload in ((7, b"odd"), (7, b"even"), (8, b"none"), (10, b"x" * 1000)):
         back = network.ask(udp(port, payload), ours(port))
@@ -63,10 +46,10 @@ def test_a_frontend_of_this_project_and_a_test_exchange_frames(
     network.send(Ether(dst="01:00:5e:01:02:03", src=US, type=0x88B5) / Raw(b"asked for"))
     assert guest.console.expect(r"net: group (\d+)")[1] == "23"
 
-    network.send(udp(9, b"go on"))
+    network.send(go_on())
     guest.console.expect("net: up again")
     assert network.ask(udp(7, b"again"), ours(7))[UDP].load == b"again"
-    network.send(udp(9, b"go on"))
+    network.send(go_on())
     assert guest.wait_end() == "poweroff"
     lines = guest.console.text.splitlines()
     assert [line for line in lines if line.startswith(("not ok", "Bail"))] == []
