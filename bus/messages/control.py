@@ -49,6 +49,15 @@ class DomainConfig(Message):
     serial: bool = True
     """Of an HVM guest: it has a serial line."""
     vga: Literal["stdvga", "none"] = "stdvga"
+    hap: bool = True
+    """Of HVM and PVH guests: two-level paging; False: shadow page tables."""
+    vnc: bool = False
+    """Of an HVM guest: its device model is a VNC server."""
+    vnc_listen: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-fA-F.:]+$")] = "127.0.0.1"
+    vnc_display: Annotated[int, Field(ge=0, le=59635)] = 0
+    vnc_unused: bool = True
+    """The first free display from `vnc_display` on."""
+    vnc_password: Annotated[str, Field(max_length=8)] = ""
     cpu_weight: Annotated[int, Field(ge=1, le=65535)] = 256
     cap: Annotated[int, Field(ge=0, le=65535)] = 0
     cpus: Annotated[list[Cpus | None], Field(max_length=128)] = []

@@ -63,9 +63,11 @@ class ModelButton(Message):
 
 
 class ModelReady(Message):
-    """Its ranges are in effect: the guest may run."""
+    """Its ranges are in effect: the guest may run. Where its VNC server listens; port 0: it has none."""
 
     KIND: ClassVar[str] = "model_ready"
+    vnc_listen: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-fA-F.:]*$")] = ""
+    vnc_port: Annotated[int, Field(ge=0, le=65535)] = 0
 
 
 class ModelOutput(Message):

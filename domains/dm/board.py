@@ -11,6 +11,7 @@ from bus.abi.sched import SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.process import Start
 from domains.dm.guest import PAGE, Guest
 from domains.dm.server import Spaces
+from domains.dm.vnc import VncSettings
 from drivers.hw.nvme.media import Media, RawMedia
 from drivers.hw.nvme.media_qcow2 import Qcow2Media
 from drivers.pc.acpi_pm import S5, SCI_IRQ, AcpiPm
@@ -26,6 +27,7 @@ from drivers.pc.keys import parse_combination
 from drivers.pc.pci import PciBus
 from drivers.pc.pci_setup import set_up_pci
 from drivers.pc.piix3 import Piix3Isa
+from drivers.pc.rfb import Event, KeyEvent
 from drivers.pc.system import A20, ResetControl
 from drivers.pc.uart import COM1, COM1_IRQ, Uart
 from drivers.pc.vga import PlainRange, Vga
@@ -92,6 +94,8 @@ class Settings:
     disks: tuple[Slot, ...] = ()
     files: dict[str, int] = field(default_factory=dict)
     """Descriptors by name."""
+    name: str = "guest"
+    vnc: VncSettings | None = None
 
     @classmethod
     def from_start(cls, start: Start) -> Settings:
@@ -107,6 +111,8 @@ class Settings:
                 for d in given.get("disks", ())
             ),
             files=dict(start.fds),
+            name=str(given.get("name", "guest")),
+            vnc=VncSettings.from_start(given.get("vnc")),
         )
 
 
@@ -290,6 +296,13 @@ class Board:
             for name in reversed(names):
                 self.keyboard.key(name, False)
         return ""
+
+    def by_viewer(self, event: Event) -> None:
+        """A key or the pointer of a VNC viewer."""
+        if isinstance(event, KeyEvent):
+            self.keyboard.key(event.key, event.pressed)
+        else:
+            self.keyboard.move_mouse(event.dx, event.dy, event.wheel, event.buttons)
 
     def next_deadline(self) -> int | None:
         """See Timed."""

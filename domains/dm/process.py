@@ -31,8 +31,11 @@ from bus.process import Start
 from domains.dm.board import Board, Settings
 from domains.dm.guest import Guest
 from domains.dm.server import IoreqServer, Spaces
+from domains.dm.vnc import VncError, VncServer
 from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
+from drivers.pc.rfb import Event
+from drivers.pc.vga_render import Picture
 
 OUTPUT_CHUNK: Final = 4096
 OUTPUT_DELAY_S: Final = 0.01
@@ -58,6 +61,7 @@ class ModelProcess:
         self._guest: Guest | None = None
         self._server: IoreqServer | None = None
         self.board: Board | None = None
+        self._vnc: VncServer | None = None
         self._timer: int | None = None
         self._handlers: Final[dict[type[Message], Callable[[Any], None]]] = {
             ModelGo: self._go,
@@ -108,10 +112,33 @@ class ModelProcess:
             self._settings, spaces, guest, time.monotonic_ns, self._transmit, self._shutdown, self._log
         )
         self.board.unplugged = self._unplugged
+        try:
+            self._listen(self.board)
+        except VncError as error:
+            self._tell(ModelFailed(why=str(error)[:400]))
+            return
         spaces.announce(server)
         server.enable()
         self.reactor.reader(guest.request.fd, self._serve)
-        self._tell(ModelReady())
+        host, port = self._vnc.address if self._vnc is not None else ("", 0)
+        self._tell(ModelReady(vnc_listen=host, vnc_port=port))
+
+    def _listen(self, board: Board) -> None:
+        """Pictures for viewers, and what they type. VncError."""
+        wanted = self._settings.vnc
+        if wanted is None or board.vga is None:
+            return
+
+        def picture() -> Picture:
+            found = board.picture(time.monotonic_ns())
+            assert found is not None  # it has a VGA
+            return found
+
+        def deliver(event: Event) -> None:
+            board.by_viewer(event)
+            self._follow()
+
+        self._vnc = VncServer(self.reactor, self._settings.name, wanted, picture, deliver, self._log)
 
     def _alive(self) -> None:
         """While a note waits: the hypervisor's link is looked at, so that its end is seen."""

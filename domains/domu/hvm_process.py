@@ -8,6 +8,7 @@ import time
 from typing import Any, cast
 
 from bus.abi.arch_x86 import XEN_X86_EMU_PIC
+from bus.abi.domctl import XEN_DOMCTL_CDF_hap
 from bus.abi.errno import XEN_EINVAL, XEN_EOPNOTSUPP
 from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import PAGE_SIZE, Mfn, VcpuId
@@ -26,6 +27,11 @@ from domains.pv.domain import PvDomain
 from domains.vcpu.api import VcpuError
 
 
+def shadow_pages(frames: int, vcpus: int) -> int:
+    """Pages for shadow page tables: what libxl reckons (1 MiB a vCPU and two pages a MiB of memory)."""
+    return 256 * vcpus + 2 * -(-frames >> 8)
+
+
 class GuestProcess(PvProcess):
     """A PV guest's process until the `configure` order says otherwise."""
 
@@ -36,6 +42,7 @@ class GuestProcess(PvProcess):
         self.physmap: PhysicalMap | None = None
         self._handle = bytes(16)
         self._board = False
+        self._hap = True
         self._params: dict[int, int] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._devices = GuestDevices(self.link, self.upstream.console_line)
@@ -45,6 +52,7 @@ class GuestProcess(PvProcess):
         if order.body["kind"] == "hvm":
             self._handle = bytes(order.body["handle"])
             self._board = bool(order.body["emulation_flags"] & XEN_X86_EMU_PIC)
+            self._hap = bool(order.body["flags"] & XEN_DOMCTL_CDF_hap)
             self._handlers.update(
                 {
                     "extent": self._hvm_extent,
@@ -109,6 +117,8 @@ class GuestProcess(PvProcess):
                 self._max_vcpus,
                 Identity(handle=self._handle),
                 board=self._board,
+                hap=self._hap,
+                shadow_pages=shadow_pages(memory.frames, self._max_vcpus),
             ),
             physmap,
             memory.octets,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Final, cast
 
-from bus.addresses import PAGE_SHIFT, MachineAddr, Mfn
+from bus.addresses import PAGE_SHIFT, Mfn
 from domains.hvm.physmap import PhysicalMap
 from domains.hvm.state import HvmState
 from domains.pv.api import GuestFault, PagingApi
@@ -99,5 +99,4 @@ class HvmCpu(Cpu):
             self.hvm.memory.write_physical(address, data)
         except NotMapped:
             return False
-        self.hvm.drop_code(MachineAddr(address), len(data))
         return True

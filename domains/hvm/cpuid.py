@@ -22,6 +22,7 @@ from bus.abi.cpuid import (
 from bus.abi.version import XEN_VERSION
 from bus.addresses import DomId
 from domains.hvm.physmap import ADDRESS_BITS
+from domains.hvm.shadow import ADDRESS_BITS as SHADOW_BITS
 from domains.pv.cpuid import BRAND, BUS_MHZ, CRYSTAL_HZ, MAX_LEAF, SIGNATURE, VENDOR, VIRTUAL_BITS
 from domains.pv.time import TSC_HZ, TSC_SHIFT, TSC_TO_SYSTEM_MUL
 
@@ -52,7 +53,7 @@ CR4_BY_FEATURE: Final = ((7, 1, 0, 16), (1, 2, 26, 18), (7, 1, 7, 20), (7, 1, 20
 class HvmCpuid:
     """The leaves of one domain. `native` is the vCPU's own answer; it follows CR4 (OSXSAVE)."""
 
-    def __init__(self, domain: DomId, vcpus: int, native: Native) -> None:
+    def __init__(self, domain: DomId, vcpus: int, native: Native, *, hap: bool = True) -> None:
         self._domain: Final = domain
         self._native: Final = native
         self._vcpus: Final = max(1, min(vcpus, 127))
@@ -64,7 +65,7 @@ class HvmCpuid:
             (0x15, -1): (1, TSC_HZ // CRYSTAL_HZ, CRYSTAL_HZ, 0),
             (0x16, -1): (TSC_HZ // 1_000_000, TSC_HZ // 1_000_000, BUS_MHZ, 0),
             (0x80000000, -1): (0x80000008, 0, 0, 0),
-            (0x80000008, -1): (VIRTUAL_BITS << 8 | ADDRESS_BITS, 0, 0, 0),
+            (0x80000008, -1): (VIRTUAL_BITS << 8 | (ADDRESS_BITS if hap else SHADOW_BITS), 0, 0, 0),
             (base, -1): (
                 base + XEN_CPUID_MAX_NUM_LEAVES, XEN_CPUID_SIGNATURE_EBX, XEN_CPUID_SIGNATURE_ECX, XEN_CPUID_SIGNATURE_EDX,
             ),

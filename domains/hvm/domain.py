@@ -39,6 +39,7 @@ from domains.hvm.model import Model
 from domains.hvm.msr import Msrs
 from domains.hvm.pci_root import PciRoot
 from domains.hvm.physmap import PhysicalMap
+from domains.hvm.shadow import POOL, WINDOW, Shadow
 from domains.hvm.state import HvmState
 from domains.pv.calls import Handler
 from domains.pv.calls_version import Identity
@@ -52,6 +53,8 @@ from domains.pv.wire import Remote
 from domains.vcpu.api import StopReason, VcpuError
 from domains.vcpu.hvm_thunks import HF_CS64
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
+from domains.vcpu.shadow_mmu import ShadowMmu
+from domains.vcpu.shadow_vcpu import ShadowHvmVcpu
 from domains.vcpu.walk import NotMapped
 from drivers.pc.assigned import AssignedFunction
 from drivers.pc.ioapic import decode_msi
@@ -72,6 +75,10 @@ class HvmConfig:
     vcpus: int = 1
     identity: Identity = field(default_factory=Identity)
     slice_blocks: int = SLICE_BLOCKS
+    hap: bool = True
+    """Two levels of paging; False: shadow page tables."""
+    shadow_pages: int = 1024
+    """Memory for those."""
     board: bool = False
     """A full HVM guest: it has interrupt controllers, timers and, with a device model, everything else of a PC."""
 
@@ -112,13 +119,12 @@ class HvmDomain(Turns[HvmState]):
         self.life: Final = Life(self.cpu, upstream)
         self.triple_fault_reason = SHUTDOWN_reboot
         self.exits: Final = self._exits(table)
-        self.vcpu: Final = UnicornHvmVcpu(self.exits)
-        self.vcpu.trap_control_writes(4)
+        self.shadow: Shadow | None = None
+        self.vcpu: Final = self._hap_vcpu(physmap) if config.hap else self._shadow_vcpu(physmap, octets)
         self.cpu.attach(self.vcpu)
-        physmap.attach(self.vcpu)
         count_nanoseconds(self.vcpu, monotonic, START_NS)
         self.time.now = self.vcpu.guest_tsc
-        self.exits.cpuid = HvmCpuid(config.domain, config.vcpus, self.vcpu.native_cpuid)
+        self.exits.cpuid = HvmCpuid(config.domain, config.vcpus, self.vcpu.native_cpuid, hap=config.hap)
         self.exits.msrs = Msrs(self.vcpu.guest_tsc, self._make_page)
         wired = self.interrupts
         wired.states, wired.vcpu = self.states, self.vcpu
@@ -131,6 +137,20 @@ class HvmDomain(Turns[HvmState]):
         self.model: Model | None = None
         self.crash_text: str | None = None
         super().__init__(self.cpu, self.states, self.time, self.life, self.events)
+
+    def _hap_vcpu(self, physmap: PhysicalMap) -> UnicornHvmVcpu:
+        vcpu = UnicornHvmVcpu(self.exits)
+        vcpu.trap_control_writes(4)
+        physmap.attach(vcpu)
+        return vcpu
+
+    def _shadow_vcpu(self, physmap: PhysicalMap, octets: memoryview) -> UnicornHvmVcpu:
+        mmu = ShadowMmu(self.config.shadow_pages)
+        shadow = self.shadow = Shadow(physmap, octets, memoryview(mmu.pool))
+        vcpu = ShadowHvmVcpu(self.exits, shadow, mmu, POOL, WINDOW)
+        shadow.attach(vcpu, vcpu.regs)
+        physmap.attach(shadow)
+        return vcpu
 
     def _board(self) -> Board:
         wired = self.interrupts

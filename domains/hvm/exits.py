@@ -188,8 +188,10 @@ class Exits:
         return self._now()
 
     def on_cr_write(self, register: int, value: int) -> int:
-        """CR4 only: #GP for a bit of a feature that the guest is not shown, which the vCPU itself would take."""
-        self.counts["cr4"] += 1
+        """Of CR4: #GP for a bit of a feature that the guest is not shown, which the vCPU itself would take."""
+        self.counts[f"cr{register}"] += 1
+        if register != 4:
+            return value
         assert self.cpuid is not None
         if value & ~self.cpuid.cr4_bits():
             self._cpu.hvm.raise_fault(GP)

@@ -50,7 +50,7 @@ class PhysicalMap:
         """The domain's own frames are [base, base + frames), contiguous at `host_address` in this process."""
         self.base: Final = base
         self.frames: Final = frames
-        self._host: Final = host_address
+        self.host: Final = host_address
         self._chunks: dict[int, array[int]] = {}
         self._gfns = array("q", [-1]) * frames
         self._vcpu: Mapper | None = None
@@ -155,7 +155,7 @@ class PhysicalMap:
 
     def _map(self, gfn: int, mfn: int, count: int) -> None:
         assert self._vcpu is not None
-        host = self._host + (mfn - self.base << PAGE_SHIFT)
+        host = self.host + (mfn - self.base << PAGE_SHIFT)
         self._vcpu.map(MachineAddr(gfn << PAGE_SHIFT), host, count << PAGE_SHIFT)
 
     def _set(self, gfn: int, mfn: int, count: int) -> None:

@@ -80,7 +80,9 @@ class Traps:
             user_syscall(cpu)
             return
         r = cpu.regs
-        if r.cs != FLAT_RING3_CS64 or r.ss != FLAT_RING3_SS64:  # a selector of the guest's own does not come back
+        if (
+            r.cs != FLAT_RING3_CS64 or r.ss != FLAT_RING3_SS64
+        ):  # a selector of the guest's own does not come back
             r.cs = FLAT_RING3_CS64
             r.ss = FLAT_RING3_SS64
         number = r.rax

@@ -108,19 +108,27 @@ class HvmGuest:
 
     def __init__(self) -> None:
         self.exits: Final = HvmRecorder()
-        self.vcpu: Final = UnicornHvmVcpu(self.exits)
-        self.exits.vcpu = self.vcpu
         self.memory: Final = mmap.mmap(-1, SIZE)
-        host = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.vcpu.map(MachineAddr(0), host, SIZE)
-        self.vcpu.map(MachineAddr(RESET), host + SIZE // 2, SIZE // 2)
-        self.vcpu.map_mmio(MachineAddr(MMIO), MMIO_SIZE)
+        self.host: Final = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.vcpu: Final = self._machine()
+        self.exits.vcpu = self.vcpu
+
+    def _machine(self) -> UnicornHvmVcpu:
+        vcpu = UnicornHvmVcpu(self.exits)
+        vcpu.map(MachineAddr(0), self.host, SIZE)
+        vcpu.map(MachineAddr(RESET), self.host + SIZE // 2, SIZE // 2)
+        vcpu.map_mmio(MachineAddr(MMIO), MMIO_SIZE)
+        return vcpu
+
+    def drop_code(self, address: int, size: int) -> None:
+        """Translations of memory that was written from outside."""
+        self.vcpu.drop_code(MachineAddr(address), size)
 
     def write(self, address: int, data: bytes | str) -> None:
         """Write memory, bytes or hexadecimal digits, and drop translations of it."""
         data = bytes.fromhex(data) if isinstance(data, str) else data
         self.memory[address : address + len(data)] = data
-        self.vcpu.drop_code(MachineAddr(address), len(data))
+        self.drop_code(address, len(data))
 
     def real_mode(self, code: str) -> None:
         """Real-mode code at CODE, entered from the reset vector by a far jump."""

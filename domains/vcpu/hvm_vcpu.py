@@ -93,7 +93,7 @@ class UnicornHvmVcpu(Machine):
         self._memory.map(
             VMCB, ctypes.addressof(ctypes.c_char.from_buffer(self._hidden)), VMCB_SIZE, writable=True
         )
-        self.memory: Final = GuestMemory(self._memory, self.regs, self._cpu)
+        self.memory: Final = self._guest_memory()
         self._corrections: Final = Corrections(self.regs, self._code_at, self._code_is_long)
         self._control_traps = 0
         self._trap_invlpg = False
@@ -103,6 +103,9 @@ class UnicornHvmVcpu(Machine):
         """(port, size, count) -> the values, at least one and at most `count`."""
         self.on_string_out: Callable[[int, int, bytes], None] = lambda port, size, data: None
         self.reset()
+
+    def _guest_memory(self) -> GuestMemory:
+        return GuestMemory(self._memory, self.regs, self._cpu)
 
     def _make_msr_map(self) -> None:
         bits = bytearray(b"\xff" * 0x1800)
@@ -335,7 +338,7 @@ class UnicornHvmVcpu(Machine):
         place = strings.place(block, self.memory, self.regs, write=write)
         if (
             place is None
-            or self._memory.host_address(place, block.size * block.steps, writable=write) is None
+            or self.memory.space.host_address(place, block.size * block.steps, writable=write) is None
         ):
             return None
         return place
@@ -527,9 +530,12 @@ class UnicornHvmVcpu(Machine):
     def _invlpg_exit(self) -> None:
         code, prefixes, rex = self._opcode()
         address, length = self._effective_address(code[2:], rex)
-        self._exits.on_invlpg(address)
+        self._invalidate(address)
         self._flush_page(self._cpu, address)
         self.regs.rip += prefixes + 2 + length
+
+    def _invalidate(self, address: int) -> None:
+        self._exits.on_invlpg(address)
 
     def _effective_address(self, code: bytes, rex: int) -> tuple[int, int]:
         """(linear address, length of ModRM to displacement) of a memory operand with 32- or 64-bit

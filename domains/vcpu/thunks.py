@@ -50,6 +50,12 @@ class Control:
     """u32, HVM: not 0 while an exception is being delivered (`corrections.HARDWARE`, `SOFTWARE`); set again by the next one."""
     DELIVERED = 68
     """u32: its vector."""
+    SHADOW_CR0 = 80
+    SHADOW_CR3 = 88
+    SHADOW_CR4 = 96
+    """u64 each: what the MMU has in place of the guest's during a walk (`domains.vcpu.shadow_mmu`)."""
+    GUEST_CR3 = 104
+    """u64: the guest's, for which they are."""
 
 
 class ControlPage:

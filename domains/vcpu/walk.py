@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from domains.vcpu.insides import library
-from domains.vcpu.memory import PhysicalMap
 from domains.vcpu.state import EnvRegisters
 
 PG, PSE, PAE, LMA = 1 << 31, 1 << 4, 1 << 5, 1 << 10
@@ -41,10 +40,20 @@ class Translation(NamedTuple):
     """The rights that all levels of the tables give together."""
 
 
+class Space(Protocol):
+    """Guest-physical memory: `domains.vcpu.memory.PhysicalMap`, or what a domain with shadow paging has."""
+
+    def host_address(self, address: int, size: int = 1, *, writable: bool = False) -> int | None:
+        """Where it is in this process; None: nowhere, or not in one piece, or not to be written."""
+
+    def drop_code(self, address: int, size: int) -> None:
+        """It was written: translations of code there are stale."""
+
+
 class GuestMemory:
     """Physical and linear memory of a guest. NotMapped where there is none."""
 
-    def __init__(self, memory: PhysicalMap, registers: EnvRegisters, cpu: int) -> None:
+    def __init__(self, memory: Space, registers: EnvRegisters, cpu: int) -> None:
         # QEMU's own walk for debuggers: all modes, no rights, no faults, no accessed bits; u32 attributes
         # come back.
         self._page: Final = library().held(
@@ -55,7 +64,7 @@ class GuestMemory:
         self._cpu: Final = cpu
         self._attributes: Final = (ctypes.c_uint32 * 4)()
         self._attributes_at: Final = ctypes.addressof(self._attributes)
-        self._memory: Final = memory
+        self.space: Final = memory
         self._regs: Final = registers
 
     def read_physical(self, address: int, size: int) -> bytes:
@@ -63,7 +72,7 @@ class GuestMemory:
         out = b""
         while size:
             step = min(size, PAGE - address % PAGE)
-            host = self._memory.host_address(address, step)
+            host = self.space.host_address(address, step)
             if host is None:
                 raise NotMapped(address)
             out += ctypes.string_at(host, step)
@@ -77,7 +86,7 @@ class GuestMemory:
         at = 0
         while at < len(data):
             step = min(len(data) - at, PAGE - (address + at) % PAGE)
-            host = self._memory.host_address(address + at, step, writable=True)
+            host = self.space.host_address(address + at, step, writable=True)
             if host is None:
                 raise NotMapped(address + at)
             pieces.append((host, at, step))
@@ -85,7 +94,7 @@ class GuestMemory:
         for host, at, step in pieces:
             ctypes.memmove(host, data[at : at + step], step)
         if data:
-            self._memory.drop_code(address, len(data))
+            self.space.drop_code(address, len(data))
 
     def translate(self, linear: int) -> Translation:
         """The page walk for one linear address, in the mode and with the tables of now."""

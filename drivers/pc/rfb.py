@@ -1,21 +1,24 @@
 """RFB (VNC) server protocol 3.3, 3.7 and 3.8 without I/O: bytes in, events and bytes out. One object a connection.
 
-No authentication (security type None): who may connect is the socket's business. True colour of 8, 16 and 32 bits; raw encoding and
-the pseudo-encoding DesktopSize; only lines that changed are sent. A client that names another colour mode or speaks nonsense gets
-RfbError. Source: RFC 6143.
+Without a password security type None, with one VNC authentication (a challenge by DES: it keeps honest people out). True colour of 8, 16
+and 32 bits; raw encoding and the pseudo-encoding DesktopSize; only lines that changed are sent. A client that names another colour mode
+or speaks nonsense gets RfbError. Source: RFC 6143.
 """
 
 from __future__ import annotations
 
+import hmac
 import struct
 from dataclasses import dataclass
 from typing import Final
 
+from drivers.pc.des import vnc_response
 from drivers.pc.keys import key_of_keysym
 from drivers.pc.vga_render import Picture
 
 VERSIONS: Final = {b"RFB 003.003\n": 3, b"RFB 003.007\n": 7, b"RFB 003.008\n": 8}
-NONE: Final = 1
+NONE, VNC_AUTHENTICATION = 1, 2
+CHALLENGE: Final = 16
 SET_FORMAT, SET_ENCODINGS, UPDATE_REQUEST, KEY, POINTER, CUT_TEXT = 0, 2, 3, 4, 5, 6
 _SIZES: Final = {SET_FORMAT: 20, SET_ENCODINGS: 4, UPDATE_REQUEST: 10, KEY: 8, POINTER: 6, CUT_TEXT: 8}
 RAW, DESKTOP_SIZE = 0, -223
@@ -81,7 +84,15 @@ def _depth(maxima: tuple[int, int, int]) -> int:
 class RfbServer:
     """A connection. Take `output()` whenever something was done; give a picture with `update` while `wants_update`."""
 
-    def __init__(self, name: str, width: int, height: int) -> None:
+    def __init__(
+        self, name: str, width: int, height: int, *, password: bytes = b"", challenge: bytes = b""
+    ) -> None:
+        """`password`: its first eight bytes count; with one, `challenge` is 16 random bytes of this connection's own."""
+        if password and len(challenge) != CHALLENGE:
+            raise ValueError(f"a challenge has {CHALLENGE} bytes")
+        self._password: Final = password
+        self._challenge: Final = challenge
+        self._security: Final = VNC_AUTHENTICATION if password else NONE
         self._name: Final = name.encode("utf-8", "replace")[:256]
         self._size = width, height
         self._input = bytearray()
@@ -90,7 +101,7 @@ class RfbServer:
         self._minor = 8
         self._skip = 0  # bytes of a text that is still coming
         self._format = PixelFormat()
-        self._tables = self._format.tables()
+        self._tables: list[list[bytes]] | None = None
         self._can_resize = False
         self._asked: tuple[bool, int, int, int, int] | None = None
         self._shown: Picture | None = None
@@ -159,12 +170,15 @@ class RfbServer:
             value = self._take(1)[0]
             if self._state == "init":
                 self._initialize()
-            elif value != NONE:
+            elif value != self._security:
                 raise RfbError(f"security type {value}")
             else:
-                if self._minor == 8:
-                    self._out += struct.pack(">I", 0)
-                self._state = "init"
+                self._secure()
+            return True
+        if self._state == "challenge":
+            if have < CHALLENGE:
+                return False
+            self._check(self._take(CHALLENGE))
             return True
         if not have:
             return False
@@ -175,11 +189,31 @@ class RfbServer:
             raise RfbError(f"no RFB client: {version!r}")
         self._minor = VERSIONS.get(version, 3 if version < b"RFB 003.007\n" else 8)
         if self._minor == 3:
-            self._out += struct.pack(">I", NONE)
-            self._state = "init"
+            self._out += struct.pack(">I", self._security)
+            self._secure()
         else:
-            self._out += bytes((1, NONE))
+            self._out += bytes((1, self._security))
             self._state = "security"
+
+    def _secure(self) -> None:
+        """The security type is agreed on."""
+        if self._security == VNC_AUTHENTICATION:
+            self._out += self._challenge
+            self._state = "challenge"
+            return
+        if self._minor == 8:
+            self._out += struct.pack(">I", 0)
+        self._state = "init"
+
+    def _check(self, response: bytes) -> None:
+        if not hmac.compare_digest(response, vnc_response(self._password, self._challenge)):
+            reason = b"wrong password"
+            self._out += struct.pack(">I", 1)
+            if self._minor == 8:
+                self._out += struct.pack(">I", len(reason)) + reason
+            raise RfbError("wrong password")
+        self._out += struct.pack(">I", 0)
+        self._state = "init"
 
     def _initialize(self) -> None:
         form = self._format
@@ -234,7 +268,7 @@ class RfbServer:
         ):
             raise RfbError(f"colours {maxima} at {shifts}")
         self._format = PixelFormat(bits, bool(big), maxima, shifts)
-        self._tables = self._format.tables()
+        self._tables = None  # made when a picture is: a client may send any number of formats
         self._shown = None
 
     def _key(self, pressed: int, keysym: int, events: list[Event]) -> None:
@@ -323,6 +357,8 @@ class RfbServer:
         count = len(rgb) // 3
         colours = [rgb[part::3] for part in range(3)]
         out = bytearray(count * size)
+        if self._tables is None:
+            self._tables = self._format.tables()
         for place, tables in enumerate(self._tables):
             total = 0
             for colour, table in zip(colours, tables, strict=True):

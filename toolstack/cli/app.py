@@ -153,6 +153,13 @@ def run(
         ),
     ] = False,
     trace: Annotated[str, typer.Option(metavar="FILE", help="Write a timeline for ui.perfetto.dev.")] = "",
+    hap: Annotated[
+        bool, typer.Option("--hap/--no-hap", help="HVM and PVH: two-level paging, or shadow page tables.")
+    ] = True,
+    vnc: Annotated[
+        bool,
+        typer.Option("--vnc", help="HVM: a VNC server on 127.0.0.1; its port is told on standard error."),
+    ] = False,
 ) -> None:
     r"""Boot one guest on a machine of its own, its console here, and take all down.
 
@@ -170,6 +177,7 @@ def run(
         "vcpus": vcpus,
         "type": type_,
         "name": name,
+        "hap": hap,
     }
     if pvshim:
         fields["pvshim"] = True
@@ -193,6 +201,7 @@ def run(
         cpus=cpus,
         join=join,
         trace=trace,
+        vnc=vnc,
     )
     raise typer.Exit(status)
 

@@ -147,6 +147,9 @@ class Run:
             arguments = {"config": config, "attach": True}
             outcome.domid = machine.client.request("create", arguments, images.descriptors)
             machine.owns(self._name)
+            if config.vnc:
+                where = machine.client.request("vnc", {"domain": self._name})
+                _say(f"domicile: {self._name}: vnc {where['address']}::{where['port']}")
         except MachineGone:
             outcome.reason, outcome.details = "machine", machine.errors()
             return

@@ -24,6 +24,7 @@ def add(app: typer.Typer) -> None:
         ("console", console),
         ("screenshot", screenshot),
         ("send-key", send_key),
+        ("vncviewer", vncviewer),
         ("shutdown", shutdown),
         ("reboot", reboot),
         ("destroy", destroy),
@@ -155,6 +156,13 @@ def send_key(
     from toolstack.cli.screen import key_names
 
     ask("send-key", domain=domain, keys=key_names(keys, text=text))
+
+
+def vncviewer(domain: Domain) -> None:
+    """Print where the VNC server of a full HVM guest listens, for a viewer. Example: domicile vncviewer pc"""
+    found = ask("vnc", domain=domain)
+    address = f"[{found['address']}]" if ":" in found["address"] else found["address"]
+    say(f"{address}::{found['port']}")
 
 
 def shutdown(

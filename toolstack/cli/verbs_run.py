@@ -31,6 +31,7 @@ def run_verb(
     cpus: int,
     join: bool = False,
     trace: str = "",
+    vnc: bool = False,
 ) -> int:
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
@@ -43,6 +44,9 @@ def run_verb(
         )
     if fields["type"] != "hvm" and not fields["kernel"]:
         raise InputError(f"a kernel is missing: a {fields['type']} guest needs one (domicile run KERNEL)")
+    if vnc and fields["type"] != "hvm":
+        raise InputError(f"--vnc: only full HVM guests have a screen, not {fields['type']} guests")
+    fields["vnc"] = vnc
     if len(send) > len(expect):
         raise InputError(f"--send {send[len(expect)]!r}: has no --expect; they come in pairs")
     if len(send) < len(expect):

@@ -36,6 +36,12 @@ UNDERSTOOD: Final[dict[str, str]] = {
     "pvshim_path": "string",
     "pvshim_cmdline": "string",
     "pvshim_extra": "string",
+    "hap": "number",
+    "vnc": "number",
+    "vnclisten": "string",
+    "vncdisplay": "number",
+    "vncunused": "number",
+    "vncpasswd": "string",
 }
 """Key -> kind of its value."""
 
@@ -87,11 +93,6 @@ IGNORED: Final[dict[str, str]] = {
     **dict.fromkeys(
         (
             *(
-                "vnc",
-                "vnclisten",
-                "vncdisplay",
-                "vncunused",
-                "vncpasswd",
                 "sdl",
                 "opengl",
                 "keymap",
@@ -135,7 +136,6 @@ IGNORED: Final[dict[str, str]] = {
                 "cpus_soft",
                 "pool",
                 "nodes",
-                "hap",
                 "oos",
                 "shadow_memory",
                 "vuart",

@@ -17,12 +17,14 @@ from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import Setting, Value, parse
 from toolstack.xlcfg.keys import IGNORED, REFUSED, SHIM_CMDLINE, SHIM_KEYS, UNDERSTOOD
 from toolstack.xlcfg.pci import parse_pci
+from toolstack.xlcfg.vnc import HVM_VNC_KEYS, Vnc, parse_vnc
 
 Action = Literal[
     "destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset"
 ]
 Parsed = TypeVar("Parsed")
 MAX_FILE: Final = 1 << 20
+HVM_KEYS: Final = ("boot", "serial", "vga")
 
 
 class XlConfig(BaseModel):
@@ -63,6 +65,8 @@ class XlConfig(BaseModel):
     """"": Debian's."""
     shim_cmdline: str = Field(default="", max_length=4095)
     """"": libxl's."""
+    vnc: Vnc | None = None
+    hap: bool = True
     warnings: list[str] = []
 
     def domain_fields(self) -> dict[str, Any]:
@@ -81,12 +85,16 @@ class XlConfig(BaseModel):
         )
         actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
         fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs", "pci")}
+        if self.type != "pv":
+            fields["hap"] = self.hap
         if self.type == "hvm":
             fields |= {
                 "serial": bool(self.serial) or self.serial_by_default,
                 "vga": self.vga,
                 "boot": self.boot,
             }
+            if self.vnc is not None:
+                fields |= self.vnc.domain_fields()
         if self.pvshim:
             fields |= {"pvshim": True, "shim_path": self.shim_path, "shim_cmdline": self.shim_cmdline}
         cpus = [None if entry is None else sorted(entry) for entry in self.cpus]
@@ -190,6 +198,8 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "pci": [_device(read, "pci", text, at, parse_pci) for text, at in read.strings("pci")],
         "boot": _boot(read),
         "vga": _vga(read),
+        "vnc": _vnc(read),
+        "hap": _hap(read),
         "serial_by_default": "serial" not in settings,
         "serial": [text for text, _ in read.strings("serial")],
         "cpus": _cpus(read),
@@ -226,6 +236,8 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         values["cpus"] *= (
             values["maxvcpus"] or values["vcpus"]
         )  # a string is for all vCPUs, a list for one after the other
+    if values["type"] == "pv" and "hap" in settings:
+        warnings.append(f"{source}: hap: only for HVM and PVH guests")
     if values["type"] == "hvm":
         warnings += [
             f"{source}: {key}: a full HVM guest boots from its disks: {key}= is left out"
@@ -235,7 +247,7 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         values["kernel"] = values["ramdisk"] = ""
     else:
         warnings += [
-            f"{source}: {key}: only for HVM guests" for key in ("boot", "serial", "vga") if key in settings
+            f"{source}: {key}: only for HVM guests" for key in (*HVM_KEYS, *HVM_VNC_KEYS) if key in settings
         ]
     if values["type"] != "pvh":
         warnings += [f"{source}: {key}: only for PVH guests" for key in SHIM_KEYS if key in settings]
@@ -306,6 +318,30 @@ def _shim(read: _Reader, base: Path) -> dict[str, Any]:
         "shim_path": _path(read.string("pvshim_path"), base),
         "shim_cmdline": " ".join(word for word in words if word),
     }
+
+
+def _hap(read: _Reader) -> bool:
+    """Two-level paging, or shadow page tables."""
+    value = read.number("hap", 1)
+    if value not in (0, 1):
+        raise read.fail("hap", "must be 0 (shadow page tables) or 1")
+    return bool(value)
+
+
+def _vnc(read: _Reader) -> Vnc | None:
+    """The VNC server of an HVM guest; None: none is wanted."""
+    texts: dict[str, str] = {}
+    numbers: dict[str, int] = {}
+    for key in HVM_VNC_KEYS:
+        if key in read.settings and key in ("vnclisten", "vncpasswd"):
+            texts[key] = read.string(key)
+        elif key in read.settings:
+            numbers[key] = read.number(key, 0)
+    try:
+        return parse_vnc(texts, numbers)
+    except ConfigError as error:
+        key, _, text = error.text.partition(": ")
+        raise read.fail(key, text) from None
 
 
 def _cmdline(read: _Reader) -> str:

@@ -7,6 +7,15 @@ from domains.dom0.toolstack.guest import Guest
 from domains.dom0.xenstore_service import XenstoreService
 
 
+def write_vnc_nodes(store: XenstoreService, guest: Guest) -> None:
+    """Where its VNC server listens, as libxl tells it. Not the password: the guest can read what is here."""
+    if guest.model is None or guest.model.vnc is None:
+        return
+    address, port = guest.model.vnc
+    for name, value in (("vnc-listen", address), ("vnc-port", str(port))):
+        store.write(f"/local/domain/{guest.domid}/console/{name}", value)
+
+
 def write_guest_nodes(store: XenstoreService, guest: Guest, console_mfn: int, console_port: Port) -> None:
     """What a guest and the tools expect to find (docs/misc/xenstore-paths). The console's ring is at `console_mfn`."""
     config, domid = guest.config, guest.domid

@@ -23,7 +23,7 @@ from domains.dom0.builder.errors import BuildError
 from domains.dom0.consoled import Console, SerialLine
 from domains.dom0.toolstack.disks import DiskError, Disks
 from domains.dom0.toolstack.guest import Guest, ToolstackError, counters_of, state_of
-from domains.dom0.toolstack.guest_nodes import write_guest_nodes
+from domains.dom0.toolstack.guest_nodes import write_guest_nodes, write_vnc_nodes
 from domains.dom0.toolstack.hardware import Hardware, HardwareError
 from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
@@ -105,7 +105,9 @@ class Manager:
             domid = self.xc.create_domain(
                 uuid=config.uuid,
                 max_vcpus=config.maxvcpus or config.vcpus,
-                flags=dc.XEN_DOMCTL_CDF_hvm | dc.XEN_DOMCTL_CDF_hap if translated else 0,
+                flags=dc.XEN_DOMCTL_CDF_hvm | (dc.XEN_DOMCTL_CDF_hap if config.hap else 0)
+                if translated
+                else 0,
                 emulation_flags=EMULATION[config.type],
             )
         except HypercallError as error:
@@ -233,6 +235,7 @@ class Manager:
         self.store.introduce(domid, xenstore_port)
         if guest.model is not None:
             guest.model.start()
+            write_vnc_nodes(self.store, guest)
 
     def _attach_disks(self, guest: Guest) -> None:
         """An optical drive of a full HVM guest is its device model's alone; a disk is that first, and the back end's when the guest has
@@ -458,7 +461,8 @@ class Manager:
         for info in self.xc.domain_list():
             guest = self.guests.get(DomId(info.domain))
             config = guest.config.model_dump() if guest is not None else {}
-            config.pop("uuid", None)
+            for hidden in ("uuid", "vnc_password"):
+                config.pop(hidden, None)
             rows.append(
                 {
                     "domid": info.domain,

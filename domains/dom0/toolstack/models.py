@@ -93,7 +93,15 @@ def model_settings(config: DomainConfig, files: dict[int, int]) -> tuple[dict[st
         "boot": config.boot,
         "memory_mb": config.memory_mb,
         "disks": disks,
+        "name": config.name,
     }
+    if config.vnc:
+        settings["vnc"] = {
+            "listen": config.vnc_listen,
+            "display": config.vnc_display,
+            "unused": config.vnc_unused,
+            "password": config.vnc_password,
+        }
     if config.video_bios in files:
         given["video_bios"] = files[config.video_bios]
     return settings, given
@@ -123,6 +131,8 @@ class DeviceModel:
         self._why = ""
         self._tokens = itertools.count(1)
         self._answers: dict[int, tuple[Message, list[int]]] = {}
+        self.vnc: tuple[str, int] | None = None
+        """IP address and port of its VNC server, once it is up."""
         self.on_unplugged: Callable[[list[str]], None] = lambda slots: None
         ours, theirs = pair()
         self._link: PacketLink | None = PacketLink(ours, FROM_MODEL)
@@ -189,6 +199,8 @@ class DeviceModel:
                 self._serial.output(message.data)
             elif isinstance(message, ModelReady):
                 self._ready = True
+                if message.vnc_port:
+                    self.vnc = message.vnc_listen, message.vnc_port
             elif isinstance(message, ModelUnplugged):
                 self.on_unplugged(list(message.slots))
             elif isinstance(message, ModelFailed):

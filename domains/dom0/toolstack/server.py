@@ -152,6 +152,7 @@ class ToolstackServer:
             "type": self._type,
             "screenshot": self._screenshot,
             "send-key": self._send_key,
+            "vnc": self._vnc,
             "tty": lambda client, args, fds: self._line(args).tty,
             "shutdown": lambda client, args, fds: manager.shutdown(
                 args["domain"], args.get("how", "poweroff"), fallback=bool(args.get("fallback"))
@@ -297,6 +298,13 @@ class ToolstackServer:
         """Width and height; the pixels, three bytes each, are in a memfd that comes along."""
         width, height, fd = self._model(args).screen()
         return Answer({"width": width, "height": height}, [fd])
+
+    def _vnc(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Where the VNC server of a domain listens."""
+        found = self._model(args).vnc
+        if found is None:
+            raise ToolstackError(f"domain {args['domain']} has no VNC server: give it vnc = 1")
+        return {"address": found[0], "port": found[1]}
 
     def _send_key(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
         keys = args["keys"]

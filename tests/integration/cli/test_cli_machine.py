@@ -23,7 +23,7 @@ def guest(domicile: Domicile, machine: str, tmp_path: Path, guest_programs: Call
     done = domicile("-M", machine, "create", "-p", str(config))
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == f"Parsing config from {config}\n".encode()
-    assert b"web.cfg:4:1: vnc is ignored" in done.stderr
+    assert b"vnc: only for HVM guests" in done.stderr
     return "web"
 
 

@@ -50,8 +50,9 @@ def test_grub_reaches_its_prompt_takes_commands_and_halts() -> None:
     assert "GNU GRUB" in console
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
-def test_debian_reaches_init_with_hvc0(vcpus: int) -> None:
+@pytest.mark.parametrize(("vcpus", "paging"), [(1, "--hap"), (2, "--hap"), (2, "--no-hap")])
+def test_debian_reaches_init_with_hvc0(vcpus: int, paging: str) -> None:
+    """With two-level paging, and with shadow page tables."""
     debian = guest("debian")
     status, console, errors = run(
         str(debian.pvh_kernel),
@@ -64,6 +65,7 @@ def test_debian_reaches_init_with_hvc0(vcpus: int) -> None:
             "256",
             "--vcpus",
             str(vcpus),
+            paging,
         ),
         *(
             "--expect",

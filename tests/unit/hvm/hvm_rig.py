@@ -17,6 +17,8 @@ from domains.hvm.physmap import PhysicalMap
 BASE, FRAMES, HEAP = 0x800, 1024, 8
 CODE, STACK, DATA, TABLES, GDT, IDT, HANDLERS = 0x10000, 0x8000, 0x20000, 0x1000, 0x3000, 0x4000, 0x6000
 FLAT = 0xFFFFFFFF
+PAGING = "hap"
+"""Or "shadow": set by the fixture `paging`."""
 
 
 def p32(value: int) -> str:
@@ -73,7 +75,9 @@ class Rig:
         self.upstream = FakeUpstream()
         self.shared = FRAMES << 12
         self.domain = HvmDomain(
-            HvmConfig(DomId(7), Mfn(BASE + FRAMES), vcpus, slice_blocks=20_000, board=board),
+            HvmConfig(
+                DomId(7), Mfn(BASE + FRAMES), vcpus, slice_blocks=20_000, board=board, hap=PAGING == "hap"
+            ),
             self.physmap,
             octets,
             octets.cast("Q"),

@@ -11,6 +11,8 @@ from bus.addresses import Port, VcpuId
 from domains.hvm.events import COMPAT_MASK, COMPAT_PENDING
 from domains.hvm.lapic import APIC_BASE
 
+pytestmark = pytest.mark.usefixtures("paging")
+
 IF = 0x200
 VECTOR = 0xF3
 COUNT = DATA + 0x100

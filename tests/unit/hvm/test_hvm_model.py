@@ -24,6 +24,7 @@ from domains.hvm.model import Model
 from drivers.pc.bus import GuestMemoryError, MmioSpace, PortSpace, Range
 
 PORT, MMIO = 0x1F0, 0xE0000000
+pytestmark = pytest.mark.usefixtures("paging")
 HLT = "f4"
 
 

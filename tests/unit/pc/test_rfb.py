@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from drivers.pc.des import encrypt_block, vnc_response
 from drivers.pc.rfb import KeyEvent, PointerEvent, RfbError, RfbServer
 from drivers.pc.vga_render import Picture
 
@@ -244,3 +245,55 @@ def test_a_real_client(tmp_path: Path) -> None:
         assert shot.convert("RGB").tobytes() == shown.rgb
     pressed = [event.key for event in events if isinstance(event, KeyEvent) and event.pressed]
     assert pressed == ["a", "ret", "ctrl", "c"]
+
+
+def test_des_by_the_standards_example() -> None:
+    """Known answers: a worked example of FIPS 46's text books, and the weak key of all zeros."""
+    key, block = bytes.fromhex("133457799BBCDFF1"), bytes.fromhex("0123456789ABCDEF")
+    assert encrypt_block(key, block).hex() == "85e813540f0ab405"
+    assert encrypt_block(bytes(8), bytes(8)).hex() == "8ca64de9c1b123a7"
+    assert encrypt_block(b"\xff" * 8, b"\xff" * 8).hex() == "7359b2163e4edc58"
+
+
+CHALLENGE = bytes(range(16))
+
+
+def secured(minor: int) -> RfbServer:
+    """With a password, up to the challenge."""
+    server = RfbServer("guest", 4, 3, password=b"secret", challenge=CHALLENGE)
+    server.output()
+    server.receive(b"RFB 003.00%d\n" % minor)
+    if minor == 3:
+        assert server.output() == b"\0\0\0\2" + CHALLENGE
+    else:
+        assert server.output() == b"\1\2"
+        server.receive(b"\2")
+        assert server.output() == CHALLENGE
+    return server
+
+
+@pytest.mark.parametrize("minor", [3, 7, 8])
+def test_a_password_is_asked_for(minor: int) -> None:
+    server = secured(minor)
+    server.receive(vnc_response(b"secret", CHALLENGE))
+    assert server.output() == b"\0\0\0\0"
+    server.receive(b"\1")
+    assert server.ready
+
+
+@pytest.mark.parametrize("minor", [3, 7, 8])
+def test_a_wrong_password_is_told_and_ends_the_connection(minor: int) -> None:
+    server = secured(minor)
+    with pytest.raises(RfbError, match="wrong password"):
+        server.receive(vnc_response(b"Secret", CHALLENGE))
+    assert server.output() == b"\0\0\0\1" + (b"\0\0\0\x0ewrong password" if minor == 8 else b"")
+    assert not server.ready
+
+
+def test_no_security_is_not_to_be_had_where_there_is_a_password() -> None:
+    server = RfbServer("guest", 4, 3, password=b"secret", challenge=CHALLENGE)
+    server.receive(b"RFB 003.008\n")
+    with pytest.raises(RfbError, match="security type 1"):
+        server.receive(b"\1")
+    with pytest.raises(ValueError, match="16 bytes"):
+        RfbServer("guest", 4, 3, password=b"secret")

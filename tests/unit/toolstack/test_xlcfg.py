@@ -358,6 +358,8 @@ OTHERS = {
     "on_poweroff": '"restart"', "on_reboot": '"destroy"', "on_watchdog": '"restart"', "on_crash": '"restart"',
     "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]', "pci": '["01:00.0"]',
     "boot": '"d"', "serial": '"pty"', "vga": '"none"', "pvshim": "1", "pvshim_path": '"/s"', "pvshim_cmdline": '"x"', "pvshim_extra": '"x"',
+    "boot": '"d"', "serial": '"pty"', "vga": '"none"', "hap": "0", "vnc": "1", "vnclisten": '"::1"',
+    "vncdisplay": "7", "vncunused": "0", "vncpasswd": '"x"',
 }  # fmt: skip
 """A value of each key that is not its default."""
 
@@ -409,3 +411,41 @@ def test_nvme_devices() -> None:
     for text in ("", "a,vhd", "a,bdf=x"):
         with pytest.raises(ConfigError):
             parse_nvme(text, "f")
+
+
+HVM = "name = 'a'\ntype = 'hvm'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("", {"vnc_listen": "127.0.0.1", "vnc_display": 0, "vnc_unused": True, "vnc_password": ""}),
+        ("vnclisten = 'localhost:3'", {"vnc_listen": "127.0.0.1", "vnc_display": 3}),
+        ("vnclisten = '[::1]:3'\nvncdisplay = 4", {"vnc_listen": "::1", "vnc_display": 3}),
+        ("vnclisten = '::1'\nvncdisplay = 4", {"vnc_listen": "::1", "vnc_display": 4}),
+        ("vncunused = 0\nvncpasswd = 'geheim'", {"vnc_unused": False, "vnc_password": "geheim"}),
+    ],
+)
+def test_vnc(text: str, fields: dict[str, object]) -> None:
+    found = model(f"{HVM}vnc = 1\n{text}")
+    assert fields.items() <= found.domain_fields().items()
+    assert found.domain_fields()["vnc"] is True
+    assert "geheim" not in repr(found)
+    assert "geheim" not in str(found.model_dump())
+    assert "vnc" not in model(f"{HVM}vnc = 0\n{text}").domain_fields()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("vnclisten = 'host'", "vnclisten: 'host': must be an IP address"),
+        ("vnclisten = '127.0.0.1:x'", "vnclisten: '127.0.0.1:x': the display"),
+        ("vnclisten = '[::1'", r"vnclisten: '\[::1': an address"),
+        ("vncdisplay = 60000", "vncdisplay: 60000: a number from 0"),
+        ("vncpasswd = 'too long to be one'", "vncpasswd: the protocol looks at 8 bytes"),
+        ("vnc = 2", "vnc: must be 0 or 1"),
+    ],
+)
+def test_what_vnc_cannot_be(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        model(f"{HVM}{text}")

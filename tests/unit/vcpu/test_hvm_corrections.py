@@ -117,7 +117,9 @@ def test_a_fault_of_an_interrupt_gate_in_protected_mode_is_at_the_instruction() 
     """INT 0x30 beyond the IDT's limit, in 32-bit code."""
     guest = HvmGuest()
     guest.long_mode("")
-    guest.write(CODE + 0x20, "66b81000 8ed8 8ed0 bc" + STACK.to_bytes(4, "little").hex() + "0f011d00450000 cd30")
+    guest.write(
+        CODE + 0x20, "66b81000 8ed8 8ed0 bc" + STACK.to_bytes(4, "little").hex() + "0f011d00450000 cd30"
+    )
     at = CODE + 0x20 + 4 + 2 + 2 + 5 + 7
     guest.write(0x4500, (0x2F * 8 + 7).to_bytes(2, "little") + (0x4600).to_bytes(4, "little"))
     gate = 0x7A00 | 0x18 << 16 | 0x8E << 40

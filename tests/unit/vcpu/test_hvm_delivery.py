@@ -7,6 +7,8 @@ import pytest
 from domains.vcpu.api import StopReason, VcpuError
 from domains.vcpu.hvm_testing import CODE, HANDLERS, IST1, MMIO, STACK, TSS, HvmGuest
 
+pytestmark = pytest.mark.usefixtures("paging")
+
 # A handler with an error code: pop rax; mov r15,[rsp] (RIP); mov rbx,cr2; out 0xf4,al; jmp $ (a stop asked
 # for by OUT comes before the next block)
 WITH_CODE = "58 4c8b3c24 0f20d3 e6f4ebfe"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 
+import pytest
+
 from bus.addresses import MachineAddr
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_testing import HvmGuest
+
+pytestmark = pytest.mark.usefixtures("paging")
 
 
 def test_memory_that_comes_and_goes_inside_a_hook_does_not_disturb_the_guest() -> None:
