@@ -40,7 +40,6 @@ class GuestProcess(PvProcess):
         super().__init__(start)
         self.hvm: HvmDomain | None = None
         self.physmap: PhysicalMap | None = None
-        self._handle = bytes(16)
         self._board = False
         self._hap = True
         self._params: dict[int, int] = {}
@@ -50,7 +49,6 @@ class GuestProcess(PvProcess):
     def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         result = super()._configure(order, fds)
         if order.body["kind"] == "hvm":
-            self._handle = bytes(order.body["handle"])
             self._board = bool(order.body["emulation_flags"] & XEN_X86_EMU_PIC)
             self._hap = bool(order.body["flags"] & XEN_DOMCTL_CDF_hap)
             self._handlers.update(

@@ -28,6 +28,7 @@ from domains.domu.lease import Lease
 from domains.domu.upstream import BusUpstream
 from domains.granting import Granting
 from domains.hostmem import HostMemory
+from domains.pv.calls_version import Identity
 from domains.pv.domain import DomainConfig, PvDomain
 from domains.pv.frames import DomainFrames
 from domains.pv.time import count_nanoseconds
@@ -66,6 +67,7 @@ class PvProcess:
         self.domain: PvDomain | None = None
         self._granting: Granting | None = None
         self._max_vcpus = 1
+        self._handle = bytes(16)
         self._shared_info = Mfn(0)
         self._m2p: list[tuple[int, int, int]] = []
         self._listen: dict[int, tuple[Port, Doorbell]] = {}
@@ -212,6 +214,7 @@ class PvProcess:
 
     def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         self._max_vcpus = order.body["max_vcpus"]
+        self._handle = bytes(order.body["handle"])
         return 0, b""
 
     def _extent(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
@@ -270,7 +273,13 @@ class PvProcess:
             count_nanoseconds(vcpu, time.monotonic_ns, 1_000_000)
             return vcpu
 
-        config = DomainConfig(self.domid, self._shared_info, MAX_MFN, self._max_vcpus)
+        config = DomainConfig(
+            self.domid,
+            self._shared_info,
+            MAX_MFN,
+            self._max_vcpus,
+            identity=Identity(handle=self._handle),
+        )
         domain = PvDomain(config, frames, xenmap, make_vcpu, self.upstream, HYPERCALLS, wall=time.time_ns)
         domain.calls.trace = self._trace
         for pfn, mfn, count in self._m2p:

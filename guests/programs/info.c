@@ -55,6 +55,9 @@ static void version(void)
     same(HYPERVISOR_xen_version(XENVER_pagesize, NULL), PAGE_SIZE, "XENVER_pagesize");
     xen_domain_handle_t handle;
     same(HYPERVISOR_xen_version(XENVER_guest_handle, handle), 0, "XENVER_guest_handle");
+    unsigned long half[2];
+    memcpy(half, handle, sizeof half);
+    note("handle %lx %lx", half[0], half[1]);
     same(HYPERVISOR_xen_version(0x77, text), -XEN_ENOSYS, "an unknown command: ENOSYS");
     same(HYPERVISOR_xen_version(XENVER_extraversion, (void *)0x1000), -XEN_EFAULT, "an address that is not mapped: EFAULT");
 }

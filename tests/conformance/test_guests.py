@@ -31,7 +31,8 @@ ENDLESS = {"spin"}
 @pytest.mark.parametrize("program", [name for name in programs() if name not in ENDLESS])
 def test_every_line_of_a_conformance_guest_is_ok(machine: RunningMachine, program: str) -> None:
     """The program says how many checks it has, all pass, and it powers off."""
-    machine.create(program, build(program), memory_mb=64, vcpus=VCPUS.get(program, 1))
+    handle = bytes(range(0x11, 0x21))
+    machine.create(program, build(program), memory_mb=64, vcpus=VCPUS.get(program, 1), uuid=handle)
     reason = machine.wait_end(program)
     lines = machine.text[program].replace("\r", "").splitlines()
     failed = [line for line in lines if line.startswith(("not ok", "Bail out"))]
@@ -43,4 +44,7 @@ def test_every_line_of_a_conformance_guest_is_ok(machine: RunningMachine, progra
         assert any("hello from a Xen guest" in line for line in lines)
     else:
         assert plan == [passed], f"{passed} checks passed, the plan was {plan}"
+    if program == "info":
+        halves = (int.from_bytes(handle[at : at + 8], "little") for at in (0, 8))
+        assert "# handle {:x} {:x}".format(*halves) in lines
     assert program not in machine.domains()

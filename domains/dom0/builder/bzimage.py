@@ -32,12 +32,17 @@ def payload(data: bytes) -> bytes:
     (version,) = struct.unpack_from("<H", data, 0x206)
     if version < _PAYLOAD_SINCE:
         raise BuildError(
-            f"bzImage: boot protocol {version >> 8}.{version & 255:02d} has no payload offset (2.08 needed)"
+            f"bzImage: boot protocol {version >> 8}.{version & 255:02d} has no payload offset (2.08 needed): a program for a PC boots from"
+            " a disk, with type hvm"
         )
     setup_sectors = data[0x1F1] or 4
     offset, length = struct.unpack_from("<II", data, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    if length == 0 or start + length > len(data):
+    if length == 0:
+        raise BuildError(
+            "bzImage: it has no kernel inside (a program for a PC?): boot it from a disk, with type hvm"
+        )
+    if start + length > len(data):
         raise BuildError(
             f"bzImage: payload [{start:#x}, {start + length:#x}) lies outside the {len(data):#x} byte file"
         )
