@@ -56,6 +56,7 @@ class Cpu:
         "mmu",
         "octets",
         "regs",
+        "stale_step",
         "vcpu",
         "words",
         "yielded",
@@ -73,6 +74,9 @@ class Cpu:
         self.assists = 0
         """Bitmap of VMASST_TYPE_* that are on, of the whole domain."""
         self.crash_reason: str | None = None
+        self.stale_step = False
+        """HYPERVISOR_iret set TF. The processor looks at TF behind the SYSCALL of that hypercall as well, and gives a #DB there that the
+        guest must not see: its first step is the instruction that it goes on with."""
         self.yielded = False
         """The current vCPU made SCHEDOP_yield in this slice."""
 

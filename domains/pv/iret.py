@@ -14,7 +14,7 @@ from bus.abi.arch_x86_64 import (
 )
 from bus.abi.xen import VMASST_TYPE_architectural_iopl
 from domains.pv.api import GuestFault
-from domains.pv.bounce import RFLAGS_IF, RFLAGS_IOPL, inject_gp
+from domains.pv.bounce import RFLAGS_IF, RFLAGS_IOPL, RFLAGS_TF, inject_gp
 from domains.pv.cpu import RFLAGS_DROP, RFLAGS_FIXED, Cpu
 
 _UNPACK: Final = Struct("<9Q").unpack
@@ -61,6 +61,7 @@ def iret(cpu: Cpu) -> None:
     s.nmi_masked = False
     refused = cpu.load_stack_and_code(cs, ss)
     if refused is None and (rip >> 47) in _CANONICAL:
+        cpu.stale_step = rflags & RFLAGS_TF != 0
         return
     # IRETQ itself faults: the guest kernel sees #GP with the bad context as the interrupted one.
     r.cs = cs

@@ -10,6 +10,7 @@ from bus.addresses import VcpuId
 from domains.pv.api import Continuation, GuestFault
 from domains.pv.bounce import (
     PF_FETCH,
+    RFLAGS_TF,
     TRAP_DB,
     TRAP_UD,
     VECTORS_WITH_ERROR_CODE,
@@ -113,6 +114,7 @@ class Traps:
         info = s.info
         if (octets[info] and not octets[info + 1]) or s.nmi_pending:
             deliver_events(cpu, s)
+            cpu.stale_step = cpu.stale_step and r.rflags & RFLAGS_TF != 0
 
     def _continue(self, continuation: Continuation) -> None:
         """The guest executes the hypercall again, with other arguments, after it has seen its events."""
@@ -146,6 +148,9 @@ class Traps:
             cpu.current.cr0 &= ~CR0_TS
             cpu.apply_ts()
             inject(cpu, NM)
+        elif vector == TRAP_DB and cpu.stale_step:
+            cpu.stale_step = False
+            self.exceptions[vector] -= 1
         elif vector == TRAP_DB:
             cpu.current.dr6 |= DR6_BS
             inject(cpu, TRAP_DB)

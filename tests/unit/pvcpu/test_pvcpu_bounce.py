@@ -206,6 +206,47 @@ def test_iret_in_syscall_leaves_sysret_registers(rig: Rig) -> None:
     assert words[3] & 0xFFFF == FLAT_CS
 
 
+def _steps(rig: Rig, ring: int) -> Rig:
+    """iret with TF to `nop; nop` (in user mode for ring 3), with a handler of #DB that stops."""
+    assert rig.domain.mmu.take_root(rig.frames.base + 4) == 0
+    rig.state.user_root = rig.frames.base + 4  # type: ignore[assignment]  # a plain number is an MFN here
+    rig.handler(1)
+    rig.state.kernel_sp = KERNEL_STACK
+    rig.put(USER_CODE, b"\x90\x90")
+    cs, stack = (FLAT_CS, USER_STACK) if ring else (FLAT_CS & ~3, KERNEL_STACK)
+    vgcf = VGCF_in_syscall if ring else 0
+    rig.put(DATA, struct.pack("<9Q", 0x99, 1, 2, vgcf, USER_CODE, cs, 0x302, stack, FLAT_SS))
+    return rig
+
+
+@pytest.mark.parametrize("ring", [0, 3])
+def test_the_first_step_after_iret_is_of_the_instruction_there(rig: Rig, ring: int) -> None:
+    """TF that iret sets traps behind the next instruction, not in front of it: how a debugger steps."""
+    _steps(rig, ring).run(mov_rsp(DATA) + hypercall(HYPERVISOR_iret))
+    words = rig.qwords(KERNEL_STACK - 7 * 8, 7)
+    assert words[2] == USER_CODE + 1
+    assert words[4] & 0x100
+    assert rig.domain.traps.exceptions[1] == 1
+
+
+def test_an_event_between_iret_and_the_step(rig: Rig) -> None:
+    """The upcall comes first and has TF in its frame alone; the step comes when iret goes on with the interrupted code."""
+    _steps(rig, 0)
+    rig.put(HANDLERS + 512, STOP)
+    rig.state.event_callback = HANDLERS + 512
+    rig.mask = 1
+    rig.frames.octets[rig.state.info] = 1
+    code = mov_rsp(DATA) + hypercall(HYPERVISOR_iret)
+    rig.run(code)
+    words = rig.qwords(KERNEL_STACK - 7 * 8, 7)
+    assert words[2] == USER_CODE
+    assert words[4] & 0x100
+    assert rig.domain.traps.exceptions[1] == 0
+    rig.frames.octets[rig.state.info] = 0
+    rig.run(code)
+    assert rig.qwords(KERNEL_STACK - 7 * 8, 7)[2] == USER_CODE + 1
+
+
 def test_iret_without_user_tables_crashes(rig: Rig) -> None:
     rig.put(DATA, struct.pack("<9Q", 0, 0, 0, 0, USER_CODE, 0x33, 0x202, USER_STACK, 0x2B))
     rig.run(mov_rsp(DATA) + hypercall(HYPERVISOR_iret))
