@@ -188,10 +188,9 @@ class Machine:
         while batch := self.core.take_effects():
             for effect in batch:
                 self._one(effect)
-        deadline = min(
-            (d for d in (self.core.next_deadline(), self.devices.next_deadline()) if d is not None),
-            default=None,
-        )
+        deadline, other = self.core.next_deadline(), self.devices.next_deadline()
+        if deadline is None or (other is not None and other < deadline):
+            deadline = other
         if deadline is not None and (self._tick_at <= self.now or deadline < self._tick_at):
             self._tick_at = deadline
             self.scheduler.at(deadline, self._tick)

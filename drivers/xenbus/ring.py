@@ -73,6 +73,10 @@ class Sent(NamedTuple):
     """As in `Received`."""
 
 
+_NOTHING: Final = Received(b"", False, XENSTORE_ERROR_NONE)
+_NONE_SENT: Final = Sent(0, False, XENSTORE_ERROR_NONE)
+
+
 class _Ring:
     """One end. `page` is 4096 writable bytes shared with the other end."""
 
@@ -99,11 +103,12 @@ class _Ring:
             return Received(b"", False, XENSTORE_ERROR_RINGIDX)
         count = min(available, max(0, limit))
         if not count:
-            return Received(b"", False, XENSTORE_ERROR_NONE)
+            return _NOTHING
         start = cons & _MASK
         first = min(count, XENSTORE_RING_SIZE - start)
         data = bytes(self._octets[base + start : base + start + first])
-        data += bytes(self._octets[base : base + count - first])
+        if first < count:
+            data += bytes(self._octets[base : base + count - first])
         self._words[cons_word] = (cons + count) & _U32
         full_barrier()
         # Looked at after the store: the other end may have filled the ring and gone to sleep meanwhile.
@@ -119,7 +124,7 @@ class _Ring:
             return Sent(0, False, XENSTORE_ERROR_RINGIDX)
         count = min(len(data), XENSTORE_RING_SIZE - used)
         if not count:
-            return Sent(0, False, XENSTORE_ERROR_NONE)
+            return _NONE_SENT
         start = prod & _MASK
         first = min(count, XENSTORE_RING_SIZE - start)
         self._octets[base + start : base + start + first] = data[:first]

@@ -162,12 +162,11 @@ class HypervisorCore:
 
     def next_deadline(self) -> int | None:
         """When `tick` has to be called next."""
-        deadlines = (
-            self.outbox.next_deadline(),
-            self.sched_ops.next_deadline(),
-            self.lifecycle.next_deadline(),
-        )
-        return min((d for d in deadlines if d is not None), default=None)
+        first = self.outbox.next_deadline()
+        for deadline in (self.sched_ops.next_deadline(), self.lifecycle.next_deadline()):
+            if deadline is not None and (first is None or deadline < first):
+                first = deadline
+        return first
 
     def take_effects(self) -> list[Effect]:
         """All effects since the last call, in order. Lines for the log are in the console ring by then."""

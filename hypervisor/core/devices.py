@@ -237,8 +237,12 @@ class DeviceService(DomainHooks):
 
     def next_deadline(self) -> int | None:
         """When `tick` has something to do."""
-        deadlines = (pending.deadline for p in self._plugged.values() for pending in p.accesses.values())
-        return min(deadlines, default=None)
+        first: int | None = None
+        for plugged in self._plugged.values():
+            for pending in plugged.accesses.values():
+                if first is None or pending.deadline < first:
+                    first = pending.deadline
+        return first
 
     def _restore_vectors(self, plugged: _Plugged) -> None:
         """A device process that was started anew may raise what its owner had mapped."""

@@ -466,4 +466,4 @@ class Lifecycle:
 
     def next_deadline(self) -> int | None:
         """When `tick` next has something to do."""
-        return min(self._killing.values(), default=None)
+        return min(self._killing.values()) if self._killing else None

@@ -36,6 +36,9 @@ class PhysMap(DomainHooks):
         """Something other than frames of the domain's own (which are replaced) is mapped in the range, or the
         table has no room for the range."""
         p2m = self._p2m(domain)
+        if count == 1:  # as nearly always: without generators
+            entry = p2m.get(gfn)
+            return not p2m.can_map(gfn) or (entry is not None and entry.type is not P2mType.RAM)
         if not all(p2m.can_map(gfn + step) for step in (*range(0, count, 512), count - 1)):
             return True
         entries = (p2m.get(gfn + step) for step in range(count))

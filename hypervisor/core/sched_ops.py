@@ -94,4 +94,4 @@ class SchedOps(DomainHooks):
 
     def next_deadline(self) -> int | None:
         """When `tick` next has something to do."""
-        return min(self._watchdogs.values(), default=None)
+        return min(self._watchdogs.values()) if self._watchdogs else None

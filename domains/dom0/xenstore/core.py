@@ -162,11 +162,13 @@ class Core:
 
     def tick(self, now_ns: int) -> None:
         """The time is `now_ns` (monotonic): waits end, write credit grows."""
-        elapsed = max(0, now_ns - self.now_ns)
-        self.now_ns = max(now_ns, self.now_ns)
-        share = elapsed * WRITE_RATE / 1e9 / max(1, len(self.domains))
-        for domain in self.domains.values():
-            domain.credit = min(float(WRITE_BURST), domain.credit + share)
+        elapsed = now_ns - self.now_ns
+        if elapsed > 0:
+            self.now_ns = now_ns
+            share = elapsed * WRITE_RATE / 1e9 / max(1, len(self.domains))
+            for domain in self.domains.values():
+                if domain.credit < WRITE_BURST:
+                    domain.credit = min(float(WRITE_BURST), domain.credit + share)
         while self._blamed and (self._blamed[0][0] <= now_ns or self._blamed[0][1].origin is None):
             self._blamed.popleft()[1].settle()
 

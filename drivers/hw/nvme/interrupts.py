@@ -52,7 +52,7 @@ class Interrupts:
 
     def deadline(self) -> int | None:
         """When the next is due."""
-        return min((deadline for _, deadline in self._gathered.values()), default=None)
+        return min(deadline for _, deadline in self._gathered.values()) if self._gathered else None
 
     def unmasked(self) -> list[int]:
         """A mask may have gone: pending vectors to raise."""
