@@ -51,17 +51,19 @@ def _flush_not_forwarded() -> list[Undo]:
 
 
 def _response_before_flush() -> list[Undo]:
-    real = Backend._command
+    real = Backend._submit
 
-    def command(self: Backend, queue: Queue, request: Request) -> Any:
-        made = real(self, queue, request)
-        if (
-            made.op is Op.FLUSH and request.kind is None
-        ):  # a read of nothing much: done as soon as anything is
-            return made._replace(op=Op.READ, sectors=0, extents=())
-        return made
+    def submit(self: Backend, queue: Queue, ready: list[Request]) -> list[Request]:
+        refused = real(self, queue, ready)
+        tokens = [
+            token for token, (_, request) in self._active.items() if request in ready and request.kind is None
+        ]
+        self.complete(
+            [(token, True) for token in tokens]
+        )  # the device has the command, and will surely do it
+        return refused
 
-    return _set(Backend, "_command", command)
+    return _set(Backend, "_submit", submit)
 
 
 def _unmap_before_dma() -> list[Undo]:
@@ -163,7 +165,7 @@ def _reset_forgets() -> list[Undo]:
 
 
 def _pages_not_unmapped_at_death() -> list[Undo]:
-    def begin(self: Ledger, queues: int, slots: int, blob: bytes) -> None:
+    def begin(self: Ledger, queues: int, slots: int, blob: bytes, power_losses: int = 0) -> None:
         self._open(queues, slots)  # the head is written later, it is thought: nothing is found after a death
         for queue in self.queues:
             queue.clear()

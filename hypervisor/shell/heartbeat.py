@@ -2,7 +2,8 @@
 
 Counted in beats, not in time: where the whole host stood still, nobody is late. Any message is a sign of life; one that has
 given none since the last beat is asked something small. A process that is stopped (SIGSTOP) is ended after a second; one that
-runs or waits for a disk may take longer, as fdatasync on a slow disk does.
+runs or waits for a disk may take longer, as fdatasync on a slow disk does. A process that has not said hello yet cannot be asked: it
+is ended if it is stopped, and may take its time otherwise.
 """
 
 from __future__ import annotations
@@ -37,19 +38,23 @@ class Heartbeats:
         self._stopped = stopped
         self._missed: dict[DomId, int] = {}
         """Beats since the question that is not answered (-1: answered), of those that are watched."""
+        self._starting: dict[DomId, int] = {}
+        """Beats in a row in which a process that has not said hello was stopped (-1: it was not)."""
         self._next = 0
 
     def next_deadline(self) -> int | None:
         """When `beat` is due; None while nobody is watched."""
-        return self._next if self._missed else None
+        return self._next if self._missed or self._starting else None
 
     def alive(self, peer: DomId) -> None:
         """It said something."""
         if peer in self._missed:
             self._missed[peer] = -1
 
-    def beat(self, now: int, watched: Iterable[DomId]) -> tuple[list[DomId], list[DomId]]:
-        """(whom to ask, whom to end). `watched`: whoever is to be watched at present."""
+    def beat(
+        self, now: int, watched: Iterable[DomId], starting: Iterable[DomId] = ()
+    ) -> tuple[list[DomId], list[DomId]]:
+        """(whom to ask, whom to end). `watched`: whoever is to be watched at present; `starting`: those that have not said hello."""
         self._next = now + INTERVAL_NS
         self._missed = {peer: self._missed.get(peer, -1) + 1 for peer in watched}
         late = [
@@ -59,4 +64,10 @@ class Heartbeats:
         ]
         for peer in late:
             del self._missed[peer]
+        self._starting = {
+            peer: self._starting.get(peer, -1) + 1 if self._stopped(peer) else -1 for peer in starting
+        }
+        for peer in [peer for peer, beats in self._starting.items() if beats >= STOPPED_BEATS]:
+            del self._starting[peer]
+            late.append(peer)
         return [peer for peer, missed in self._missed.items() if missed == 0], late

@@ -149,8 +149,10 @@ class Server:
             for domain in self.core.domains
             if domain.domid in owners and domain.kind is Kind.NATIVE
         ]
-        up = [peer for peer in watched if peer in self.peers and self.peers[peer].connected]
-        ask, late = self._heartbeats.beat(now, up)
+        there = [peer for peer in watched if peer in self.peers]
+        up = [peer for peer in there if self.peers[peer].connected]
+        starting = [peer for peer in there if not self.peers[peer].connected]
+        ask, late = self._heartbeats.beat(now, up, starting)
         for peer in ask:
             if is_device(peer):
                 self.devices.access(now, address_of(peer), -1, 0, 2, None, lambda value: None)
@@ -421,6 +423,8 @@ class Server:
                     self._by_fd[listener.fileno()] = peer
                     self._epoll.register(listener.fileno(), select.EPOLLIN)
             self._apply()
+            if ended is None and self._heartbeats.next_deadline() is None:
+                self._beat(time.monotonic_ns())  # it may be stopped before it says hello
 
     def _sweep_traces(self) -> None:
         devices = {peer_id(device.bdf) for device in self.devices.iommu.devices()}

@@ -49,6 +49,28 @@ def test_who_is_not_watched_any_more_is_forgotten() -> None:
     assert heartbeats.next_deadline() == INTERVAL_NS
 
 
+def test_one_that_is_stopped_before_its_hello_is_ended_and_a_slow_one_is_not() -> None:
+    """It cannot be asked. A start on a busy host may take any time; a stop of less than a second, twice, is none of a second."""
+    stopped: set[DomId] = set()
+    heartbeats = Heartbeats(lambda peer: peer in stopped)
+    found = []
+    for number in range(400):
+        if number in (100, 300):
+            stopped.add(A)
+        elif number == 100 + STOPPED_BEATS:
+            stopped.clear()
+        ask, late = heartbeats.beat(number, [], [A, B])
+        assert ask == []
+        assert heartbeats.next_deadline() is not None
+        found += [(peer, number) for peer in late]
+        if late:
+            break
+    assert found == [(A, 300 + STOPPED_BEATS)]
+    assert heartbeats.beat(0, [A], [B]) == ([A], [])
+    heartbeats.beat(0, [], [])
+    assert heartbeats.next_deadline() is None
+
+
 def test_a_stopped_process_is_seen() -> None:
     """State T of a real process; not of one that runs, or is not there."""
     process = subprocess.Popen(["/bin/sleep", "60"])
