@@ -154,7 +154,10 @@ class Disks:
         if found is None:
             return
         if self._restarts.setdefault(bdf, Restarts()).allowed():
-            self._xc.plug(bdf, *found)
+            try:
+                self._xc.plug(bdf, *found)
+            except HypercallError as error:
+                self._log(f"device {bdf:#x} cannot be plugged in again: {error}")
         else:
             self._log(f"device {bdf:#x} ends again and again: it is not plugged in any more")
 
@@ -185,9 +188,14 @@ class Disks:
         }
         disk = Disk(f"disk{self._serial}", bdf, domid, vdev, number, config, settings, backend, fd)
         self.disks[disk.name] = disk
-        if not emulated:
-            self._plug_in(disk, backend)
-        self._write_nodes(disk, backend, readonly)
+        try:
+            if not emulated:
+                self._plug_in(disk, backend)
+            self._write_nodes(disk, backend, readonly)
+        except BaseException:
+            del self.disks[disk.name]
+            self._pull_out(disk)
+            raise
         return disk
 
     def _attach_foreign(
@@ -217,11 +225,28 @@ class Disks:
         self._xc.plug(disk.bdf, "nvme", disk.name)
         self._xc.assign_device(backend, disk.bdf)
 
+    def _pull_out(self, disk: Disk) -> None:
+        """As far as it was plugged in: what is not there cannot be taken away, and is no error."""
+        if disk.waiting is not None or disk.bdf == NO_DEVICE:
+            return
+        for undo in (
+            lambda: self._xc.plug(disk.bdf, "nvme", disk.name, present=False),
+            lambda: self.deposit(disk.name, [], [], {}),
+        ):
+            try:
+                undo()
+            except (HypercallError, DiskError) as error:
+                self._log(f"{disk.vdev} of domain {disk.domid}: {error}")
+
     def hand_over(self, domid: DomId, vdev: str) -> None:
-        """The guest's device model has closed the disk's image: the back end opens it now."""
-        for disk in self.disks.values():
+        """The guest's device model has closed the disk's image: the back end opens it now. Where that cannot be, the log says why, and the
+        guest finds no disk: it happens when the guest likes, and is no matter of Dom0's or of other guests."""
+        for disk in list(self.disks.values()):
             if disk.domid == domid and disk.vdev == vdev:
-                self._plug_in(disk, disk.backend)
+                try:
+                    self._plug_in(disk, disk.backend)
+                except (HypercallError, DiskError) as error:
+                    self._log(f"{vdev} of domain {domid}: its back end does not get it: {error}")
 
     def wait_offered(self, domid: DomId) -> None:
         """Wait, as libxl does before it starts a guest, until the back ends of its disks offer them (InitWait or beyond). One that
@@ -318,9 +343,7 @@ class Disks:
         del self.disks[disk.name]
         store.remove(back)
         store.remove(front)
-        if disk.waiting is None and disk.bdf != NO_DEVICE:
-            self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
-            self.deposit(disk.name, [], [], {})
+        self._pull_out(disk)
 
     def domain_died(self, domid: DomId) -> None:
         """Its disks go with it."""

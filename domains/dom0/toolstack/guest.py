@@ -41,6 +41,8 @@ class Guest:
     ending: bool = False
     unfinished: tuple[str, str] | None = None
     """Its end (reason, details), begun: what is left of that is done at the next look."""
+    finishing: bool = False
+    """Its end is being seen to, and others are served meanwhile: who looks again has nothing to do."""
     counters: dict[str, Any] = field(default_factory=dict)
     """Its process's last words: what the guest did (not trusted: for show)."""
 

@@ -73,6 +73,8 @@ class Manager:
         self.on_end: list[Ended] = []
         self.started = time.monotonic()
         self._again = False
+        self._making: set[str] = set()
+        """Names of domains that are being built: others are served meanwhile."""
         host.bind_virq(VIRQ_DOM_EXC, self.check)
         host.on_order["counters"] = self._counters
 
@@ -89,7 +91,9 @@ class Manager:
 
     def _create(self, config: DomainConfig, files: dict[int, int], before: Guest | None) -> DomId:
         """`before`: the domain that rebooted, whose lines it takes over."""
-        if any(guest.config.name == config.name and not guest.ending for guest in self.guests.values()):
+        if config.name in self._making or any(
+            guest.config.name == config.name and not guest.ending for guest in self.guests.values()
+        ):
             raise ToolstackError(f"domain {config.name!r} exists already: choose another name, or destroy it")
         if config.pci and config.type != "pvh":
             raise ToolstackError(
@@ -112,6 +116,7 @@ class Manager:
             )
         except HypercallError as error:
             raise ToolstackError(f"{config.name}: the hypervisor refused the domain: {error}") from None
+        self._making.add(config.name)
         try:
             guest = self._build(domid, config, images, files, before)
         except (
@@ -133,6 +138,8 @@ class Manager:
         except BaseException:
             self._forget(domid)
             raise
+        finally:
+            self._making.discard(config.name)
         self.guests[domid] = guest
         if not config.paused:
             self.xc.unpause(domid)
@@ -148,6 +155,7 @@ class Manager:
     ) -> Guest:
         guest = self._guest(domid, config, files, before)
         try:
+            self._model(guest)
             self._fill(guest, images)
         except BaseException:
             if guest.model is not None:
@@ -162,7 +170,7 @@ class Manager:
     def _guest(
         self, domid: DomId, config: DomainConfig, files: dict[int, int], before: Guest | None
     ) -> Guest:
-        """With its lines, and the process of its device model."""
+        """With its lines."""
         host = self._host
         if before is None:
             guest = Guest(
@@ -173,12 +181,15 @@ class Manager:
         else:
             guest = Guest(domid, config, files, before.console, config.uuid, serial=before.serial)
             guest.console.domid = domid
-        if guest.serial is not None:
-            settings, given = model_settings(config, files)
-            guest.model = DeviceModel(
-                host.reactor, self.xc, self.disks.deposit, domid, guest.serial, settings, given
-            )
         return guest
+
+    def _model(self, guest: Guest) -> None:
+        """The process of its device model, if it is to have one."""
+        if guest.serial is not None:
+            settings, given = model_settings(guest.config, guest.files)
+            guest.model = DeviceModel(
+                self._host.reactor, self.xc, self.disks.deposit, guest.domid, guest.serial, settings, given
+            )
 
     def _fill(self, guest: Guest, images: Files | None) -> None:
         """Memory, first state, devices: all up to a domain that can be unpaused."""
@@ -387,15 +398,21 @@ class Manager:
             notify(guest.domid, guest.config.name, "restarted", str(domid))
 
     def _end(self, guest: Guest, reason: str, details: str) -> None:
-        guest.ending = True
+        """Once: its device model is waited for, and others are served meanwhile, who may look at this guest or destroy it."""
+        if guest.finishing:
+            return
+        guest.ending = guest.finishing = True
         guest.unfinished = (reason, details)
-        if guest.model is not None:
-            guest.model.drain()
-        guest.disconnect()
-        self._forget(guest.domid, guest.model)
-        self._tell(guest, reason, details)
-        guest.close()
-        self.guests.pop(guest.domid, None)
+        try:
+            if guest.model is not None:
+                guest.model.drain()
+            guest.disconnect()
+            self._forget(guest.domid, guest.model)
+            self._tell(guest, reason, details)
+            guest.close()
+            self.guests.pop(guest.domid, None)
+        finally:
+            guest.finishing = False
 
     def _tell(self, guest: Guest, reason: str, details: str) -> None:
         for notify in list(self.on_end):

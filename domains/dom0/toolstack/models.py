@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
+from bus import sealed
 from bus.addresses import DomId
 from bus.messages.control import DomainConfig
 from bus.messages.envelope import BadMessage, Message
@@ -130,7 +131,8 @@ class DeviceModel:
         self._ready = False
         self._why = ""
         self._tokens = itertools.count(1)
-        self._answers: dict[int, tuple[Message, list[int]]] = {}
+        self._answers: dict[int, tuple[Message, list[int]] | None] = {}
+        """Requests by token; None: not answered yet. Only the first answer counts."""
         self.vnc: tuple[str, int] | None = None
         """IP address and port of its VNC server, once it is up."""
         self.on_unplugged: Callable[[list[str]], None] = lambda slots: None
@@ -139,7 +141,11 @@ class DeviceModel:
         self._name: Final = f"d{self.domid}"
         try:
             deposit(self._name, ["control", *files], [theirs.fileno(), *files.values()], settings)
-            xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=ROLE, domid=self.domid)
+            try:
+                xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=ROLE, domid=self.domid)
+            except BaseException:
+                deposit(self._name, [], [], {})
+                raise
         except BaseException:
             ours.close()
             raise
@@ -191,7 +197,7 @@ class DeviceModel:
             if packet is None:
                 return
             message, fds = packet
-            if isinstance(message, ModelPicture | ModelDone) and message.token in self._answers:
+            if isinstance(message, ModelPicture | ModelDone) and self._waits(message.token):
                 self._answers[message.token] = (message, fds)
                 continue
             close_all(fds)
@@ -206,6 +212,10 @@ class DeviceModel:
             elif isinstance(message, ModelFailed):
                 self._why = message.why
 
+    def _waits(self, token: int) -> bool:
+        """A request with that token has no answer yet."""
+        return token in self._answers and self._answers[token] is None
+
     def _lost(self, why: str) -> None:
         self._why = self._why or why
         if self._link is not None:
@@ -218,18 +228,17 @@ class DeviceModel:
     def _ask(self, make: Callable[[int], Message]) -> tuple[Message, list[int]]:
         """A request and its answer; the descriptors are the caller's. ModelError."""
         token = next(self._tokens)
-        nothing = ModelDone(token=token)
-        self._answers[token] = (nothing, [])
+        self._answers[token] = None
         try:
             self._send(make(token))
             deadline = time.monotonic() + ANSWER_S
-            while self._answers[token][0] is nothing:
+            while (answer := self._answers[token]) is None:
                 if self._link is None or time.monotonic() > deadline:
                     raise ModelError(
                         f"the device model does not answer{': ' if self._why else ''}{self._why}"
                     )
                 self._reactor.once(0.05)
-            message, fds = self._answers[token]
+            message, fds = answer
             if isinstance(message, ModelDone | ModelPicture) and message.error:
                 close_all(fds)
                 raise ModelError(message.error)
@@ -252,6 +261,11 @@ class DeviceModel:
         if not isinstance(message, ModelPicture) or len(fds) != 1 or not message.width or not message.height:
             close_all(fds)
             raise ModelError("the device model sent no picture")
+        try:
+            sealed.check(fds[0], 3 * message.width * message.height)
+        except ValueError as error:
+            close_all(fds)
+            raise ModelError(f"the device model sent something else than a picture: {error}") from None
         return message.width, message.height, fds[0]
 
     # --- the end
@@ -260,13 +274,14 @@ class DeviceModel:
         """The guest does not run any more: take what it wrote last on its serial line. A device model that does not say so in time is
         not waited for."""
         token = next(self._tokens)
-        nothing = ModelDone(token=token)
-        self._answers[token] = (nothing, [])
+        self._answers[token] = None
         self._send(ModelFlush(token=token))
         deadline = time.monotonic() + DRAIN_S
-        while self._link is not None and self._answers[token][0] is nothing and time.monotonic() < deadline:
+        while self._link is not None and self._waits(token) and time.monotonic() < deadline:
             self._reactor.once(0.02)
-        close_all(self._answers.pop(token)[1])
+        answer = self._answers.pop(token)
+        if answer is not None:
+            close_all(answer[1])
 
     def close(self) -> None:
         """The guest is gone: end the process."""
