@@ -124,6 +124,8 @@ class CompatCalls:
 
     def call(self, number: int, a1: int, a2: int, a3: int, a4: int, a5: int) -> Result:
         """-ENOSYS for what is not translated."""
+        if number in (xen.HYPERVISOR_sysctl, xen.HYPERVISOR_domctl):
+            return self._calls.call(number, a1, 0, 0, 0, 0)  # their handles are 64 bits wide for everybody
         if number == xen.HYPERVISOR_set_timer_op:
             return self._calls.call(number, a1 | a2 << 32, 0, 0, 0, 0)
         command = a1 & 63 if number == xen.HYPERVISOR_memory_op else a1

@@ -177,8 +177,12 @@ class LocalApic:
             return
         self._esr |= bit
         lvt = self.lvt[LVT_ERROR]
-        if not lvt & MASKED and lvt & 0xFF >= 16:
+        if lvt & MASKED:
+            return
+        if lvt & 0xFF >= 16:
             self.accept(lvt & 0xFF)
+        else:
+            self._esr |= ESR_RECEIVE_ILLEGAL  # without an interrupt of its own: that would have no end
 
     def is_logical_target(self, ipi: Ipi) -> bool:
         """A logical destination means this one."""

@@ -32,12 +32,12 @@ from bus.abi.callback import (
 )
 from bus.abi.errno import XEN_EINVAL, XEN_ENODEV, XEN_ENOSYS
 from bus.abi.nmi import XENNMI_CALLBACK, XENNMI_register_callback, XENNMI_unregister_callback
+from bus.addresses import canonical
 from domains.pv.bounce import TI_IF, TRAP_NMI
 from domains.pv.calls import NO_RESULT, Handler, Result
 from domains.pv.cpu import Cpu
 from domains.pv.debugreg import read_debugreg, set_debugreg
 from domains.pv.iret import iret
-from bus.addresses import canonical
 from domains.pv.state import CR0_TS
 
 MAX_TRAPS: Final = 4096

@@ -42,6 +42,8 @@ class GrantCalls:
         self._commands = commands
         self._domain = domain
         self._mappings: dict[int, _Mapping] = {}
+        self._status: set[int] = set()
+        """Frames of status words (version 2) that the guest may map."""
 
     def handlers(self) -> Mapping[int, Handler]:
         """By hypercall number."""
@@ -72,6 +74,8 @@ class GrantCalls:
             return self._remote.call_list(HYPERVISOR_grant_table_op, command, uop, count)
         if cmd in (gt.GNTTABOP_setup_table, gt.GNTTABOP_get_status_frames):
             return self._table_frames(command, uop, count)
+        if cmd == gt.GNTTABOP_set_version and self._status:
+            return self._set_version(command, uop)
         return self._remote.call(HYPERVISOR_grant_table_op, command, uop)
 
     def _each_message(
@@ -209,5 +213,30 @@ class GrantCalls:
         ):
             frames = memory.read_virtual(updated.frame_list, 8 * item.nr_frames) if item.nr_frames else b""
             for start in range(0, len(frames), 8):
-                memory.share_frame(int.from_bytes(frames[start : start + 8], "little"), True)
+                mfn = int.from_bytes(frames[start : start + 8], "little")
+                memory.share_frame(mfn, True)
+                if command.number == gt.GNTTABOP_get_status_frames:
+                    self._status.add(mfn)
+        return rc
+
+    def _set_version(self, command: Command, uop: int) -> int:
+        """Back to version 1 the frames of the status words go: -EBUSY while the guest maps one (XSA-255)."""
+        memory = self._cpu.mmu
+        layout = gt.GNTTAB_SET_VERSION
+        version = layout.unpack(memory.read_virtual(uop, layout.size)).version
+        gone: list[int] = []
+        rc = 0
+        if version == 1:
+            for mfn in sorted(self._status):
+                rc = memory.share_frame(mfn, False)
+                if rc:
+                    break
+                gone.append(mfn)
+        if not rc:
+            rc = self._remote.call(HYPERVISOR_grant_table_op, command, uop)
+        if rc < 0:
+            for mfn in gone:
+                memory.share_frame(mfn, True)
+        elif version == 1:
+            self._status.clear()
         return rc

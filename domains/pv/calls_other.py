@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from bus.abi import physdev
-from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
+from bus.abi.domctl import XEN_DOMCTL_INTERFACE_VERSION
+from bus.abi.errno import XEN_EACCES, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
 from bus.abi.hypercalls_model import (
     CONSOLE_IO_ARG,
     Command,
@@ -18,12 +19,17 @@ from bus.abi.hypercalls_model import (
     Where,
     console_io_arg,
 )
+from bus.abi.platform import XENPF_INTERFACE_VERSION
+from bus.abi.sysctl import XEN_SYSCTL_INTERFACE_VERSION
 from bus.abi.xen import (
     CONSOLEIO_read,
     CONSOLEIO_write,
     HYPERVISOR_console_io,
+    HYPERVISOR_domctl,
     HYPERVISOR_physdev_op,
     HYPERVISOR_physdev_op_compat,
+    HYPERVISOR_platform_op,
+    HYPERVISOR_sysctl,
 )
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
@@ -34,6 +40,12 @@ CONSOLE_CHUNK: Final = 4096
 MAX_CONSOLE: Final = 1 << 31
 MAX_PORTS: Final = 65536
 CMD_IN_STRUCTURE: Final = -2
+INTERFACE_VERSIONS: Final = {
+    HYPERVISOR_sysctl: XEN_SYSCTL_INTERFACE_VERSION,
+    HYPERVISOR_domctl: XEN_DOMCTL_INTERFACE_VERSION,
+    HYPERVISOR_platform_op: XENPF_INTERFACE_VERSION,
+}
+"""Checked before anything else, the command and the privilege included: so a guest finds out the version."""
 
 
 class OtherCalls:
@@ -74,8 +86,12 @@ class OtherCalls:
             cmd = 0
         command = entry.command(cmd)
         if command is None:
-            if entry.command_argument == CMD_IN_STRUCTURE and not self._control:
-                return -XEN_EPERM
+            if entry.command_argument == CMD_IN_STRUCTURE:
+                version = int.from_bytes(self._cpu.mmu.read_virtual(a1 + 4, 4), "little")
+                if version != INTERFACE_VERSIONS.get(number, version):
+                    return -XEN_EACCES
+                if not self._control:
+                    return -XEN_EPERM
             return -(entry.unknown or XEN_ENOSYS)
         refusal = self._refusal(command)
         if refusal:

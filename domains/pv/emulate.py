@@ -26,9 +26,9 @@ from domains.pv.cpu import Cpu
 from domains.pv.debugreg import DR6_BS, read_debugreg, set_debugreg
 from domains.pv.ioports import iopl_ok
 from domains.pv.msr import GeneralProtection, read_msr, write_msr
-from domains.vcpu.stack_fault import by_stack_segment
 from domains.pv.state import CR0_BASE, CR0_TS, CR4_BASE, CR4_GUEST_MASK
 from domains.pv.time import Timekeeper
+from domains.vcpu.stack_fault import by_stack_segment
 
 ENODEV: Final = 19
 MAX_INSTRUCTION: Final = 15

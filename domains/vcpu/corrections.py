@@ -109,9 +109,14 @@ class Corrections:
             code = self._code_at(rip, BEFORE)
             if undefined_first(code, self._regs.cr0, self._regs.cr4, long=self._long()):
                 return UD, 0
-        elif vector == GP and not error_code and self._long() and canonical(rip):
-            if by_stack_segment(self._code_at(rip, BEFORE), self._regs):
-                return SS, 0
+        elif (
+            vector == GP
+            and not error_code
+            and self._long()
+            and canonical(rip)
+            and by_stack_segment(self._code_at(rip, BEFORE), self._regs)
+        ):
+            return SS, 0
         return vector, error_code
 
     def _back_to_start(self, delivering: int, delivered: int) -> None:

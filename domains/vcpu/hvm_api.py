@@ -30,7 +30,7 @@ class HvmExits(Protocol):
         """EAX, EBX, ECX, EDX."""
 
     def on_rdmsr(self, index: int) -> int:
-        """RDMSR of a register that the vCPU does not keep itself (`hvm_vcpu.NATIVE_MSRS`), at CPL0."""
+        """RDMSR of a register that the vCPU does not keep itself (`hvm_msrs.NATIVE_MSRS`), at CPL0."""
 
     def on_wrmsr(self, index: int, value: int) -> None:
         """WRMSR of such a register, at CPL0."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from bus.addresses import MachineAddr
-from domains.vcpu import hvm_thunks, strings, thunks
+from domains.vcpu import hvm_msrs, hvm_thunks, strings, thunks
 from domains.vcpu.api import GuestFault, StopReason, VcpuError
 from domains.vcpu.corrections import Corrections
 from domains.vcpu.hvm_api import HvmExits
@@ -43,13 +43,6 @@ DB, UD, GP = 1, 6, 13
 IF: Final = 1 << 9
 PE, VM, LMA = 1, 1 << 17, 1 << 10
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
-NATIVE_MSRS: Final = (
-    0x174, 0x175, 0x176,  # SYSENTER_CS, _ESP, _EIP
-    0x277,  # PAT
-    0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084,  # EFER, STAR, LSTAR, CSTAR, FMASK
-    0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,  # FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX
-)  # fmt: skip
-"""Kept by the vCPU itself, without an exit; all others go to `on_rdmsr` and `on_wrmsr`."""
 CODE32_FLAT, DATA32_FLAT, TSS32_BUSY = 0xC09B, 0xC093, 0x008B
 
 _pointer, _u32, _i32, _u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint64
@@ -88,7 +81,9 @@ class UnicornHvmVcpu(Machine):
         self._intercept_cr_write = ctypes.c_uint16.from_address(self._env + base + 10)
         self._hidden: Final = mmap.mmap(-1, VMCB_SIZE)
         self._hidden_words: Final = memoryview(self._hidden).cast("I")
-        self._make_msr_map()
+        permissions = hvm_msrs.permission_map()
+        self._hidden[MSRPM : MSRPM + len(permissions)] = permissions
+        self._hidden[VMCB_MSRPM : VMCB_MSRPM + 8] = (VMCB + MSRPM).to_bytes(8, "little")
         self._memory.map_device = self._map_device
         self._memory.map(
             VMCB, ctypes.addressof(ctypes.c_char.from_buffer(self._hidden)), VMCB_SIZE, writable=True
@@ -106,14 +101,6 @@ class UnicornHvmVcpu(Machine):
 
     def _guest_memory(self) -> GuestMemory:
         return GuestMemory(self._memory, self.regs, self._cpu)
-
-    def _make_msr_map(self) -> None:
-        bits = bytearray(b"\xff" * 0x1800)
-        for number in NATIVE_MSRS:
-            at = 2 * number if number < 0x2000 else 2 * (number - 0xC0000000 + 0x2000)
-            bits[at >> 3] &= ~(3 << (at & 7)) & 0xFF
-        self._hidden[MSRPM : MSRPM + len(bits)] = bytes(bits)
-        self._hidden[VMCB_MSRPM : VMCB_MSRPM + 8] = (VMCB + MSRPM).to_bytes(8, "little")
 
     # ---- start
 
@@ -490,7 +477,11 @@ class UnicornHvmVcpu(Machine):
         number = regs.rcx & M32
         length = self._opcode()[1] + 2
         if regs.error_code & 1:
-            self._exits.on_wrmsr(number, (regs.rdx & M32) << 32 | regs.rax & M32)
+            new = (regs.rdx & M32) << 32 | regs.rax & M32
+            if number in hvm_msrs.CHECKED:
+                hvm_msrs.write(regs, number, new)
+            else:
+                self._exits.on_wrmsr(number, new)
         else:
             value = self._exits.on_rdmsr(number)
             regs.rax, regs.rdx = value & M32, value >> 32 & M32

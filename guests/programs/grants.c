@@ -27,6 +27,25 @@ static void grant(grant_ref_t ref, const void *page, uint16_t flags)
     grants[ref].flags = GTF_permit_access | flags;
 }
 
+/* The frames of version 2's status words cannot go while one is mapped. */
+static void status_frames(void)
+{
+    struct gnttab_set_version set = {.version = 2};
+    same(HYPERVISOR_grant_table_op(GNTTABOP_set_version, &set, 1), 0, "set_version 2");
+    uint64_t frame = 0;
+    struct gnttab_get_status_frames get = {.dom = DOMID_SELF, .nr_frames = 1};
+    set_xen_guest_handle(get.frame_list, &frame);
+    same(HYPERVISOR_grant_table_op(GNTTABOP_get_status_frames, &get, 1), 0, "get_status_frames");
+    same(get.status, GNTST_okay, "is okay");
+    uint64_t before = read_pte(target);
+    same(set_pte(target, frame << PAGE_SHIFT | PTE_RO), 0, "a status frame can be mapped");
+    set.version = 1;
+    same(HYPERVISOR_grant_table_op(GNTTABOP_set_version, &set, 1), -XEN_EBUSY, "set_version 1 while it is: EBUSY");
+    same(set_pte(target, (before & PTE_FRAME) | PTE_RW), 0, "map something else there");
+    same(HYPERVISOR_grant_table_op(GNTTABOP_set_version, &set, 1), 0, "now set_version 1");
+    same(set_pte(target, frame << PAGE_SHIFT | PTE_RO), -XEN_EBUSY, "the status frame is gone: EBUSY");
+}
+
 static void set_up(void)
 {
     struct gnttab_query_size query = {.dom = DOMID_SELF};
@@ -55,6 +74,7 @@ static void set_up(void)
     same(version.version, 1, "is 1");
     struct gnttab_set_version set = {.version = 3};
     same(HYPERVISOR_grant_table_op(GNTTABOP_set_version, &set, 1), -XEN_EINVAL, "set_version 3: EINVAL");
+    status_frames();
     set.version = 1;
     same(HYPERVISOR_grant_table_op(GNTTABOP_set_version, &set, 1), 0, "set_version 1");
     same(HYPERVISOR_grant_table_op(77, &set, 1), -XEN_ENOSYS, "an unknown command: ENOSYS");

@@ -33,6 +33,24 @@ static void start_of_day(void)
     ok(start_info->store_evtchn != start_info->console.domU.evtchn, "two different ones");
 }
 
+/* Xen looks at the interface version first: a guest without any right finds it out. */
+static void interface_versions(void)
+{
+    static const struct { unsigned nr; uint32_t version; const char *name; } calls[] = {
+        {__HYPERVISOR_sysctl, 0x15, "sysctl"}, {__HYPERVISOR_domctl, 0x15, "domctl"}, {__HYPERVISOR_platform_op, 0x03000001, "platform_op"}};
+    static uint32_t op[64];
+    for (unsigned i = 0; i < 3; i++) {
+        op[0] = 0;
+        op[1] = 0;
+        same(hypercall(calls[i].nr, op, 0, 0, 0), -XEN_EACCES, "%s with another version, no such command: EACCES", calls[i].name);
+        op[0] = 1;
+        same(hypercall(calls[i].nr, op, 0, 0, 0), -XEN_EACCES, "with a command");
+        op[1] = calls[i].version;
+        if (!is_initial_domain())
+            same(hypercall(calls[i].nr, op, 0, 0, 0), -XEN_EPERM, "with the right version: EPERM");
+    }
+}
+
 static void version(void)
 {
     long v = HYPERVISOR_xen_version(XENVER_version, NULL);
@@ -113,6 +131,7 @@ void program(void)
 {
     start_of_day();
     version();
+    interface_versions();
     features();
     shared();
     cpuid_leaves();

@@ -142,6 +142,17 @@ def test_an_illegal_vector_is_an_error_and_not_sent() -> None:
     assert apic.read(la.ESR) == la.ESR_SEND_ILLEGAL
 
 
+def test_an_illegal_error_vector_is_an_error_too_and_has_no_end() -> None:
+    """XSA-462: the error of the error interrupt is recorded, and is not sent in its turn."""
+    apic, _, sent = make()
+    apic.write(0x370, 0xF)
+    apic.write(la.ICR, 0x4005)
+    assert sent == []
+    assert apic.pending() is None
+    apic.write(la.ESR, 0)
+    assert apic.read(la.ESR) == la.ESR_SEND_ILLEGAL | la.ESR_RECEIVE_ILLEGAL
+
+
 @pytest.mark.parametrize(
     ("index", "value"),
     [(0x802, 0), (0x80B, 1), (0x808, 0x100), (0x80E, 0), (0x831, 0), (0x832, 1 << 32), (0x8FF, 0)],

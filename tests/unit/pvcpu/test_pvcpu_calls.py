@@ -18,7 +18,18 @@ from bus.abi.sched import (
     SCHEDOP_shutdown,
 )
 
-EFAULT, EINVAL, ENOSYS, ENOENT, EPERM, ETIME, EEXIST, ENXIO, ENODATA = 14, 22, 38, 2, 1, 62, 17, 6, 61
+EFAULT, EINVAL, ENOSYS, ENOENT, EPERM, ETIME, EEXIST, ENXIO, ENODATA, EACCES = (
+    14,
+    22,
+    38,
+    2,
+    1,
+    62,
+    17,
+    6,
+    61,
+    13,
+)
 
 
 @pytest.fixture
@@ -260,10 +271,17 @@ def test_grant_that_cannot_be_entered_is_given_back(rig: Rig) -> None:
 
 
 def test_control_hypercalls_are_refused_or_forwarded(rig: Rig) -> None:
-    """domctl, sysctl, platform_op: the hypervisor decides; unknown commands of an unprivileged domain are -EPERM here."""
-    rig.put(DATA, struct.pack("<I", 0x7FFF))
-    for number in (xen.HYPERVISOR_domctl, xen.HYPERVISOR_sysctl, xen.HYPERVISOR_platform_op):
+    """domctl, sysctl, platform_op: the hypervisor decides; unknown commands are answered here: -EACCES for another interface
+    version, -EPERM for an unprivileged domain."""
+    for number, interface in (
+        (xen.HYPERVISOR_domctl, 0x15),
+        (xen.HYPERVISOR_sysctl, 0x15),
+        (xen.HYPERVISOR_platform_op, 0x03000001),
+    ):
+        rig.put(DATA, struct.pack("<II", 0x7FFF, interface))
         assert call(rig, number, DATA) == -EPERM
+        rig.put(DATA, struct.pack("<II", 0x7FFF, interface + 1))
+        assert call(rig, number, DATA) == -EACCES
     assert not rig.upstream.asked
     assert call(rig, xen.HYPERVISOR_xsm_op, DATA) == -ENOSYS
     rig.put(DATA, b"hello")

@@ -148,3 +148,47 @@ def test_what_obeys_em_and_ts_alike() -> None:
     assert undefined_first(bytes.fromhex("0fae10"), 0, 0, long=True)
     assert not undefined_first(b"\x0f", CR0_EM, 0, long=True)
     assert not undefined_first(b"", CR0_EM, 0, long=True)
+
+
+def _wrmsr(number: int, value: int) -> str:
+    """mov ecx; mov eax; mov edx; wrmsr: 17 bytes, the instruction at 15."""
+    words = (number, value & 0xFFFFFFFF, value >> 32)
+    return (
+        "".join(
+            op + word.to_bytes(4, "little").hex() for op, word in zip(("b9", "b8", "ba"), words, strict=True)
+        )
+        + "0f30"
+    )
+
+
+@pytest.mark.parametrize("number", [0x175, 0x176, 0xC0000082, 0xC0000100, 0xC0000101, 0xC0000102])
+def test_wrmsr_of_an_address(number: int) -> None:
+    """One that is canonical is read back, one that is not is #GP; nobody outside the vCPU is asked."""
+    guest = HvmGuest()
+    good, bad = 0xFFFF800000001000, 0x8000000000000000
+    guest.long_mode(
+        _wrmsr(number, good) + "0f32 89c3 89d5" + _wrmsr(number, bad)
+    )  # rdmsr; mov ebx,eax; mov ebp,edx
+    assert _run(guest, 13, WITH_CODE) == (0, 17 + 6 + 15)
+    assert (guest.vcpu.regs.rbp, guest.vcpu.regs.rbx) == (good >> 32, good & 0xFFFFFFFF)
+    assert not [item for item in guest.exits.seen if item[0] == "wrmsr"]
+
+
+@pytest.mark.parametrize("value", [0x1900, 0x901 | 1 << 32, 0x801])
+def test_wrmsr_of_efer_that_faults(value: int) -> None:
+    """SVME, an unknown bit, LME changed while paging is on."""
+    guest = HvmGuest()
+    guest.long_mode(_wrmsr(0xC0000080, value))
+    assert _run(guest, 13, WITH_CODE) == (0, 15)
+
+
+def test_wrmsr_of_efer_switches_nx() -> None:
+    """NXE off makes the bit reserved: the next access by an entry that has it is #PF with RSVD. LMA stays whatever is written."""
+    guest = HvmGuest()
+    guest.long_mode(
+        _wrmsr(0xC0000080, 0x101) + "0f32 89c5 488b042500301e00"
+    )  # rdmsr; mov ebp,eax; mov rax,[0x1e3000]
+    entry = 0x10000 + 0x3000 + 8 * 0x1E3
+    guest.memory[entry + 7] = 0x80
+    assert _run(guest, 14, WITH_CODE) == (9, 17 + 4)
+    assert guest.vcpu.regs.rbp == 0x501
