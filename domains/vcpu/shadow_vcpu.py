@@ -12,15 +12,14 @@ from typing import Any, Final, Protocol
 
 from bus.addresses import MachineAddr
 from domains.vcpu.hvm_api import HvmExits
-from domains.vcpu.hvm_vcpu import MSRPM, UnicornHvmVcpu
+from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from domains.vcpu.insides import library
 from domains.vcpu.shadow_mmu import SWITCHED, USER_INDEX, MissHandler, ShadowMmu, fill_function
 from domains.vcpu.thunks import CodePage
 from domains.vcpu.walk import GuestMemory, Space
 
-EFER: Final = 0xC0000080
-SCE, LME, LMA, NXE = 1, 1 << 8, 1 << 10, 1 << 11
-M32: Final = (1 << 32) - 1
+NXE: Final = 1 << 11
+"""In EFER."""
 _Miss = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
 
 
@@ -70,8 +69,6 @@ class ShadowHvmVcpu(UnicornHvmVcpu):
         super().__init__(exits)
         self._memory.map(pool, mmu.host, mmu.pages * 4096, writable=True)
         self._flush(self._cpu)
-        at = 2 * (EFER - 0xC0000000 + 0x2000) + 1  # its writes
-        self._hidden[MSRPM + (at >> 3)] |= 1 << (at & 7)
         self.trap_invlpg(True)
         self.watch_flushes(False)
 
@@ -154,16 +151,10 @@ class ShadowHvmVcpu(UnicornHvmVcpu):
         super()._control_exit(number)
 
     def _msr_exit(self) -> None:
-        regs = self.regs
-        if regs.rcx & M32 == EFER and regs.error_code & 1:
-            value = regs.rax & M32
-            before = regs.efer
-            regs.efer = before & ~(SCE | LME | NXE) | value & (SCE | LME | NXE)
-            if (before ^ regs.efer) & NXE:
-                self._tables.nx_changed()
-            regs.rip += self._opcode()[1] + 2
-            return
+        before = self.regs.efer
         super()._msr_exit()
+        if (before ^ self.regs.efer) & NXE:
+            self._tables.nx_changed()
 
     # ---- addresses
 
