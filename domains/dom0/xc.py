@@ -92,6 +92,11 @@ class ControlInterface:
         """XEN_DOMCTL_max_mem: the most memory the domain may own, in KiB."""
         self._domctl(dc.XEN_DOMCTL_max_mem, domid, dc.XEN_DOMCTL_MAX_MEM, dc.xen_domctl_max_mem(kib))
 
+    def trigger(self, domid: DomId, trigger: int, vcpu: int) -> None:
+        """XEN_DOMCTL_sendtrigger: one of XEN_DOMCTL_SENDTRIGGER_*."""
+        payload = dc.xen_domctl_sendtrigger(trigger, vcpu)
+        self._domctl(dc.XEN_DOMCTL_sendtrigger, domid, dc.XEN_DOMCTL_SENDTRIGGER, payload)
+
     def set_vcpu_context(self, domid: DomId, vcpu: VcpuId, context: vcpu_guest_context) -> None:
         """XEN_DOMCTL_setvcpucontext of a 64-bit PV vCPU."""
         self._domctl(

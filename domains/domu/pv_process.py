@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from bus import trace_page
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
+from bus.abi.domctl import XEN_DOMCTL_SENDTRIGGER_NMI
 from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS
 from bus.abi.hypercalls import HYPERCALLS, names
 from bus.abi.sched import SHUTDOWN_crash
@@ -96,6 +97,7 @@ class PvProcess:
             "doorbell_off": self._doorbell_off,
             "loop": self._loop,
             "drop_code": self._drop_code,
+            "trigger": self._pv_trigger,
         }
         self.link.send(Hello(pid=os.getpid(), role=start.role))
 
@@ -215,6 +217,12 @@ class PvProcess:
     def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         self._max_vcpus = order.body["max_vcpus"]
         self._handle = bytes(order.body["handle"])
+        return 0, b""
+
+    def _pv_trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """XEN_DOMCTL_SENDTRIGGER_NMI, the only one of a PV guest."""
+        if self.domain is not None and order.body["trigger"] == XEN_DOMCTL_SENDTRIGGER_NMI:
+            self.domain.nmi(VcpuId(order.body["vcpu"]))
         return 0, b""
 
     def _extent(self, order: Order, fds: list[int]) -> tuple[int, bytes]:

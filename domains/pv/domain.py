@@ -21,7 +21,7 @@ from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO
-from bus.addresses import PAGE_SHIFT, DomId, Mfn
+from bus.addresses import PAGE_SHIFT, DomId, Mfn, VcpuId
 from domains.pv.api import GuestFrames
 from domains.pv.bounce import deliver_events, inject_failsafe
 from domains.pv.calls import Handler
@@ -219,6 +219,14 @@ class PvDomain(Turns[VcpuState]):
         access = self.vcpu.bad_access
         where = f" at machine address {access.address:#x}" if access is not None else ""
         self.cpu.crash(f"vCPU stopped: {reason.name}{where}")
+
+    def nmi(self, vcpu: VcpuId) -> None:
+        """Somebody else sent an NMI to a vCPU: a sleeping one wakes for it, as Xen kicks it. None of an unknown one's business."""
+        if vcpu < len(self.states) and self.states[vcpu].online:
+            state = self.states[vcpu]
+            state.nmi_pending = True
+            state.wake()
+            self.ring()
 
     # --- timers
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from toolstack.cli import (
+    verbs_adjust,
     verbs_devices,
     verbs_domain,
     verbs_faults,
@@ -29,6 +31,59 @@ ClickException: Final[type[BaseException]] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 Abort: Final[type[Exception]] = typer.Abort
+NOT_BUILT: Final = frozenset(
+    [
+        "save",
+        "restore",
+        "migrate",
+        "migrate-receive",
+        "remus",
+        "dump-core",
+        "cd-insert",
+        "cd-eject",
+        "pci-attach",
+        "pci-detach",
+        "channel-list",
+        "claims",
+        "config-update",
+        "cpupool-create",
+        "cpupool-destroy",
+        "cpupool-list",
+        "cpupool-rename",
+        "cpupool-cpu-add",
+        "cpupool-cpu-remove",
+        "cpupool-migrate",
+        "cpupool-numa-split",
+        "sched-credit",
+        "sched-rtds",
+        "usbctrl-attach",
+        "usbctrl-detach",
+        "usbdev-attach",
+        "usbdev-detach",
+        "usb-list",
+        "vtpm-attach",
+        "vtpm-detach",
+        "vtpm-list",
+        "vkb-attach",
+        "vkb-detach",
+        "vkb-list",
+        "vsnd-attach",
+        "vsnd-detach",
+        "vsnd-list",
+        "vdispl-attach",
+        "vdispl-detach",
+        "vdispl-list",
+        "qemu-monitor-command",
+        "psr-hwinfo",
+        "psr-cmt-show",
+        "getenforce",
+        "setenforce",
+        "loadpolicy",
+        "reset-passthrough",
+    ]
+)
+"""Verbs of xl that are known here, and refused."""
+_NO_COMMAND: Final = re.compile(r"No such command '([a-z0-9-]+)'")
 
 app = typer.Typer(
     name="domicile",
@@ -208,6 +263,7 @@ def run(
 
 verbs_machine.add(app)
 verbs_domain.add(app)
+verbs_adjust.add(app)
 verbs_devices.add(app)
 verbs_network.add(app)
 verbs_xenstore.add(app)
@@ -248,6 +304,11 @@ def call(arguments: list[str] | None = None) -> int:
         message = str(told() if callable(told) else error)
         if not message:  # no arguments: the help was asked for
             return int(getattr(error, "exit_code", 2))
+        unknown = _NO_COMMAND.search(message)
+        if unknown is not None and unknown[1] in NOT_BUILT:
+            raise InputError(
+                f"{unknown[1]}: xl has this verb; it is not built here (docs/limits.md)"
+            ) from None
         context = getattr(error, "ctx", None)
         where = f"{context.command_path}: " if context is not None else ""
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""

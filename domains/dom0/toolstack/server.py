@@ -21,6 +21,7 @@ from bus.messages.control import MAX_CONSOLE_CHUNK, TO_TOOLSTACK, DomainConfig, 
 from bus.messages.envelope import BadMessage, Message
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Terminal
+from domains.dom0.toolstack.adjust import Adjustments, as_number
 from domains.dom0.toolstack.disks import DiskError
 from domains.dom0.toolstack.guest import Guest, ToolstackError
 from domains.dom0.toolstack.hardware import HardwareError
@@ -36,6 +37,7 @@ MAX_CLIENTS: Final = 64
 MAX_BACKLOG: Final = 64 << 20
 """Bytes that may wait for a client that does not read; then it is dropped."""
 BURST: Final = 16
+MAX_KEYS: Final = 64
 LOG_SHOWN: Final = 56 << 10
 """Bytes of the hypervisor's log in one answer: the latest."""
 Handler = Callable[["Client", dict[str, Any], list[int]], Any]
@@ -144,6 +146,7 @@ class ToolstackServer:
         listener.setblocking(False)
         host.reactor.reader(listener.fileno(), self._accept)
         manager.on_end.append(self._ended)
+        adjust = Adjustments(manager)
         self._verbs: dict[str, Handler] = {
             "create": self._create,
             "list": lambda client, args, fds: manager.list_domains(),
@@ -190,6 +193,15 @@ class ToolstackServer:
             "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
             "top": lambda client, args, fds: top_view(manager, traces.disks(), traces.nets()),
             "vcpu-pin": self._vcpu_pin,
+            "mem-set": lambda client, args, fds: adjust.set_memory(args["domain"], as_number(args, "kib")),
+            "mem-max": lambda client, args, fds: adjust.limit_memory(args["domain"], as_number(args, "kib")),
+            "vcpu-set": lambda client, args, fds: adjust.set_vcpus(args["domain"], as_number(args, "count")),
+            "sysrq": lambda client, args, fds: adjust.sysrq(args["domain"], str(args["key"])),
+            "trigger": lambda client, args, fds: adjust.trigger(
+                args["domain"], str(args["what"]), as_number(args, "vcpu", 0)
+            ),
+            "rename": lambda client, args, fds: adjust.rename(args["domain"], str(args["name"])),
+            "debug-keys": self._debug_keys,
             "trace": self._trace,
             "tracing": lambda client, args, fds: traces.watched,
             "down": self._down,
@@ -398,6 +410,13 @@ class ToolstackServer:
         count, _, counters = said[-1].partition(" problems, ")
         number = min(int(count), len(said) - 1)
         return {"problems": said[len(said) - 1 - number : -1], "counters": json.loads(counters)}
+
+    def _debug_keys(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        """What they print is in the log then."""
+        keys = str(args["keys"])
+        if not 1 <= len(keys) <= MAX_KEYS or not keys.isascii():
+            raise ToolstackError(f"debug-keys {keys!r}: 1 to {MAX_KEYS} ASCII characters, such as h")
+        self.manager.xc.debug_keys(keys)
 
     def _uptime(self, client: Client, args: dict[str, Any], fds: list[int]) -> list[dict[str, Any]]:
         now = time.monotonic()
