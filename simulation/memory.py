@@ -16,6 +16,8 @@ class SimMemory:
         self._extents: dict[int, memoryview] = {}
         self._windows: dict[int, int] = {}
         self._placed: dict[int, tuple[int, int]] = {}
+        self.home: set[int] = set()
+        """Frames in a window whose owner has them back already: what the hypervisor writes there goes to what is left in the window."""
 
     def extent(self, base: int) -> memoryview:
         """The bytes of an extent."""
@@ -37,7 +39,8 @@ class SimMemory:
         return bytes(self.page(mfn)[offset : offset + length])
 
     def write(self, mfn: Mfn, offset: int, data: bytes) -> None:
-        self.page(mfn)[offset : offset + len(data)] = data
+        if mfn not in self.home:
+            self.page(mfn)[offset : offset + len(data)] = data
 
     def copy(self, source: Mfn, source_offset: int, target: Mfn, target_offset: int, length: int) -> None:
         self.write(target, target_offset, self.read(source, source_offset, length))
@@ -63,9 +66,11 @@ class SimMemory:
         if mfn in self._placed or not 0 <= index < self._windows[window]:
             raise ValueError(f"frame {mfn:#x} is placed twice, or beside its window")
         self._placed[mfn] = (window, index)
+        self.home.discard(mfn)
 
     def restore(self, mfn: Mfn) -> None:
         self._placed.pop(mfn, None)
+        self.home.discard(mfn)
 
     def drop_window(self, window: int) -> None:
         if any(number == window for number, _ in self._placed.values()):
@@ -85,6 +90,7 @@ class SimHostMemory(HostMemory):
         self.size = frames << PAGE_SHIFT
         self.address = 0
         self.octets = memory.extent(base)
+        self._memory = memory
         self._moved: set[Mfn] = set()
 
     def move_to_window(self, mfn: Mfn, window_fd: int, index: int) -> None:
@@ -95,6 +101,8 @@ class SimHostMemory(HostMemory):
 
     def move_back(self, mfn: Mfn) -> None:
         self._moved.discard(mfn)
+        if mfn in self._memory._placed:
+            self._memory.home.add(mfn)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -7,8 +7,8 @@
     n = 3
 
 Events (`Injector.happen`): `hypercall:NAME` (as in bus.abi.hypercalls), `grant:map`, `ring:request`, `dma`, `notify:front`,
-`notify:back`, `interrupt`, `xenbus:back:N` and `xenbus:front:N` (XenbusState), `step:NAME` (of drivers.block.backend) and
-`ledger:NAME` (of drivers.block.ledger); they are the same names that a trace shows.
+`notify:back`, `interrupt`, `xenbus:back:N` and `xenbus:front:N` (XenbusState), `step:NAME` (of drivers.block.backend), `step:net-NAME`
+(of drivers.net.backend) and `ledger:NAME` (of drivers.block.ledger); they are the same names that a trace shows.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ STEPS: Final = (
 LEDGER_STEPS: Final = (
     "record.torn", "record", "taken", "consumer", "submitted", "completed", "answer", "answering", "answered",
 )  # fmt: skip
+NET_STEPS: Final = (
+    "copied", "fetched", "sent", "noted", "begun", "written", "published", "answered", "taken", "filled",
+)  # fmt: skip
+"""Of drivers.net.backend."""
 RARE_STEPS: Final = ("recover.place", "recover.freed", "head.torn", "head.written")
 """Of the ledger, when a connection or a successor begins; not drawn by chance."""
 CALLS: Final = frozenset(
@@ -80,7 +84,7 @@ EVENTS: Final = frozenset(
         "grant:map", "ring:request", "dma", "notify:xenstore", *NOTIFICATIONS,
         *(f"xenbus:{end}:{state}" for end in ("front", "back") for state in range(9)),
         *(f"step:{name}" for name in STEPS), *(f"ledger:{name}" for name in (*LEDGER_STEPS, *RARE_STEPS)),
-        *(f"hypercall:{name}" for name in CALLS),
+        *(f"step:net-{name}" for name in NET_STEPS), *(f"hypercall:{name}" for name in CALLS),
     ]
 )  # fmt: skip
 REAL_ONLY: Final = ("segfault", "silence", "cut", "spurious", "corrupt", "truncate", "no-iommu")
@@ -152,11 +156,15 @@ class Plan(BaseModel):
     random_faults: Annotated[int, Field(ge=0, le=16)] = 0
     """Up to so many more, drawn from the seed."""
     operations: Annotated[int, Field(ge=1, le=100_000)] = 24
-    """Reads, writes and flushes of the guest."""
+    """Reads, writes and flushes of the guest; frames that it sends."""
+    scenario: Literal["disk", "network"] = "disk"
+    """What the guest has of the driver domain (`domio` is NetIO then)."""
 
     def toml(self) -> str:
         """The plan as a file holds it."""
         lines = [f"operations = {self.operations}"]
+        if self.scenario != "disk":
+            lines.append(f'scenario = "{self.scenario}"')
         if self.random_faults:
             lines.append(f"random_faults = {self.random_faults}")
         lines.append("fault = [")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from simulation.mutants import applied
+from simulation.network import NetWorld
 from simulation.plan import Plan
 from simulation.world import Outcome, World
 
@@ -19,7 +20,7 @@ Try = Callable[[Plan], bool]
 def run_seed(seed: int, plan: Plan = DEFAULT_PLAN, *, mutant: str = "", keep_trace: bool = False) -> Outcome:
     """One run. KeyError for a mutant that there is not."""
     with applied(mutant):
-        return World(seed, plan, keep_trace=keep_trace).run()
+        return (NetWorld if plan.scenario == "network" else World)(seed, plan, keep_trace=keep_trace).run()
 
 
 @dataclass(frozen=True, slots=True)

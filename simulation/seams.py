@@ -10,10 +10,13 @@ from typing import Any
 import domains.dom0.xenstore_service as service
 import domains.domio.vbd as vbd
 import domains.native.xenstore as client
+import domains.netio.bridges as bridges
+import domains.netio.vif as vif
 from bus.addresses import DomId
 from bus.log import Logger
 from drivers.block.backend import Backend
 from drivers.block.ledger import Ledger
+from drivers.net.backend import Backend as NetBackend
 from simulation.machine import Machine
 
 
@@ -25,27 +28,33 @@ def joined(machine: Machine) -> Iterator[None]:
         process = machine.processes.get(DomId(1))
 
         def step(name: str) -> None:
-            machine.injector.happen(f"{prefix}:{name.removeprefix('ledger.')}")
+            machine.injector.happen(f"{prefix}{name.removeprefix('ledger.')}")
             if process is not None:
                 process.check()
 
         return step
 
     def backend(*args: Any, **options: Any) -> Backend:
-        return vbd_backend(*args, hook=hook("step"), **options)
+        return vbd_backend(*args, hook=hook("step:"), **options)
 
     def ledger(memory: memoryview) -> Ledger:
         made = vbd_ledger(memory)
-        made.hook = hook("ledger")
+        made.hook = hook("ledger:")
         return made
 
     clock = SimpleNamespace(
         monotonic_ns=lambda: machine.scheduler.now, monotonic=lambda: machine.scheduler.now / 1e9
     )
+
+    def net_backend(*args: Any, **options: Any) -> NetBackend:
+        return vif_backend(*args, hook=hook("step:net-"), **options)
+
+    vif_backend: type[NetBackend] = vars(vif)["Backend"]
     vbd_backend: type[Backend] = vars(vbd)["Backend"]
     vbd_ledger: type[Ledger] = vars(vbd)["Ledger"]
     saved = [(module, name, getattr(module, name)) for module, name in (
         (service, "time"), (vbd, "time"), (client, "time"), (vbd, "Backend"), (vbd, "Ledger"),
+        (vif, "time"), (bridges, "time"), (vif, "Backend"),
     ) if hasattr(module, name)]  # fmt: skip
 
     def write(self: Logger, level: str, event: str, **fields: Any) -> None:
@@ -53,10 +62,11 @@ def joined(machine: Machine) -> Iterator[None]:
 
     plain = Logger.write
     try:
-        for module in (service, vbd, client):
+        for module in (service, vbd, client, vif, bridges):
             vars(module)["time"] = clock
         Logger.write = write  # type: ignore[method-assign]  # for the time of a run
         vars(vbd).update(Backend=backend, Ledger=ledger)
+        vars(vif).update(Backend=net_backend)
         yield
     finally:
         Logger.write = plain  # type: ignore[method-assign]

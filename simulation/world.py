@@ -153,17 +153,22 @@ class World:
         store.introduce(domid, port)
 
     def _write_nodes(self) -> None:
+        back_id, front_id = self.backend_id, self.guest_id
+        back = f"/local/domain/{back_id}/backend/vbd/{front_id}/{VDEV}"
+        front = f"/local/domain/{front_id}/device/vbd/{VDEV}"
+        self._write_pair(back, front, [
+            ("frontend", front), ("frontend-id", str(front_id)), ("online", "1"), ("removable", "0"), ("state", "1"),
+            ("mode", "w"), ("device-type", "disk"), ("params", f"nvme:{BDF:x}"), ("discard-enable", "1"),
+        ])  # fmt: skip
+
+    def _write_pair(self, back: str, front: str, nodes: list[tuple[str, str]]) -> None:
+        """A device's directories at both ends, and what is seen of its states."""
         store, back_id, front_id = self.store, self.backend_id, self.guest_id
-        back = self._back = f"/local/domain/{back_id}/backend/vbd/{front_id}/{VDEV}"
-        front = self._front = f"/local/domain/{front_id}/device/vbd/{VDEV}"
+        self._back, self._front = back, front
         store.mkdir(back)
         store.permit(back, f"n{back_id}", f"r{front_id}")
         store.mkdir(front)
         store.permit(front, f"n{front_id}", f"r{back_id}")
-        nodes = [
-            ("frontend", front), ("frontend-id", str(front_id)), ("online", "1"), ("removable", "0"), ("state", "1"),
-            ("mode", "w"), ("device-type", "disk"), ("params", f"nvme:{BDF:x}"), ("discard-enable", "1"),
-        ]  # fmt: skip
         for name, value in nodes:
             store.write(f"{back}/{name}", value)
         for name, value in [("backend", back), ("backend-id", str(back_id)), ("state", "1")]:
@@ -223,11 +228,15 @@ class World:
                 self.violation(f"{type(error).__name__}: {error}"[:300])
             finally:
                 machine.close()
-        guest = self.guest
         return Outcome(
             self.seed, self.plan, self.violations, machine.digest.hexdigest(), scheduler.events,
-            (scheduler.now - start) / 1e6, guest.done if guest is not None else 0, len(machine.injector.fired), machine.lines,
+            (scheduler.now - start) / 1e6, self.answered, len(machine.injector.fired), machine.lines,
         )  # fmt: skip
+
+    @property
+    def answered(self) -> int:
+        """The guest's operations that are done."""
+        return self.guest.done if self.guest is not None else 0
 
     def _judge(self) -> None:
         machine, guest = self.machine, self.guest

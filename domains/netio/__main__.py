@@ -18,9 +18,10 @@ from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
 from domains.native.xenstore import XenstoreClient
 from domains.netio.bridges import Bridges
-from domains.netio.copies import Stage
+from domains.netio.copies import STAGE_PAGES, Stage
 from domains.netio.ports import Outside
 from domains.netio.vif import VifServer
+from drivers.net.journal import Journals
 from drivers.xenbus.client import XenstoreError
 from drivers.xenbus.nodes import NodeError
 
@@ -43,6 +44,7 @@ class NetIo:
         self.servers: Final[dict[str, VifServer]] = {}
         self.store: XenstoreClient
         self.stage: Stage
+        self.journals: Journals
 
     def start(self) -> None:
         """The domain is built: find what there is to serve."""
@@ -50,7 +52,10 @@ class NetIo:
         self.store = XenstoreClient(host)
         if host.known_channels:  # a process before this one had them
             self.store.reconnect()
-        self.stage = Stage(host, host.own_gfns[0])
+        first = host.own_gfns[0]
+        self.stage = Stage(host, first)
+        # Where a successor finds them: the rest of its memory but the xenstore ring's page, which is the last.
+        self.journals = Journals(host.pages(first + STAGE_PAGES, len(host.own_gfns) - STAGE_PAGES - 1))
         if self._control is not None:
             Outside(host.reactor, self.bridges, self._control)
         self.store.watch("backend/vif", self._scan)
@@ -76,7 +81,14 @@ class NetIo:
     def _serve(self, path: str) -> None:
         try:
             server = VifServer(
-                self.host, self.store, path, self.stage, self.bridges, self._forget, self._counters
+                self.host,
+                self.store,
+                path,
+                self.stage,
+                self.bridges,
+                self.journals,
+                self._forget,
+                self._counters,
             )
         except (ValueError, NodeError) as error:
             LOG.warning(str(error), vif=path)

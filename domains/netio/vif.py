@@ -19,6 +19,7 @@ from domains.netio.bridges import Bridges
 from domains.netio.copies import FrontendPages, Stage
 from drivers.net.backend import Backend, Queue
 from drivers.net.frames import Frame
+from drivers.net.journal import Journals
 from drivers.net.nodes import FrontLink
 from drivers.net.rate import Credit, parse_rate
 from drivers.net.receive import SLOT as RX_SLOT
@@ -47,6 +48,7 @@ class VifServer:
         path: str,
         stage: Stage,
         bridges: Bridges,
+        journals: Journals,
         gone: Callable[[VifServer], None],
         counters: Counters | None = None,
     ) -> None:
@@ -64,6 +66,7 @@ class VifServer:
         rate = parse_rate(self._node("rate").encode())
         self._credit: Final = Credit(*rate, time.monotonic_ns) if rate is not None else None
         self._bridges: Final = bridges
+        self._journals: Final = journals
         self.bridge: Final = self._node("bridge")
         self._port: Final = bridges.join(self.bridge, f"vif{self.frontend_id}.{self.handle}", self)
         self._counters: Final = counters
@@ -120,7 +123,7 @@ class VifServer:
 
     def connect(self, link: FrontLink) -> None:
         """See BackPort."""
-        self._attach(link, {})
+        self._attach(link, {}, resumed=False)
 
     def _resume(self) -> None:
         """A process before this one served the frontend, which need not know: its nodes say where the rings are, and the rings say
@@ -132,14 +135,15 @@ class VifServer:
                 for row in self._host.known_channels
                 if row[1] == EVTCHNSTAT_interdomain and row[3] == self.frontend_id
             }
-            self._attach(link, found)
+            self._attach(link, found, resumed=True)
             self._log("goes on")
         except (ConnectError, NodeError) as error:
             self._log(f"cannot go on: {error}")
             self._fail(str(error))
 
-    def _attach(self, link: FrontLink, found: dict[int, EventPort]) -> None:
-        """Map the rings and bind the channels; `found`: local ports of an earlier process, by remote port."""
+    def _attach(self, link: FrontLink, found: dict[int, EventPort], *, resumed: bool) -> None:
+        """Map the rings and bind the channels; `found`: local ports of an earlier process, by remote port; `resumed`: the rings are those
+        that it served."""
         host, domid = self._host, self.frontend_id
         try:
             queues: list[Queue] = []
@@ -151,7 +155,11 @@ class VifServer:
                 notify: dict[int, Callable[[], None]] = {}
                 for channel in dict.fromkeys((each.tx_channel, each.rx_channel)):
                     notify[channel] = partial(host.notify, self._bind(channel, found, self._kick(number)))
-                queues.append(Queue(tx, rx, notify[each.tx_channel], notify[each.rx_channel]))
+                tx_journal, rx_journal = (
+                    self._journals.of(domid, self.handle, 2 * number + ring, keep=resumed) for ring in (0, 1)
+                )
+                journals = (tx_journal, rx_journal)
+                queues.append(Queue(tx, rx, notify[each.tx_channel], notify[each.rx_channel], journals))
             backend = Backend(
                 link.abilities,
                 FrontendPages(self._stage, domid),
@@ -257,6 +265,7 @@ class VifServer:
         for mapping in self._mappings:
             self._host.unmap_grants(mapping)
         self._rings, self._channels, self._mappings = [], [], []
+        self._journals.drop(self.frontend_id, self.handle)
 
     def removed(self) -> None:
         """See BackPort."""

@@ -1,8 +1,9 @@
 """netback without I/O: the rings of one virtual network interface, from its frontend's frames to a network and back.
 
-Nothing of a connection is kept outside its rings. Frames are taken and answered in the ring's order, a whole packet at a time, so after the
-death of a process `rsp_prod` says where its successor goes on: the packets after it were not answered. Some may have been sent already, and
-are sent twice, as networks do; none that was answered is lost by it.
+Frames are taken and answered in the ring's order, a whole packet at a time, so after the death of a process `rsp_prod` says where its
+successor goes on: the packets after it were not answered. Some may have been sent already, and are sent twice, as networks do; none that
+was answered is lost by it. The one thing that a ring does not say is which responses were being written (over their requests) when the
+process died: they are in a journal (drivers.net.journal).
 
 A packet's life: its slots are copied from the ring and checked -> its fragments are fetched by grant copy -> it goes to the network -> its
 slots are answered. One hypercall fetches for many packets. The other way: frames wait (at most so many bytes, then they are dropped) -> pages
@@ -18,6 +19,7 @@ from typing import Final
 
 from bus.abi.io.ring import MASK32, distance, full_barrier
 from drivers.net.frames import BROADCAST, Frame, FrameError, flow_hash, is_multicast
+from drivers.net.journal import Journal
 from drivers.net.ports import GrantCopier, Network
 from drivers.net.rate import Credit
 from drivers.net.receive import REQUEST as RX_REQUEST
@@ -56,10 +58,20 @@ class Queue:
     """A pair of rings."""
 
     def __init__(
-        self, tx: PagedRing, rx: PagedRing, notify_tx: Callable[[], None], notify_rx: Callable[[], None]
+        self,
+        tx: PagedRing,
+        rx: PagedRing,
+        notify_tx: Callable[[], None],
+        notify_rx: Callable[[], None],
+        journals: tuple[Journal, Journal] | None = None,
     ) -> None:
+        """`journals` of tx and rx: what is in them is carried out first. None: nobody takes over."""
         self.tx: Final = tx
         self.rx: Final = rx
+        self.journals: Final = journals
+        if journals is not None:
+            journals[0].recover(tx)
+            journals[1].recover(rx)
         self.notify_tx: Final = notify_tx
         self.notify_rx: Final = notify_rx
         self.tx_cons = tx.rsp_prod
@@ -85,8 +97,10 @@ class Backend:
         mac: bytes,
         credit: Credit | None = None,
         fence: Callable[[], None] = full_barrier,
+        hook: Callable[[str], None] | None = None,
     ) -> None:
-        """`credit`: how much the frontend may transmit; None: all that it can."""
+        """`credit`: how much the frontend may transmit; None: all that it can. `hook` is called with the name of each step: tests
+        crash there."""
         self.abilities: Final = abilities
         self.counters: Final = Counters()
         self.queues: list[Queue] = []
@@ -98,6 +112,11 @@ class Backend:
         self._network: Final = network
         self._credit: Final = credit
         self._fence: Final = fence
+        self._hook: Final = hook
+
+    def _step(self, name: str) -> None:
+        if self._hook is not None:
+            self._hook(name)
 
     def connect(self, queues: Sequence[Queue]) -> None:
         """Serve rings, new ones or those that a process before this one served. ValueError if their indexes make no sense."""
@@ -152,11 +171,13 @@ class Backend:
                 self.error = f"queue {number}: {broken}"
                 break
             self._send(queue, packets)
+            self._step("answered")
             took += slots
         queue.look_again = not took and not self.waits_for_credit
         return bool(took)
 
     def _send(self, queue: Queue, packets: Sequence[Packet]) -> None:
+        self._step("copied")
         items = [part for packet in packets for part in packet.parts]
         pieces = iter(self._copier.fetch(items)) if items else iter(())
         frames: list[Frame] = []
@@ -180,16 +201,39 @@ class Backend:
             counters.tx_bytes += len(frame.data)
             if self._credit is not None:
                 self._credit.spend(len(frame.data))
+        self._step("fetched")
         if frames:
             self._network.sent(frames)
-        old = index = queue.tx_cons
-        for packet in packets:
-            for ident, status in packet.answers:
-                queue.tx.write_slot(index, TX_RESPONSE.pack(ident, status))
-                index += 1
-        queue.tx_cons = index & MASK32
-        if queue.tx.push_responses(queue.tx_cons, old):
-            self._notify(queue.notify_tx)
+            self._step("sent")
+        answers = [TX_RESPONSE.pack(*answer) for packet in packets for answer in packet.answers]
+        journal = queue.journals[0] if queue.journals is not None else None
+        queue.tx_cons = self._answer(queue.tx, queue.tx_cons, answers, journal, queue.notify_tx)
+
+    def _answer(
+        self,
+        ring: PagedRing,
+        old: int,
+        answers: Sequence[bytes],
+        journal: Journal | None,
+        notify: Callable[[], None],
+    ) -> int:
+        """Write responses from index `old` on and publish them; the index behind them."""
+        if journal is not None:
+            journal.note(old, answers)
+            self._step("noted")
+        for index, answer in enumerate(answers):
+            ring.write_slot(old + index, answer)
+            if index == 0:
+                self._step("begun")
+        self._step("written")
+        new = (old + len(answers)) & MASK32
+        wanted = ring.push_responses(new, old)
+        self._step("published")
+        if journal is not None:
+            journal.done()
+        if wanted:
+            self._notify(notify)
+        return new
 
     def _change_groups(self, packet: Packet) -> None:
         for add, group in packet.groups:
@@ -289,19 +333,18 @@ class Backend:
                 items.append((given[at + index + (skip and index > 0)][1], page))
             spans.append((frame, at, len(pages)))
             at += len(pages) + skip
+        self._step("taken")
         stati = iter(self._copier.store(items))
-        old = index = queue.rx_cons
+        self._step("filled")
+        answers: list[bytes] = []
         for frame, start, count in spans:
             idents = [ident for ident, _ in given[start : start + slots_of(frame)]]
             found = [next(stati) for _ in range(count)]
-            for content in responses(frame, idents, found):
-                queue.rx.write_slot(index, content)
-                index += 1
+            answers += responses(frame, idents, found)
             if any(found):
                 self.counters.rx_dropped += 1
             else:
                 self.counters.rx_packets += 1
                 self.counters.rx_bytes += len(frame.data)
-        queue.rx_cons = index & MASK32
-        if queue.rx.push_responses(queue.rx_cons, old):
-            self._notify(queue.notify_rx)
+        journal = queue.journals[1] if queue.journals is not None else None
+        queue.rx_cons = self._answer(queue.rx, queue.rx_cons, answers, journal, queue.notify_rx)

@@ -9,6 +9,7 @@ const char program_name[] = "net";
 
 #define SECOND 1000000000ul
 #define PATIENCE (60 * SECOND)
+#define TURN (30 * SECOND) /* a back end whose process died comes back meanwhile */
 
 static uint8_t frame[70000], mac[6];
 static const uint8_t address[4] = {10, 0, 0, 2};
@@ -129,10 +130,10 @@ static bool read_mac(void)
 
 static bool up(const char *what)
 {
-    ok(net_wait_backend(XenbusStateInitWait, 5 * SECOND), "%s: the back end is in InitWait", what);
+    ok(net_wait_backend(XenbusStateInitWait, TURN), "%s: the back end is in InitWait", what);
     ok(net_publish(NET_SCATTER | NET_MULTICAST_CONTROL), "%s: rings, grants, channel and nodes", what);
     ok(net_set_state(XenbusStateConnected), "%s: Connected", what);
-    bool there = net_wait_backend(XenbusStateConnected, 5 * SECOND);
+    bool there = net_wait_backend(XenbusStateConnected, TURN);
     ok(there, "%s: the back end follows", what);
     return there;
 }
@@ -151,7 +152,7 @@ static void announce(void)
     net_status = 1;
     ok(net_queue(frame, 42, 0, 0), "a frame fits the ring");
     net_flush();
-    ok(net_sent(5 * SECOND), "it is answered");
+    ok(net_sent(TURN), "it is answered");
     same(net_status, NETIF_RSP_OKAY, "with NETIF_RSP_OKAY");
 }
 
@@ -160,7 +161,7 @@ static void refused(void)
     net_status = 1;
     ok(net_queue(frame, 10, 0, 0), "a frame of 10 bytes");
     net_flush();
-    ok(net_sent(5 * SECOND), "is answered");
+    ok(net_sent(TURN), "is answered");
     same(net_status, NETIF_RSP_ERROR, "with NETIF_RSP_ERROR: shorter than an Ethernet header");
 }
 
@@ -171,7 +172,7 @@ void program(void)
         return;
     }
     ok(read_mac(), "the node mac is an address of one station");
-    ok(net_wait_backend(XenbusStateInitWait, 5 * SECOND), "the back end comes to InitWait");
+    ok(net_wait_backend(XenbusStateInitWait, TURN), "the back end comes to InitWait");
     same(net_backend_number("feature-rx-copy"), 1, "feature-rx-copy");
     same(net_backend_number("feature-sg"), 1, "feature-sg");
     ok(net_backend_number("multi-queue-max-queues") >= 1, "multi-queue-max-queues");
@@ -180,15 +181,15 @@ void program(void)
     announce();
     refused();
     ok(net_group(true, group), "ask for a multicast group");
-    ok(net_sent(5 * SECOND), "it is answered");
+    ok(net_sent(TURN), "it is answered");
     same(net_status, NETIF_RSP_OKAY, "with NETIF_RSP_OKAY");
     print("net: up\n");
     ok(serve(), "told to go on, after %u answers", answered);
 
     ok(net_set_state(XenbusStateClosing), "Closing");
-    ok(net_wait_backend(XenbusStateClosing, 5 * SECOND), "the back end follows");
+    ok(net_wait_backend(XenbusStateClosing, TURN), "the back end follows");
     ok(net_set_state(XenbusStateClosed), "Closed");
-    ok(net_wait_backend(XenbusStateClosed, 5 * SECOND), "the back end follows");
+    ok(net_wait_backend(XenbusStateClosed, TURN), "the back end follows");
     net_unpublish();
     ok(net_set_state(XenbusStateInitialising), "Initialising again");
     if (!up("again"))
@@ -198,9 +199,9 @@ void program(void)
     ok(serve(), "told to go on, after %u answers", answered);
 
     net_break();
-    ok(net_wait_backend(XenbusStateClosing, 5 * SECOND), "a ring with impossible indexes: the back end goes to Closing");
+    ok(net_wait_backend(XenbusStateClosing, TURN), "a ring with impossible indexes: the back end goes to Closing");
     ok(net_set_state(XenbusStateClosed), "Closed");
-    ok(net_wait_backend(XenbusStateClosed, 5 * SECOND), "the back end follows");
+    ok(net_wait_backend(XenbusStateClosed, TURN), "the back end follows");
     net_unpublish();
     ok(net_set_state(XenbusStateInitialising), "Initialising once more");
     if (up("third"))

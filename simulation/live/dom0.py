@@ -11,7 +11,7 @@ from domains.dom0.xenstore.core import Core
 from simulation.live.edge import Edge
 
 EDGE: Final = Edge("dom0")
-STATE: Final = re.compile(rb"^/local/domain/\d+/(backend|device)/vbd/.*/state$")
+STATE: Final = re.compile(rb"^/local/domain/\d+/(backend|device)/(?:vbd|vif)/.*/state$")
 LINE_LIMIT: Final = 4096
 
 

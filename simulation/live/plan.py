@@ -36,7 +36,7 @@ EVENTS: Final = (
     "ledger",
     "media",
 )
-ROLES: Final = ("hypervisor", "dom0", "domio", "domu", "nvme")
+ROLES: Final = ("hypervisor", "dom0", "domio", "netio", "domu", "nvme")
 
 
 class What(StrEnum):
@@ -98,9 +98,9 @@ class Fault(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     what: What
-    target: Annotated[str, Field(max_length=40, pattern=r"^(hypervisor|dom0|domio|domu|nvme)(:[0-9]+)?$")] = (
-        "domio"
-    )
+    target: Annotated[
+        str, Field(max_length=40, pattern=r"^(hypervisor|dom0|domio|netio|domu|nvme)(:[0-9]+)?$")
+    ] = "domio"
     """A role, or one process of it: `domu:3` (domain id), `nvme:8` (PCI address)."""
     event: Annotated[str, Field(max_length=200)] = ""
     n: Annotated[int, Field(ge=1, le=1_000_000)] = 1

@@ -8,6 +8,6 @@ from toolstack.warden import children
 from toolstack.warden.__main__ import main
 
 if __name__ == "__main__":
-    for role in ("hypervisor", "dom0", "domio", "nvme"):
+    for role in ("hypervisor", "dom0", "domio", "netio", "nvme"):
         children.MODULES[role] = f"simulation.live.{role}"
     main()

@@ -8,6 +8,7 @@ from typing import Any
 from drivers.net.backend import Backend, Queue
 from drivers.net.frames import Frame
 from drivers.net.frontend import Frontend, FrontQueue
+from drivers.net.journal import Journal
 from drivers.net.receive import SLOT as RX_SLOT
 from drivers.net.receive import Abilities
 from drivers.net.transmit import SLOT as TX_SLOT
@@ -104,6 +105,9 @@ class Pair:
         self.front = Frontend(self.memory, self.got.append)
         self.abilities = abilities or Abilities(scatter=True, gso_v4=True, gso_v6=True, blank_v6=True)
         self.options = options
+        self.journals = [
+            (Journal(memoryview(bytearray(4096))), Journal(memoryview(bytearray(4096)))) for _ in self.rings
+        ]
         self.back = self._backend()
         self.front.connect(
             [
@@ -124,7 +128,12 @@ class Pair:
         return Backend(self.abilities, self.memory, self.wire, mac=MAC, **self.options)
 
     def attach(self) -> None:
-        self.back.connect([Queue(tx, rx, self._answered, self._answered) for tx, rx in self.rings])
+        self.back.connect(
+            [
+                Queue(tx, rx, self._answered, self._answered, journals)
+                for (tx, rx), journals in zip(self.rings, self.journals, strict=True)
+            ]
+        )
 
     def restart(self) -> None:
         """The back end's process dies, and another one finds the rings."""
