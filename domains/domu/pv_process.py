@@ -26,6 +26,7 @@ from bus.trace import Kind
 from domains.domu.ear import Ear
 from domains.domu.granted import GrantedWindows
 from domains.domu.lease import Lease
+from domains.domu.rest import Rest
 from domains.domu.upstream import BusUpstream
 from domains.granting import Granting
 from domains.hostmem import HostMemory
@@ -69,6 +70,7 @@ class PvProcess:
         self._granting: Granting | None = None
         self._max_vcpus = 1
         self._handle = bytes(16)
+        self._rest = Rest()
         self._shared_info = Mfn(0)
         self._m2p: list[tuple[int, int, int]] = []
         self._listen: dict[int, tuple[Port, Doorbell]] = {}
@@ -150,7 +152,13 @@ class PvProcess:
             if outcome.yielded and not domain.finished:
                 if lease.yielded():
                     self._wait_for_turn()
-            elif not outcome.runnable and not domain.finished:
+                rest = self._rest.yielded(self._events, time.monotonic_ns(), deadline)
+                if rest:
+                    self._ear.set_deadline(0)
+                    self._wait(rest / 1e9)
+                continue
+            self._rest.ran()
+            if not outcome.runnable and not domain.finished:
                 lease.sleeping()
                 self._ear.set_deadline(self._monotonic(outcome.deadline))
                 self._wait(IDLE_S)
