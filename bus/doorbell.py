@@ -10,7 +10,6 @@ for ever.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from typing import Final
 
@@ -61,33 +60,4 @@ class Doorbell:
         """Close the descriptor."""
         if self.fd >= 0:
             self._socket.close()
-            self.fd = -1
-
-
-class EventBell:
-    """An eventfd between a guest's process and its own device model, which share the guest's fate: it counts what nobody takes, as
-    edge-triggered listeners want. Not for anybody who serves others: a holder that changes its flags can make the other wait."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        """Takes over `fd`."""
-        self.fd = fd
-
-    def ring(self) -> None:
-        """Notify; a full counter is a notification that was not taken yet."""
-        with contextlib.suppress(BlockingIOError):
-            os.set_blocking(self.fd, False)
-            os.eventfd_write(self.fd, 1)
-
-    def take(self) -> None:
-        """Forget rings so far."""
-        with contextlib.suppress(BlockingIOError):
-            os.set_blocking(self.fd, False)
-            os.eventfd_read(self.fd)
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        if self.fd >= 0:
-            os.close(self.fd)
             self.fd = -1

@@ -11,7 +11,7 @@
 | STAGING | bytes on their way to or from the guest's memory | both |
 | VRAM | the frame buffer, which the guest's process maps into the guest | guest and device model |
 
-Beside it go four eventfds: `request` (an ioreq is ready), `response` (it is answered), `note` (look at the ring), `done` (the note
+Beside it go four doorbells: `request` (an ioreq is ready), `response` (it is answered), `note` (look at the ring), `done` (the note
 that waits for it was carried out). Neither side believes what the other writes: all is read once into a copy and checked.
 
 Interrupt lines and DMA are notes and not hypercalls, so that their order against each other and against the answer of an ioreq is
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -33,6 +34,7 @@ from bus.abi.hvm.ioreq import (
     STATE_IOREQ_READY,
     STATE_IORESP_READY,
 )
+from bus.doorbell import Doorbell
 
 MAX_VCPUS: Final = 128
 PRODUCED: Final = 0x1000
@@ -54,7 +56,9 @@ STAGING_SIZE: Final = 0x100000
 VRAM: Final = 0x200000
 VRAM_SIZE: Final = 16 << 20
 SIZE: Final = VRAM + VRAM_SIZE
-EVENTFDS: Final = ("request", "response", "note", "done")
+BELLS: Final = ("request", "response", "note", "done")
+RUNG_BY_GUEST: Final = ("request", "done")
+"""The others are the device model's to ring."""
 
 ISA_IRQ, PCI_INTX, MSI, READ, WRITE, MAP, UNMAP, LINK, A20 = range(1, 10)
 """Notes: a line of an ISA interrupt (a: line, b: level); of a PCI device (a: device << 2 | pin, b: level); an interrupt message
@@ -203,9 +207,35 @@ class IoreqArea:
         self._mapping.close()
 
 
+_lock: Final = threading.Lock()
+
+
+def fence() -> None:
+    """What this thread stored is seen by others before it loads anything further: a lock's atomic instruction does that on x86."""
+    with _lock:
+        pass
+
+
 def create() -> int:
     """The descriptor of new memory. OSError if it is short."""
     return sealed.create("domicile-ioreq", SIZE)
+
+
+def bells() -> tuple[list[Doorbell], list[Doorbell]]:
+    """The ends of new doorbells, in the order of BELLS: the guest's process's, the device model's. OSError if descriptors are short."""
+    guest: list[Doorbell] = []
+    model: list[Doorbell] = []
+    try:
+        for name in BELLS:
+            ringer, listener = Doorbell.pair()
+            by_guest = name in RUNG_BY_GUEST
+            guest.append(ringer if by_guest else listener)
+            model.append(listener if by_guest else ringer)
+    except OSError:
+        for bell in (*guest, *model):
+            bell.close()
+        raise
+    return guest, model
 
 
 def map_area(fd: int) -> IoreqArea:

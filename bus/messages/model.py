@@ -6,7 +6,7 @@ nothing that comes from a device model but that it is about this one guest.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -53,13 +53,6 @@ class ModelFlush(Message):
 
     KIND: ClassVar[str] = "model_flush"
     token: U32
-
-
-class ModelButton(Message):
-    """The power button is pressed, or sleep."""
-
-    KIND: ClassVar[str] = "model_button"
-    button: Literal["power", "sleep"]
 
 
 class ModelReady(Message):
@@ -109,5 +102,5 @@ class ModelFailed(Message):
     why: Annotated[str, Field(max_length=400)]
 
 
-TO_MODEL = registry(ModelGo, ModelInput, ModelKeys, ModelScreen, ModelFlush, ModelButton)
+TO_MODEL = registry(ModelGo, ModelInput, ModelKeys, ModelScreen, ModelFlush)
 FROM_MODEL = registry(ModelReady, ModelOutput, ModelUnplugged, ModelPicture, ModelDone, ModelFailed)

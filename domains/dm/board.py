@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bus.abi.sched import SHUTDOWN_poweroff, SHUTDOWN_reboot
+from bus.abi.sched import SHUTDOWN_reboot
 from bus.process import Start
 from domains.dm.guest import PAGE, Guest
 from domains.dm.server import Spaces
 from domains.dm.vnc import VncSettings
 from drivers.hw.nvme.media import Media, RawMedia
 from drivers.hw.nvme.media_qcow2 import Qcow2Media
-from drivers.pc.acpi_pm import S5, SCI_IRQ, AcpiPm
+from drivers.pc.acpi_pm import PmFunction
 from drivers.pc.bus import Clock, Timed, earliest
 from drivers.pc.fw_cfg import FwCfg
 from drivers.pc.i440fx import I440fx
@@ -195,14 +195,6 @@ class Board:
         self.pci: Final = PciBus(ports, spaces.mmio, guest.pci_intx, reset, log)
         self.pci.attach()
 
-        def sleep(kind: int) -> None:
-            if kind == S5:
-                shutdown(SHUTDOWN_poweroff)
-            else:
-                log(f"sleep state with SLP_TYP {kind} is not built")
-
-        self.power: Final = AcpiPm(now, lambda level: guest.isa_irq(SCI_IRQ, level), sleep)
-        self.power.attach(ports)
         self.keyboard: Final = I8042(
             lambda level: guest.isa_irq(KEYBOARD_IRQ, level),
             lambda level: guest.isa_irq(AUX_IRQ, level),
@@ -222,7 +214,7 @@ class Board:
         for slot in settings.disks:
             self._plug(slot, open_medium(slot, settings.files))
         self.pci.add(ISA, IDE_FUNCTION, self.ide)
-        self.pci.add(ISA, PM_FUNCTION, self.power)
+        self.pci.add(ISA, PM_FUNCTION, PmFunction())  # its registers are beside the vCPU
         self.vga: Vga | None = None
         self._shown: tuple[PlainRange, ...] = ()
         if settings.vga == "stdvga":
@@ -233,7 +225,7 @@ class Board:
             self.pci.add(VIDEO, 0, vga)
         self.pci.add(PLATFORM, 0, self.platform)
         self.unplugged: Callable[[list[str]], None] = lambda slots: None
-        self._timed: Final[list[Timed]] = [self.power, self._input]
+        self._timed: Final[list[Timed]] = [self._input]
         for problem in set_up_pci(ports):
             log(problem)
 

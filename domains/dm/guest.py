@@ -13,7 +13,7 @@ from typing import Final
 
 from bus import ioreq_area as area
 from bus.abi.hvm.ioreq import IOREQ_TYPE_COPY, IOREQ_TYPE_PIO
-from bus.doorbell import EventBell
+from bus.doorbell import Doorbell
 from bus.ioreq_area import Access, Note
 from drivers.pc.bus import ONES, GuestMemoryError, MmioSpace, PortSpace
 
@@ -37,13 +37,12 @@ class Guest:
     def __init__(self, fds: list[int], ports: PortSpace, mmio: MmioSpace, vcpus: int) -> None:
         """Takes over the descriptors of an order `ioreq_area`."""
         self._area: Final = area.map_area(fds[0])
-        self.request, self._response, self._note, self._done = (EventBell(fd) for fd in fds[1:5])
+        self.request, self._response, self._note, self._done = (Doorbell(fd) for fd in fds[1:5])
         self._ports: Final = ports
         self._mmio: Final = mmio
         self.vcpus: Final = min(vcpus, area.MAX_VCPUS)
-        # Edge-triggered: see domains.hvm.model.
         self._more: Final = select.epoll()
-        self._more.register(self.request.fd, select.EPOLLIN | select.EPOLLET)
+        self._more.register(self.request.fd, select.EPOLLIN)
         self._produced = self._area.word(area.PRODUCED)
         self._carried_out = self._produced
         self._place = 0
@@ -58,14 +57,17 @@ class Guest:
 
     # --- accesses
 
-    def serve(self) -> None:
+    def serve(self) -> bool:
         """Answer every access that is ready, and those that follow at once: in a loop of the guest's the next one comes within
-        microseconds, and the event loop around this costs more than the access."""
+        microseconds, and the event loop around this costs more than the access. True: there is more, of which no ring will tell."""
         self.request.take()
         self._answer()
         end = time.monotonic() + BURST_S
-        while self._comes() and time.monotonic() < end:
+        while self._comes():
+            if time.monotonic() > end:
+                return True
             self._answer()
+        return False
 
     def _comes(self) -> bool:
         """Something is there within the time in which a guest's loop asks again: first by looking, since to be woken up takes longer."""
@@ -73,7 +75,10 @@ class Guest:
         for _ in range(max(1, SPINS // self.vcpus)):
             if area_.word(area.POSTED) != self._taken or any(map(area_.ready, range(self.vcpus))):
                 return True
-        return bool(self._more.poll(NEXT_S))
+        if not self._more.poll(NEXT_S):
+            return False
+        self.request.take()
+        return True
 
     def _take_posts(self) -> None:
         """Carry out the writes that wait, at most a ring full."""
@@ -94,6 +99,7 @@ class Guest:
             self._serving = False
         self.posts += waiting
         self._area.set_word(area.TAKEN, self._taken)
+        area.fence()  # what was posted meanwhile is seen by the next look at POSTED, or its writer sees this and rings
         if self._produced != self._told:
             self._told = self._produced
             self._note.ring()  # what came of them: nobody waits for an answer

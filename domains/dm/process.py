@@ -13,7 +13,6 @@ from bus.messages.domain import Order, Report
 from bus.messages.envelope import Message
 from bus.messages.model import (
     TO_MODEL,
-    ModelButton,
     ModelDone,
     ModelFailed,
     ModelFlush,
@@ -68,7 +67,6 @@ class ModelProcess:
             ModelInput: self._input,
             ModelKeys: self._keys,
             ModelScreen: self._screen,
-            ModelButton: self._button,
             ModelFlush: self._finish,
         }
         reactor.reader(self._dom0.fileno(), self._from_dom0)
@@ -158,14 +156,10 @@ class ModelProcess:
         self._tell(ModelDone(token=message.token, error=error))
 
     def _finish(self, message: ModelFlush) -> None:
-        if self._guest is not None:
-            self._guest.serve()
+        if self._guest is not None and self._guest.serve():
+            self.reactor.soon(self._serve)
         self._flush()
         self._tell(ModelDone(token=message.token))
-
-    def _button(self, message: ModelButton) -> None:
-        if self.board is not None and message.button == "power":
-            self.board.power.press_power_button()
 
     def _screen(self, message: ModelScreen) -> None:
         picture = self.board.picture(time.monotonic_ns()) if self.board is not None else None
@@ -195,7 +189,8 @@ class ModelProcess:
 
     def _serve(self) -> None:
         assert self._guest is not None
-        self._guest.serve()
+        if self._guest.serve():
+            self.reactor.soon(self._serve)
         self._follow()
 
     def _transmit(self, byte: int) -> None:

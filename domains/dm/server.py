@@ -28,7 +28,7 @@ class IoreqServer:
         return layout.unpack(DM_OP_ARG.unpack(reply).op.u)
 
     def create(self) -> None:
-        """Its memory and eventfds come in an order `ioreq_area`."""
+        """Its memory and doorbells come in an order `ioreq_area`."""
         layout = dm_op.XEN_DM_OP_CREATE_IOREQ_SERVER
         self.id = self._call(dm_op.XEN_DMOP_create_ioreq_server, layout, layout.zero()).id
 

@@ -8,7 +8,7 @@ import time
 from typing import Any, cast
 
 from bus.abi.arch_x86 import XEN_X86_EMU_PIC
-from bus.abi.domctl import XEN_DOMCTL_CDF_hap
+from bus.abi.domctl import XEN_DOMCTL_SENDTRIGGER_NMI, XEN_DOMCTL_SENDTRIGGER_POWER, XEN_DOMCTL_CDF_hap
 from bus.abi.errno import XEN_EINVAL, XEN_EOPNOTSUPP
 from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import PAGE_SIZE, Mfn, VcpuId
@@ -151,9 +151,13 @@ class GuestProcess(PvProcess):
         return (-XEN_EINVAL, b"") if self.hvm is None else (0, self.hvm.context())
 
     def _trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
-        """XEN_DOMCTL_SENDTRIGGER_NMI (0). Buttons need ACPI devices, which this guest does not have."""
-        vcpu = VcpuId(order.body["vcpu"])
-        if self.hvm is not None and order.body["trigger"] == 0 and vcpu < len(self.hvm.states):
+        """XEN_DOMCTL_SENDTRIGGER_*: NMI; the power button of a full HVM guest. A PVH guest has no buttons."""
+        vcpu, trigger = VcpuId(order.body["vcpu"]), order.body["trigger"]
+        board = self.hvm.board if self.hvm is not None else None
+        if board is not None and self.hvm is not None and trigger == XEN_DOMCTL_SENDTRIGGER_POWER:
+            board.acpi.press_power_button()
+            self.hvm.ring()
+        elif self.hvm is not None and trigger == XEN_DOMCTL_SENDTRIGGER_NMI and vcpu < len(self.hvm.states):
             state = self.hvm.states[vcpu]
             state.nmi = True
             state.wake()

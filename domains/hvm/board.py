@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from bus.abi.hvm.ioreq import ACPI_PM1A_EVT_BLK_ADDRESS_V1
 from domains.hvm.interrupts import Interrupts
+from drivers.pc.acpi_pm import S5, SCI_IRQ, AcpiRegisters
 from drivers.pc.bus import Clock, MmioSpace, PortSpace, Timed, earliest
 from drivers.pc.fabric import GSIS, LINKS, Fabric
 from drivers.pc.hpet import Hpet
@@ -46,7 +48,7 @@ class DebugLog:
 
 class Board:
     """See the module. `now` is guest time, `wall` the time of day in ns since 1970; `reset`: the machine is to start anew; `a20`:
-    address line 20 changed."""
+    address line 20 changed; `power_off`: sleep state S5."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Board:
         log: Callable[[str], None],
         reset: Callable[[], None],
         a20: Callable[[bool], None],
+        power_off: Callable[[], None],
     ) -> None:
         self._interrupts: Final = interrupts
         self.ports: Final = PortSpace()
@@ -67,6 +70,16 @@ class Board:
         self.rtc: Final = Rtc(now, self.fabric.isa_line(8), (wall() - now()) // SECOND)
         self.hpet: Final = Hpet(now, self.ioapic.set_input, self.fabric.set_isa)
         self.a20: Final = A20(a20)
+
+        def sleep(kind: int) -> None:
+            if kind == S5:
+                power_off()
+            else:
+                log(f"sleep state with SLP_TYP {kind} is not built")
+
+        self.acpi: Final = AcpiRegisters(now, self.fabric.isa_line(SCI_IRQ), sleep)
+        self.acpi.attach(self.ports)
+        self.ports.add(self.acpi.block(ACPI_PM1A_EVT_BLK_ADDRESS_V1))
         debug = DebugLog(log)
         for device in (
             self.pic,
@@ -83,7 +96,7 @@ class Board:
         triggers = sum(1 << line for line in set(LINK_LINES))
         self.ports.write(ELCR, 1, triggers & 0xFF)  # as hvmloader leaves it
         self.ports.write(ELCR + 1, 1, triggers >> 8)
-        self._timed: Final[list[Timed]] = [self.pit, self.rtc, self.hpet]
+        self._timed: Final[list[Timed]] = [self.pit, self.rtc, self.hpet, self.acpi]
 
     def _intr(self, level: bool) -> None:
         self._interrupts.changed = True

@@ -161,6 +161,7 @@ class HvmDomain(Turns[HvmState]):
             self._upstream.console_line,
             self._reset,
             self.vcpu.set_a20,
+            self._power_off,
         )
         wired.pic = board.pic
         for state in self.states:
@@ -187,7 +188,7 @@ class HvmDomain(Turns[HvmState]):
             )
 
     def join_model(self, number: int, fds: list[int], idle: Callable[[], None]) -> Model:
-        """A device model has an ioreq server: its memory and eventfds. VcpuError if this guest has no board for it."""
+        """A device model has an ioreq server: its memory and doorbells. VcpuError if this guest has no board for it."""
         if self.board is None:
             raise VcpuError("a guest without a board has no device model")
         if self.model is not None:
@@ -212,6 +213,10 @@ class HvmDomain(Turns[HvmState]):
     def _reset(self) -> None:
         """A reset that the guest asked the board for: on Xen that is the end of the domain, and a new one is started."""
         self.life.shutdown(SHUTDOWN_reboot)
+
+    def _power_off(self) -> None:
+        """ACPI's S5."""
+        self.life.shutdown(SHUTDOWN_poweroff)
 
     def _exits(self, table: Mapping[int, Hypercall]) -> Exits:
         commands = {

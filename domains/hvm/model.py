@@ -17,7 +17,7 @@ from bus import ioreq_area as area
 from bus.abi.hvm import dm_op
 from bus.abi.hvm.ioreq import IOREQ_TYPE_COPY, IOREQ_TYPE_PIO
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE
-from bus.doorbell import EventBell
+from bus.doorbell import Doorbell
 from bus.ioreq_area import Access, Note
 from domains.hvm.board import Board
 from domains.hvm.cpu import HvmCpu
@@ -54,7 +54,7 @@ class Model:
         """Takes over the descriptors of an order `ioreq_area`. `held`: the guest must not go on now (it is paused)."""
         self.number: Final = number
         self._area: Final = area.map_area(fds[0])
-        self._request, self._response, self.note, self._done = (EventBell(fd) for fd in fds[1:5])
+        self._request, self._response, self.note, self._done = (Doorbell(fd) for fd in fds[1:5])
         self._board: Final = board
         self._cpu: Final = cpu
         self._idle: Final = idle
@@ -64,10 +64,9 @@ class Model:
         self._enabled = False
         self._gone = ""
         self._busy = False
-        # Edge-triggered, so that nothing has to be read: the counters grow, and the other side cannot make a read block.
         self._quick: Final = select.epoll()
         for bell in (self._response, self.note):
-            self._quick.register(bell.fd, select.EPOLLIN | select.EPOLLET)
+            self._quick.register(bell.fd, select.EPOLLIN)
         self._vram: Final = _address(self._area.octets) + area.VRAM
         self._posted = self._area.word(area.POSTED)
         self.accesses = 0
@@ -153,11 +152,13 @@ class Model:
         waiting = self._posted - self._area.word(area.TAKEN) & M32
         if waiting >= area.POST_RING:
             return False
-        self._area.put_post(self._posted, access)
-        self._posted = self._posted + 1 & M32
+        before = self._posted
+        self._area.put_post(before, access)
+        self._posted = before + 1 & M32
         self._area.set_word(area.POSTED, self._posted)
-        if waiting == 0:
-            self._request.ring()
+        area.fence()
+        if self._area.word(area.TAKEN) == before:
+            self._request.ring()  # it had taken all that was there, and may not look again
         self.posts += 1
         return True
 
@@ -206,6 +207,9 @@ class Model:
         deadline, quick = began + ANSWER_S, True
         while True:
             ready = self._quick.poll(QUICK_S if quick else STEP_S)
+            if ready:
+                self._response.take()
+                self.note.take()
             if value is None:
                 value = self._area.take_answer(vcpu)
             if ready or value is not None:
@@ -238,7 +242,7 @@ class Model:
     # --- notes
 
     def carry_out(self) -> None:
-        """The eventfd says that there are notes: do them."""
+        """The doorbell says that there are notes: do them."""
         self.note.take()
         self._look()
 

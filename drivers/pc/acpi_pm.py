@@ -1,7 +1,9 @@
 """ACPI power management: the PIIX4 function 8086:7113 that Xen's machines have, with its fixed hardware.
 
 PM1 event and control block, PM timer of 32 bits at 3.579545 MHz, SMI command port 0xB2, general purpose events 0 to 15 at 0xAFE0. The
-PM1 block is where configuration register 0x40 says (Xen's firmware: 0xB000); the general purpose events do not move.
+PM1 block is where configuration register 0x40 says (Xen's firmware: 0xB000); the general purpose events do not move. Registers and
+function are apart (`AcpiRegisters`, `PmFunction`): a guest that reads the timer all the time has them beside its vCPU, at the
+address that firmware gives them, and the function in its device model. `AcpiPm` is both together.
 
 SCI_EN is 1 from reset on: Xen's FADT names no SMI command, so the machine is always in ACPI mode; the SMI command port takes 0xF1
 and 0xF0 all the same. SLP_EN with SLP_TYP 0 is S5. Not there: the SMBus, device traps, sleep button, S3.
@@ -32,14 +34,11 @@ PMBASE, PMREGMISC = 0x40, 0x80
 SCI_IRQ: Final = 9
 
 
-class AcpiPm(PciFunction):
-    """00:01.3. `sci` is ISA line 9. `sleep` is told of SLP_TYP when SLP_EN is written. Implements Timed."""
+class PmFunction(PciFunction):
+    """00:01.3: configuration space alone."""
 
-    def __init__(self, now: Clock, sci: Line, sleep: Callable[[int], None]) -> None:
+    def __init__(self) -> None:
         super().__init__("82371AB PM", vendor=0x8086, device=0x7113, class_code=0x068000, revision=3, pin=1)
-        self._now: Final = now
-        self._sci: Final = sci
-        self._sleep: Final = sleep
         self.data[6:8] = (0x0280).to_bytes(2, "little")
         self.data[PMBASE] = 1
         self.mask[PMBASE : PMBASE + 2] = b"\xc0\xff"
@@ -51,15 +50,27 @@ class AcpiPm(PciFunction):
         self.data[0x5B] = (
             2  # APMC_EN: firmware takes it that system management mode is set up already; there is none
         )
-        self._block: Range | None = None
-        self._space: PortSpace | None = None
+
+    def connect(
+        self, ports: PortSpace, mmio: MmioSpace, intx: Line | None, others: Callable[[], None]
+    ) -> None:
+        """See PciFunction; its interrupt is the SCI, not a PCI pin."""
+        super().connect(ports, mmio, None, others)
+
+
+class AcpiRegisters:
+    """The fixed hardware. `sci` is ISA line 9. `sleep` is told of SLP_TYP when SLP_EN is written. Implements Timed."""
+
+    def __init__(self, now: Clock, sci: Line, sleep: Callable[[int], None]) -> None:
+        self._now: Final = now
+        self._sci: Final = sci
+        self._sleep: Final = sleep
         self._gpe_status = self._gpe_enable = 0
         self._apm = [0, 0]
         self._sci_level = False
         self._status = self._enable = 0
         self._control = SCI_EN
         self._seen = self._ticks()
-        self.on_write = self._written
 
     def attach(self, ports: PortSpace) -> None:
         """Ports 0xB2, 0xB3, 0xAFE0 to 0xAFE3. BusError."""
@@ -68,47 +79,15 @@ class AcpiPm(PciFunction):
             Range("GPE0", ACPI_GPE0_BLK_ADDRESS_V1, ACPI_GPE0_BLK_LEN_V1, self._read_gpe, self._write_gpe)
         )
 
-    def connect(
-        self, ports: PortSpace, mmio: MmioSpace, intx: Line | None, others: Callable[[], None]
-    ) -> None:
-        """See PciFunction; its interrupt is the SCI, not a PCI pin."""
-        super().connect(ports, mmio, None, others)
-        self._space = ports
-        self._written(PMBASE, 4)
-
-    def disconnect(self) -> None:
-        """See PciFunction."""
-        super().disconnect()
-        if self._block is not None and self._space is not None:
-            self._space.remove(self._block)
-        self._block = self._space = None
+    def block(self, base: int) -> Range:
+        """The PM1 block for that port."""
+        return Range("ACPI PM1", base, BLOCK, self.read, self.write, 4)
 
     def reset(self) -> None:
         """Events off, the timer goes on."""
-        super().reset()
         self._status = self._enable = self._gpe_status = self._gpe_enable = 0
         self._control = SCI_EN
-        self._written(PMBASE, 4)
         self._update()
-
-    def _written(self, offset: int, size: int) -> None:
-        if self._space is None:
-            return
-        base = (self.data[PMBASE] | self.data[PMBASE + 1] << 8) & 0xFFC0
-        wanted = base if self.data[PMREGMISC] & 1 and base else None
-        if self._block is not None:
-            if self._block.start == wanted:
-                return
-            self._space.remove(self._block)
-            self._block = None
-        if wanted is not None:
-            new = Range("ACPI PM1", wanted, BLOCK, self.read, self.write, 4)
-            try:
-                self._space.add(new)
-            except BusError as error:
-                self.log(str(error))
-            else:
-                self._block = new
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -199,3 +178,74 @@ class AcpiPm(PciFunction):
         else:
             self._gpe_enable = self._gpe_enable & ~(0xFF << shift) | value << shift
         self._update()
+
+
+class AcpiPm(PmFunction):
+    """The function and the registers, whose PM1 block moves as it says. Implements Timed."""
+
+    def __init__(self, now: Clock, sci: Line, sleep: Callable[[int], None]) -> None:
+        super().__init__()
+        self.registers: Final = AcpiRegisters(now, sci, sleep)
+        self._block: Range | None = None
+        self._space: PortSpace | None = None
+        self.on_write = self._written
+
+    def attach(self, ports: PortSpace) -> None:
+        """See AcpiRegisters."""
+        self.registers.attach(ports)
+
+    def connect(
+        self, ports: PortSpace, mmio: MmioSpace, intx: Line | None, others: Callable[[], None]
+    ) -> None:
+        """See PciFunction."""
+        super().connect(ports, mmio, intx, others)
+        self._space = ports
+        self._written(PMBASE, 4)
+
+    def disconnect(self) -> None:
+        """See PciFunction."""
+        super().disconnect()
+        if self._block is not None and self._space is not None:
+            self._space.remove(self._block)
+        self._block = self._space = None
+
+    def reset(self) -> None:
+        """See PciFunction."""
+        super().reset()
+        self._written(PMBASE, 4)
+        self.registers.reset()
+
+    def _written(self, offset: int, size: int) -> None:
+        if self._space is None:
+            return
+        base = (self.data[PMBASE] | self.data[PMBASE + 1] << 8) & 0xFFC0
+        wanted = base if self.data[PMREGMISC] & 1 and base else None
+        if self._block is not None:
+            if self._block.start == wanted:
+                return
+            self._space.remove(self._block)
+            self._block = None
+        if wanted is not None:
+            new = self.registers.block(wanted)
+            try:
+                self._space.add(new)
+            except BusError as error:
+                self.log(str(error))
+            else:
+                self._block = new
+
+    def press_power_button(self) -> None:
+        """See AcpiRegisters."""
+        self.registers.press_power_button()
+
+    def raise_gpe(self, number: int) -> None:
+        """See AcpiRegisters."""
+        self.registers.raise_gpe(number)
+
+    def next_deadline(self) -> int | None:
+        """See Timed."""
+        return self.registers.next_deadline()
+
+    def expire(self, now: int) -> None:
+        """See Timed."""
+        self.registers.expire(now)

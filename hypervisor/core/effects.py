@@ -116,7 +116,7 @@ class ToDevice:
 
 @dataclass(frozen=True, slots=True)
 class JoinModel:
-    """A device model made an ioreq server: give it and the guest's process the memory and the eventfds by which they talk
+    """A device model made an ioreq server: give it and the guest's process the memory and the doorbells by which they talk
     (`bus.ioreq_area`), each in an order `ioreq_area`."""
 
     guest: DomId

@@ -1,7 +1,7 @@
 """HYPERVISOR_dm_op: ioreq servers, interrupt lines and messages, for the device model of one domain.
 
 The guest's own process decodes its accesses and passes on those that a server asked for: it is told of the ranges by an order that it
-answers, so that a range is in effect when the call returns. The memory and eventfds by which it and the device model then talk
+answers, so that a range is in effect when the call returns. The memory and doorbells by which it and the device model then talk
 (`bus.ioreq_area`) are made by the shell when the server is created; the hypervisor sees none of the accesses.
 """
 

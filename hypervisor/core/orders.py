@@ -102,7 +102,7 @@ _KINDS = (
         "ioreq_area",
         False,
         "id, guest (domid)",
-        "to a guest's process and to its device model: they have an ioreq server; its memory and the eventfds request, "
+        "to a guest's process and to its device model: they have an ioreq server; its memory and the doorbells request, "
         "response, note, done travel along (bus.ioreq_area)",
     ),
     OrderKind(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 from bus import ioreq_area
@@ -75,14 +74,19 @@ class Joins:
             self._tell(domain, "doorbell_off", {"port": port})
 
     def model(self, join: fx.JoinModel) -> None:
-        """Memory and eventfds for a guest's process and its device model. OSError: no descriptors are left."""
-        fds = [ioreq_area.create()]
+        """Memory and doorbells for a guest's process and its device model, to each its own ends. OSError: no descriptors are left."""
+        memory = ioreq_area.create()
+        ends: list[Doorbell] = []
         try:
-            fds += [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in ioreq_area.EVENTFDS]
-            for domain in (join.guest, join.model):
+            guest, model = ioreq_area.bells()
+            ends += [*guest, *model]
+            for domain, bells in ((join.guest, guest), (join.model, model)):
+                fds = [memory, *(bell.fd for bell in bells)]
                 self._tell(domain, "ioreq_area", {"id": join.server, "guest": int(join.guest)}, fds)
         finally:
-            close_all(fds)
+            for bell in ends:
+                bell.close()
+            close_all([memory])
 
     def gone(self, domain: DomId) -> None:
         """Its process is."""

@@ -515,7 +515,7 @@ class Manager:
         guest = self.find(name)
         if fallback and guest.model is not None and not self._has_drivers(guest.domid):
             if how == "poweroff":
-                guest.model.press("power")
+                self.xc.send_trigger(guest.domid, dc.XEN_DOMCTL_SENDTRIGGER_POWER)
             else:
                 self.xc.remote_shutdown(guest.domid, sched.SHUTDOWN_reboot)
             return

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from bus import sealed
 from bus.addresses import DomId
@@ -18,7 +18,6 @@ from bus.messages.control import DomainConfig
 from bus.messages.envelope import BadMessage, Message
 from bus.messages.model import (
     FROM_MODEL,
-    ModelButton,
     ModelDone,
     ModelFailed,
     ModelFlush,
@@ -250,10 +249,6 @@ class DeviceModel:
         """Press and release keys. ModelError."""
         _, fds = self._ask(lambda token: ModelKeys(token=token, keys=keys))
         close_all(fds)
-
-    def press(self, button: Literal["power", "sleep"]) -> None:
-        """Press a button of the PC's case."""
-        self._send(ModelButton(button=button))
 
     def screen(self) -> tuple[int, int, int]:
         """(width, height, descriptor of a memfd with three bytes a pixel), the caller's. ModelError."""

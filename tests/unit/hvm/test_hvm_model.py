@@ -43,11 +43,14 @@ class Pair:
 
     def __init__(self, code: str, device: Callable[[int, int, int | None], int], **more: Any) -> None:
         self.rig = Rig(code, board=True, **more)
-        self.fds = [area.create(), *(os.eventfd(0, os.EFD_NONBLOCK) for _ in area.EVENTFDS)]
+        memory = area.create()
+        guest, model = area.bells()
         self.held = False
         self.idle = 0
         domain = self.rig.domain
-        self.model: Model = domain.join_model(0, [os.dup(fd) for fd in self.fds], self._idle)
+        self.model: Model = domain.join_model(
+            0, [os.dup(memory), *(os.dup(bell.fd) for bell in guest)], self._idle
+        )
         self.ports, self.mmio = PortSpace(), MmioSpace()
 
         def read(offset: int, size: int) -> int:
@@ -58,7 +61,9 @@ class Pair:
 
         self.ports.add(Range("test", PORT, 8, read, write, 4))
         self.mmio.add(Range("test", MMIO, 0x1000, read, write, 8))
-        self.guest = Guest([os.dup(fd) for fd in self.fds], self.ports, self.mmio, 1)
+        self.guest = Guest([memory, *(os.dup(bell.fd) for bell in model)], self.ports, self.mmio, 1)
+        for bell in (*guest, *model):
+            bell.close()
         for kind, first, last in ((0, PORT, PORT + 7), (1, MMIO, MMIO + 0xFFF)):
             assert domain.model_changed({"id": 0, "add": [kind, first, last]})
         assert domain.model_changed({"id": 0, "enabled": True})
@@ -74,7 +79,8 @@ class Pair:
         poller.register(self.guest.request.fd, select.POLLIN)
         while not self.stop:
             if poller.poll(20):
-                self.guest.serve()
+                while self.guest.serve():
+                    pass
 
     def run(self, slices: int = 50) -> Rig:
         if self.serving:
@@ -88,8 +94,6 @@ class Pair:
             self.thread.join(5)
         self.guest.close()
         self.model.close()
-        for fd in self.fds:
-            os.close(fd)
 
 
 @pytest.fixture
