@@ -71,7 +71,10 @@ class Rig:
         host = cast(
             Any,
             SimpleNamespace(
-                reactor=self.reactor, on_order={}, bind_virq=lambda virq, callback: Port(1), foreign_extents={}
+                reactor=self.reactor,
+                on_order={},
+                bind_virq=lambda virq, callback: Port(1),
+                foreign_extents={},
             ),
         )
         self.store = XenstoreService(host)
