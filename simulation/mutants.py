@@ -193,7 +193,7 @@ MUTANTS: Final = {
         ),
         Mutant(
             "response-before-flush",
-            "the back end answers a flush without flushing",
+            "the back end answers a flush before the device has flushed",
             20,
             _response_before_flush,
         ),
