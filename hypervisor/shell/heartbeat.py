@@ -3,7 +3,7 @@
 Counted in beats, not in time: where the whole host stood still, nobody is late. Any message is a sign of life; one that has
 given none since the last beat is asked something small. A process that is stopped (SIGSTOP) is ended after a second; one that
 runs or waits for a disk may take longer, as fdatasync on a slow disk does. A process that has not said hello yet cannot be asked: it
-is ended if it is stopped, and may take its time otherwise.
+is ended if it is stopped, or after a minute.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ STOPPED_BEATS: Final = 4
 """After so many without a sign a stopped process is ended ..."""
 SILENT_BEATS: Final = 60
 """... and any other after so many: 15 seconds."""
+START_BEATS: Final = 240
+"""... and one that has not said hello since it was started after so many: a minute, for a start on a busy host takes 10 seconds."""
 PING_ORDER: Final = (1 << 62) + 1
 """Number of the order that asks a domain; the core's own numbers count from 1."""
 
@@ -38,8 +40,8 @@ class Heartbeats:
         self._stopped = stopped
         self._missed: dict[DomId, int] = {}
         """Beats since the question that is not answered (-1: answered), of those that are watched."""
-        self._starting: dict[DomId, int] = {}
-        """Beats in a row in which a process that has not said hello was stopped (-1: it was not)."""
+        self._starting: dict[DomId, tuple[int, int]] = {}
+        """Of those that have not said hello: beats since their start, and beats in a row in which they were stopped (-1: they were not)."""
         self._next = 0
 
     def next_deadline(self) -> int | None:
@@ -64,10 +66,12 @@ class Heartbeats:
         ]
         for peer in late:
             del self._missed[peer]
-        self._starting = {
-            peer: self._starting.get(peer, -1) + 1 if self._stopped(peer) else -1 for peer in starting
-        }
-        for peer in [peer for peer, beats in self._starting.items() if beats >= STOPPED_BEATS]:
-            del self._starting[peer]
-            late.append(peer)
+        before, self._starting = self._starting, {}
+        for peer in starting:
+            beats, stopped = before.get(peer, (-1, -1))
+            beats, stopped = beats + 1, stopped + 1 if self._stopped(peer) else -1
+            if stopped >= STOPPED_BEATS or beats >= START_BEATS:
+                late.append(peer)
+            else:
+                self._starting[peer] = beats, stopped
         return [peer for peer, missed in self._missed.items() if missed == 0], late

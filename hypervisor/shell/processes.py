@@ -35,6 +35,8 @@ class Running:
     uid: int = 0
     view: ProcessView | None = None
     """Where it runs in another pid namespace: what there is to see of it from here."""
+    started: bool = False
+    """The warden has started it (in containers it may wait for one that is free)."""
 
     def cpu_ns(self) -> int | None:
         """CPU time of all its threads; None before it is known to run."""
@@ -142,7 +144,7 @@ class Processes:
             message, fds = packet
             if isinstance(message, Started) and message.id in self._by_id:
                 running = self._by_id[message.id]
-                running.pid, running.uid = message.pid, message.uid
+                running.pid, running.uid, running.started = message.pid, message.uid, True
                 return running, None, self._take(running, dict(zip(message.fds, fds, strict=False)), fds)
             close_all(fds)
             if isinstance(message, Ended) and message.id in self._by_id:

@@ -151,7 +151,13 @@ class Server:
         ]
         there = [peer for peer in watched if peer in self.peers]
         up = [peer for peer in there if self.peers[peer].connected]
-        starting = [peer for peer in there if not self.peers[peer].connected]
+        starting = [
+            peer
+            for peer in there
+            if not self.peers[peer].connected
+            and (running := self.processes.of(peer)) is not None
+            and running.started
+        ]
         ask, late = self._heartbeats.beat(now, up, starting)
         for peer in ask:
             if is_device(peer):

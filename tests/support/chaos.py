@@ -19,8 +19,9 @@ SIZE = 256 << 10
 """Bytes that each cell writes."""
 WORKER = b"""echo WORKER
 while read cmd dev tag; do
+ case $cmd in put|raw|flush) i=0; while [ ! -b /dev/$dev ] && [ $i -lt 600 ]; do sleep 0.05; i=$((i+1)); done ;; esac
  case $cmd in
- put) i=0; while [ ! -b /dev/$dev ] && [ $i -lt 600 ]; do sleep 0.05; i=$((i+1)); done
+ put)
   dd if=/dev/urandom of=/tmp/d bs=64k count=4 2>/dev/null; s=$(md5sum < /tmp/d)
   if dd if=/tmp/d of=/dev/$dev bs=64k oflag=direct conv=fsync,notrunc 2>/dev/null; then echo "ACK $tag ${s%% *}"; else echo "FAIL $tag"; fi ;;
  raw) if dd if=/dev/urandom of=/dev/$dev bs=64k count=4 oflag=direct conv=notrunc 2>/dev/null; then echo "ACK $tag"; else echo "FAIL $tag"; fi ;;
