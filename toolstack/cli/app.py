@@ -153,12 +153,19 @@ def run(
     ] = "cd",
     cdrom: Annotated[str, typer.Option(metavar="FILE", help="HVM: image in an optical drive (hdc).")] = "",
     serial: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--serial/--no-serial", help="HVM: a serial line, which is the console here, the BIOS's too."
+            "--serial/--no-serial",
+            help="HVM: a serial line, which is the console here, the BIOS's too. On, but for an ELF --firmware.",
         ),
-    ] = True,
-    firmware: Annotated[str, typer.Option(metavar="FILE", help="HVM: SeaBIOS; Debian's by default.")] = "",
+    ] = None,
+    firmware: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="HVM: SeaBIOS (Debian's by default), or an ELF program in the place of hvmloader and BIOS.",
+        ),
+    ] = "",
     name: Annotated[str, typer.Option(metavar="NAME", help="Domain name; the kernel's by default.")] = "",
     timeout: Annotated[
         float, typer.Option(metavar="S", min=0, help="Seconds for the whole run; then status 124. 0: none.")
@@ -222,6 +229,7 @@ def run(
 
     Example: domicile run grub-x86_64-xen.bin --expect 'grub>' --send 'halt\r' --timeout 30
     """
+    from toolstack.cli.images import is_elf
     from toolstack.cli.verbs_run import run_verb
 
     fields: dict[str, Any] = {
@@ -237,6 +245,8 @@ def run(
     if pvshim:
         fields["pvshim"] = True
     if type_ == "hvm":
+        if serial is None:
+            serial = not is_elf(firmware)
         fields |= {"boot": boot, "serial": serial, "firmware_path": firmware}
     status = run_verb(
         fields,

@@ -58,6 +58,15 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_elf(path: str) -> bool:
+    """It is there, and an ELF file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
+
+
 def _firmware(path: str) -> str:
     """The path, if there is a file. InputError with the mend."""
     if not os.path.exists(path) and path in (SEABIOS, VIDEO_BIOS):

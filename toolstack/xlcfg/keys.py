@@ -37,6 +37,8 @@ UNDERSTOOD: Final[dict[str, str]] = {
     "pvshim_cmdline": "string",
     "pvshim_extra": "string",
     "hap": "number",
+    "firmware_override": "string",
+    "bios_path_override": "string",
     "vnc": "number",
     "vnclisten": "string",
     "vncdisplay": "number",
@@ -126,7 +128,7 @@ IGNORED: Final[dict[str, str]] = {
             ),
             *("device_model_args_pv", "device_model_args_hvm", "stubdomain_kernel", "stubdomain_cmdline"),
             *("stubdomain_ramdisk", "stubdomain_memory", "xen_platform_pci", "vendor_device", "hdtype"),
-            *("bios", "bios_path_override", "firmware", "firmware_override"),
+            *("bios", "firmware"),
         ),
         _HOST,
     ),
@@ -205,7 +207,8 @@ IGNORED: Final[dict[str, str]] = {
         "the processor and clock that guests see are fixed",
     ),
     **dict.fromkeys(
-        ("xend_suspend_evtchn_compat", "vtsc", "features", "uname", "blkdev_start"), "it steers xl itself"
+        ("xend_suspend_evtchn_compat", "vtsc", "features", "uname", "blkdev_start", "loader"),
+        "it steers xl itself",
     ),
 }
 """Harmless to leave out: key -> why."""

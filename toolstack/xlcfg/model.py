@@ -24,7 +24,7 @@ Action = Literal[
 ]
 Parsed = TypeVar("Parsed")
 MAX_FILE: Final = 1 << 20
-HVM_KEYS: Final = ("boot", "serial", "vga")
+HVM_KEYS: Final = ("boot", "serial", "vga", "firmware_override", "bios_path_override")
 
 
 class XlConfig(BaseModel):
@@ -59,6 +59,8 @@ class XlConfig(BaseModel):
     serial_by_default: bool = True
     """No `serial=` in the file: an HVM guest has a serial line all the same, and it is its first console."""
     vga: Literal["stdvga", "none"] = "stdvga"
+    firmware_path: str = ""
+    """Of an HVM guest; "": Debian's SeaBIOS. An ELF program takes the place of hvmloader and BIOS."""
     pvshim: bool = False
     """Of a PVH guest: `kernel` is a PV kernel, which runs in Xen's shim."""
     shim_path: str = ""
@@ -91,6 +93,7 @@ class XlConfig(BaseModel):
             fields |= {
                 "serial": bool(self.serial) or self.serial_by_default,
                 "vga": self.vga,
+                "firmware_path": self.firmware_path,
                 "boot": self.boot,
             }
             if self.vnc is not None:
@@ -200,7 +203,8 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "vga": _vga(read),
         "vnc": _vnc(read),
         "hap": _hap(read),
-        "serial_by_default": "serial" not in settings,
+        "serial_by_default": "serial" not in settings and "firmware_override" not in settings,
+        "firmware_path": _path(read.string("firmware_override") or read.string("bios_path_override"), base),
         "serial": [text for text, _ in read.strings("serial")],
         "cpus": _cpus(read),
         **_shim(read, base),

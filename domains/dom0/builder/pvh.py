@@ -168,7 +168,7 @@ def build_pvh(request: PvhBuildRequest, memory: GuestMemory) -> PvhBuilt:
     for module in request.modules:
         places.append(info_at)
         info_at = _page_up(info_at + len(module.content))
-    info = _start_info(request, info_at, places, memory_map)
+    info = start_info(request, info_at, places, memory_map)
     end = _page_up(info_at + len(info))
     if end > low_end:
         raise BuildError(
@@ -219,7 +219,7 @@ def _memory_map(request: PvhBuildRequest) -> tuple[MapEntry, ...]:
     return tuple(out)
 
 
-def _start_info(
+def start_info(
     request: PvhBuildRequest, at: int, places: list[int], memory_map: tuple[MapEntry, ...]
 ) -> bytes:
     """The start info for guest-physical address `at` and, behind it, all that it points to but the modules,

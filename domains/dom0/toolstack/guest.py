@@ -35,7 +35,7 @@ class Guest:
     uuid: bytes
     started: float = field(default_factory=time.monotonic)
     serial: SerialLine | None = None
-    """Of a full HVM guest: what its standard output is."""
+    """Of a full HVM guest, also of one whose serial line is joined to nothing."""
     model: DeviceModel | None = None
     xenstore_port: Port | None = None
     ending: bool = False
@@ -48,8 +48,10 @@ class Guest:
 
     @property
     def terminal(self) -> Terminal:
-        """Its first console: of a full HVM guest the serial line."""
-        return self.serial or self.console
+        """Its first console: of a full HVM guest the serial line, if it has one."""
+        if self.serial is None or not self.config.serial:
+            return self.console
+        return self.serial
 
     def disconnect(self) -> None:
         """Its lines are joined to nothing any more."""

@@ -1,7 +1,8 @@
 """Builds a full HVM domain: memory with a PC's holes, SeaBIOS and what hvmloader tells it, and the first vCPU in real mode.
 
 On Xen the program hvmloader does this inside the guest. Here the toolstack writes the same into the guest's memory
-(`domains.dom0.builder.firmware.layout`). The vCPU then starts where hvmloader jumps to: F000:FFF0.
+(`domains.dom0.builder.firmware.layout`). The vCPU then starts where hvmloader jumps to: F000:FFF0. Firmware that is an ELF program
+takes hvmloader's own place (`domains.dom0.builder.firmware.program`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from bus.abi import grant_table as gt
 from bus.abi.hvm import params, save
 from bus.abi.hvm.e820 import HVM_BELOW_4G_RAM_END
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId, Port
+from domains.dom0.builder.elf import is_elf
 from domains.dom0.builder.firmware.layout import BIOS_END, FirmwareConfig, build_e820, build_firmware
+from domains.dom0.builder.firmware.program import build_program
 from domains.dom0.builder.pvh import special_pages, special_parameters
 from domains.dom0.toolstack.images import ForeignMemory
 from domains.dom0.toolstack.pvh import (
     GuestFrames,
+    first_context,
     grant_frame,
     hvm_context,
     set_context,
@@ -91,22 +95,33 @@ def build_hvm_domain(
         uuid=UUID(bytes=uuid),
         com1=serial,
     )
-    image = build_firmware(config, bios)
-    tables = image.special_pages()
-    runs = [
-        *ram_runs(pages),
-        (tables.start, len(tables)),
-        (int(special_pages()[0]), len(special_pages())),
-    ]
+    pieces: tuple[tuple[int, bytes | memoryview], ...]
+    runs = [*ram_runs(pages), (int(special_pages()[0]), len(special_pages()))]
+    if is_elf(bios):
+        program = build_program(config, bios)
+        pieces, memory_map, context = (
+            program.pieces,
+            list(program.memory_map),
+            first_context(program.entry, program.ebx),
+        )
+    else:
+        image = build_firmware(config, bios)
+        tables = image.special_pages()
+        runs.insert(-1, (tables.start, len(tables)))
+        pieces, memory_map, context = (
+            image.pieces,
+            build_e820(config, BIOS_END - len(bios)),
+            reset_context(),
+        )
     for first, count in runs:
         xc.populate(domid, range(first, first + count))
     fd, extent = host.foreign_extents[domid]
     memory = ForeignMemory(fd, extent["base"], extent["frames"])
     try:
         frames = GuestFrames(memory, runs)
-        for address, data in image.pieces:
+        for address, data in pieces:
             frames.write(address >> PAGE_SHIFT, address & PAGE_SIZE - 1, data)
-        xc.set_memory_map(domid, build_e820(config, BIOS_END - len(bios)))
+        xc.set_memory_map(domid, memory_map)
         values, writes = special_parameters()
         for gfn, content in writes:
             frames.write(gfn, 0, content)
@@ -121,5 +136,5 @@ def build_hvm_domain(
     values[params.HVM_PARAM_CONSOLE_EVTCHN] = console_port
     for index, value in values.items():
         xc.set_hvm_param(domid, index, value)
-    set_context(host, domid, reset_context())
+    set_context(host, domid, context)
     return BuiltHvm(console, store)

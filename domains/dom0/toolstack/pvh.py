@@ -30,7 +30,6 @@ from domains.dom0.builder.pvh import (
     MapEntry,
     Module,
     PvhBuildRequest,
-    PvhBuilt,
     build_pvh,
     check_pvh,
     ram_ranges,
@@ -149,7 +148,7 @@ def build_pvh_domain(
     values[params.HVM_PARAM_CONSOLE_EVTCHN] = console_port
     for index, value in values.items():
         _set_param(host, domid, index, value)
-    set_context(host, domid, first_context(built))
+    set_context(host, domid, first_context(built.entry, built.ebx))
     return BuiltPvh(console, store)
 
 
@@ -179,12 +178,12 @@ def _record(kind: str, body: bytes) -> bytes:
     return save.HVM_SAVE_DESCRIPTOR.pack(descriptor) + body
 
 
-def first_context(built: PvhBuilt) -> bytes:
+def first_context(entry: int, ebx: int) -> bytes:
     """HVM context of vCPU 0 at the PVH entry (arch-x86/hvm/start_info.h): flat 32-bit protected mode, EBX at the start info."""
     cpu = save.HVM_HW_CPU.zero()._replace(
         cr0=CR0_START,
-        rip=built.entry,
-        rbx=built.ebx,
+        rip=entry,
+        rbx=ebx,
         rflags=2,
         dr6=0xFFFF0FF0,
         dr7=0x400,

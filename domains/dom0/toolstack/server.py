@@ -329,8 +329,10 @@ class ToolstackServer:
         guest, kind = self.manager.find(args["domain"]), args.get("type") or ""
         if kind == "pv":
             return guest.console
-        if kind == "serial" and guest.serial is None:
-            raise ToolstackError(f"domain {args['domain']} has no serial line: only full HVM guests have")
+        if kind == "serial" and (guest.serial is None or not guest.config.serial):
+            raise ToolstackError(
+                f"domain {args['domain']} has no serial line: only full HVM guests have, and not all"
+            )
         if kind not in ("", "serial"):
             raise ToolstackError(f"console type {kind!r}: there are pv and serial")
         return guest.terminal

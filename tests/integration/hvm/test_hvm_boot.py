@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,32 @@ def test_seabios_without_a_disk_says_so_on_the_serial_line() -> None:
     status, console, errors = run("--until", "No bootable device")
     assert status == 0, errors
     assert "SeaBIOS" in console
+
+
+def test_an_elf_program_in_the_place_of_the_firmware(tmp_path: Path) -> None:
+    """`firmware_override=`: it starts in 32-bit protected mode with EBX at the start info, and runs with all of the PC's devices;
+    what it finds out it writes to the debug port. HLT with interrupts off is the end."""
+    good = "b0" + "47" + "e6e9"  # mov al,'G'; out 0xe9,al
+    code = bytes.fromhex(
+        "813b78c56e33 7510"  # cmp dword [ebx], magic; jne bad
+        "0f20c0 83e011 83f811 7506"  # mov eax,cr0; and eax,0x11; cmp eax,0x11; jne bad
+        f"{good} faf4"  # cli; hlt
+        "0f0b"  # bad: ud2, and no IDT: a triple fault
+    )
+    image = tmp_path / "program"
+    image.write_bytes(_elf32(code))
+    status, console, errors = run("--firmware", str(image), "--memory", "32", "--no-reboot", "--json")
+    assert status == 0, errors
+    record = json.loads(console.splitlines()[-1])
+    assert record["reason"] == "poweroff", record
+
+
+def _elf32(code: bytes) -> bytes:
+    """An ELF32 executable of this code at 1 MiB, its entry."""
+    at = 1 << 20
+    header = b"\x7fELF\x01\x01\x01".ljust(16, b"\0")
+    header += struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, at, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    return header + struct.pack("<8I", 1, 84, at, at, len(code), len(code), 7, 1) + code
 
 
 def test_grub_on_a_disk_reaches_its_prompt_on_the_serial_line(grub: str) -> None:

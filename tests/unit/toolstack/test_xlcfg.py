@@ -358,7 +358,7 @@ OTHERS = {
     "on_poweroff": '"restart"', "on_reboot": '"destroy"', "on_watchdog": '"restart"', "on_crash": '"restart"',
     "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]', "pci": '["01:00.0"]',
     "boot": '"d"', "serial": '"pty"', "vga": '"none"', "pvshim": "1", "pvshim_path": '"/s"', "pvshim_cmdline": '"x"', "pvshim_extra": '"x"',
-    "hap": "0", "vnc": "1", "vnclisten": '"::1"',
+    "firmware_override": '"/f"', "bios_path_override": '"/f"', "hap": "0", "vnc": "1", "vnclisten": '"::1"',
     "vncdisplay": "7", "vncunused": "0", "vncpasswd": '"x"',
 }  # fmt: skip
 """A value of each key that is not its default."""
