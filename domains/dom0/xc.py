@@ -115,15 +115,6 @@ class ControlInterface:
         """XEN_DOMCTL_unpausedomain."""
         self._domctl(dc.XEN_DOMCTL_unpausedomain, domid)
 
-    def send_trigger(self, domid: DomId, trigger: int, vcpu: int = 0) -> None:
-        """XEN_DOMCTL_sendtrigger: XEN_DOMCTL_SENDTRIGGER_*."""
-        self._domctl(
-            dc.XEN_DOMCTL_sendtrigger,
-            domid,
-            dc.XEN_DOMCTL_SENDTRIGGER,
-            dc.xen_domctl_sendtrigger(trigger, vcpu),
-        )
-
     def resume(self, domid: DomId) -> None:
         """XEN_DOMCTL_resumedomain."""
         self._domctl(dc.XEN_DOMCTL_resumedomain, domid)

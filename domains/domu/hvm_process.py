@@ -24,7 +24,6 @@ from domains.hvm.domain import HvmConfig, HvmDomain
 from domains.hvm.physmap import P2M_RAM, PhysicalMap
 from domains.pv.calls_version import Identity
 from domains.pv.domain import PvDomain
-from domains.vcpu.api import VcpuError
 
 
 def shadow_pages(frames: int, vcpus: int) -> int:
@@ -137,7 +136,7 @@ class GuestProcess(PvProcess):
         if functions:
             try:
                 domain.give_devices(functions)
-            except VcpuError as error:
+            except ValueError as error:
                 self.upstream.console_line(f"devices refused: {error}")
                 return -XEN_EINVAL, b""
         domain.exits.calls.trace = self._trace

@@ -37,7 +37,7 @@ from domains.hvm.interrupts import Interrupts
 from domains.hvm.lapic import LocalApic
 from domains.hvm.model import Model
 from domains.hvm.msr import Msrs
-from domains.hvm.pci_root import PciRoot
+from domains.hvm.pci_root import PciOverlay, PciRoot
 from domains.hvm.physmap import PhysicalMap
 from domains.hvm.shadow import POOL, WINDOW, Shadow
 from domains.hvm.state import HvmState
@@ -169,10 +169,11 @@ class HvmDomain(Turns[HvmState]):
         return board
 
     def give_devices(self, functions: Mapping[int, AssignedFunction]) -> None:
-        """Before the start: devices of its own, for a PVH guest. VcpuError for a full HVM guest, whose bus is in its device model."""
-        if self.board is not None:
-            raise VcpuError("a guest with a board has its PCI bus in its device model")
+        """Before the start: devices of its own. ValueError: there is no room for them on its bus."""
         log = self._upstream.console_line
+        if self.board is not None:
+            self.exits.board = PciOverlay(functions, self.board.ports, self.board.mmio, log)
+            return
         self.root = self.exits.board = PciRoot(functions, self._reset, log, DebugLog(log).put)
 
     def msi(self, address: int, data: int) -> None:

@@ -18,7 +18,7 @@ from domains.pv.api import Continuation
 from domains.pv.calls import MASK64, NoResult
 from domains.pv.hypercalls import Hypercalls
 from domains.vcpu.hvm_thunks import HF_CS64
-from drivers.pc.bus import MmioSpace, PortSpace
+from drivers.pc.bus import MmioSpace
 
 GP: Final = 13
 DEBUG_PORT: Final = 0xE9
@@ -29,11 +29,21 @@ M32: Final = 0xFFFFFFFF
 ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: MASK64}
 
 
+class Ports(Protocol):
+    """I/O ports."""
+
+    def read(self, port: int, size: int) -> int:
+        """IN."""
+
+    def write(self, port: int, size: int, value: int) -> None:
+        """OUT."""
+
+
 class Spaces(Protocol):
     """Where ports, and memory that is no RAM, are answered."""
 
     @property
-    def ports(self) -> PortSpace:
+    def ports(self) -> Ports:
         """I/O ports."""
 
     @property

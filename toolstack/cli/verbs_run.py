@@ -72,9 +72,9 @@ def run_verb(
 
         hardware = [parse_nvme(text, "--nvme") for text in nvme]
         fields["pci"] = [parse_bdf(text, "--pci") for text in pci]
-        if hardware and not pci and fields["type"] != "pvh":
+        if hardware and not pci and fields["type"] == "pv":
             raise InputError(
-                "--nvme: a device can be given to a PVH guest only (--type pvh); --disk is for all"
+                "--nvme: a device can be given to PVH and HVM guests only (--type pvh); --disk is for all"
             )
     domain = {
         **fields,

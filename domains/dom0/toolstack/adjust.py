@@ -88,18 +88,15 @@ class Adjustments:
         self._manager.store.write(f"/local/domain/{guest.domid}/control/sysrq", key)
 
     def trigger(self, name: str | int, what: str, vcpu: int) -> None:
-        """An NMI for a vCPU; a full HVM guest's power or sleep button, or reset."""
+        """An NMI for a vCPU; a full HVM guest's power button."""
         guest = self._manager.find(name)
         code = TRIGGERS.get(what)
         if code is None:
             raise ToolstackError(f"trigger {name}: {what!r}: there are {', '.join(TRIGGERS)}")
-        if guest.model is not None and what in ("power", "sleep"):
-            guest.model.press("power" if what == "power" else "sleep")
-            return
-        if what != "nmi":
+        if what != "nmi" and (what != "power" or guest.model is None):
             raise ToolstackError(
                 f"trigger {name}: {what} is not built for {'full HVM' if guest.model is not None else guest.config.type.upper()} guests:"
-                f" {'nmi, power and sleep are' if guest.model is not None else 'nmi is'}"
+                f" {'nmi and power are' if guest.model is not None else 'nmi is'}"
             )
         if vcpu >= (guest.config.maxvcpus or guest.config.vcpus):
             raise ToolstackError(f"trigger {name}: it has no vCPU {vcpu}")

@@ -95,10 +95,9 @@ class Manager:
             guest.config.name == config.name and not guest.ending for guest in self.guests.values()
         ):
             raise ToolstackError(f"domain {config.name!r} exists already: choose another name, or destroy it")
-        if config.pci and config.type != "pvh":
+        if config.pci and config.type == "pv":
             raise ToolstackError(
-                f"{config.name}: pci: only a PVH guest can be given a device yet: a PV guest has no PCI bus here, a full HVM guest's is in"
-                " its device model"
+                f"{config.name}: pci: only PVH and HVM guests can be given a device: a PV guest has no PCI bus here"
             )
         if config.type == "hvm":
             images = None
@@ -515,7 +514,7 @@ class Manager:
         guest = self.find(name)
         if fallback and guest.model is not None and not self._has_drivers(guest.domid):
             if how == "poweroff":
-                self.xc.send_trigger(guest.domid, dc.XEN_DOMCTL_SENDTRIGGER_POWER)
+                self.xc.trigger(guest.domid, dc.XEN_DOMCTL_SENDTRIGGER_POWER, 0)
             else:
                 self.xc.remote_shutdown(guest.domid, sched.SHUTDOWN_reboot)
             return

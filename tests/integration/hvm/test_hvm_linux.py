@@ -14,7 +14,8 @@ from toolstack.guestfetch import FetchError, debian
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(700)]
 TIMEOUT_S = 600
-MODULES = ("ata_piix", "sd_mod", "xen-blkfront", "ext4", "crc32c_generic")
+NVME = b"hello from the guest's own controller\n"
+MODULES = ("nvme", "ata_piix", "sd_mod", "xen-blkfront", "ext4", "crc32c_generic")
 SCRIPT = b"""#!/bin/busybox sh
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     for disk in /dev/xvda1 /dev/sda1; do
@@ -25,6 +26,10 @@ done
 mount -o sync $disk /mnt && echo "the disk is $disk: $(cat /mnt/hello)"
 echo "written by the guest on $disk" >/mnt/answer
 umount /mnt
+if [ -b /dev/nvme0n1 ]; then
+    echo "nvme: $(head -n 1 /dev/nvme0n1), vectors $(grep -c nvme0q /proc/interrupts)"
+    echo "written by its own driver" | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync 2>/dev/null
+fi
 echo "hypervisor: $(cat /sys/hypervisor/type); clock: $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 grep -E 'timer|ttyS0|ata_piix|acpi|xen-' /proc/interrupts
 poweroff -f
@@ -38,7 +43,7 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "disk.img"
 
 
-def boot(disk: Path, cmdline: str) -> tuple[int, str, str]:
+def boot(disk: Path, cmdline: str, *more: str) -> tuple[int, str, str]:
     """Make the disk and run the machine until the guest powers off."""
     try:
         guest = debian(modules=MODULES, extra={"etc/rc.guest": SCRIPT})
@@ -55,7 +60,7 @@ def boot(disk: Path, cmdline: str) -> tuple[int, str, str]:
     bootable_disk(disk, LINUX_MODULES, files)
     command = [sys.executable, "-m", "toolstack.cli", "run", "--type", "hvm", "--memory", "256"]
     done = subprocess.run(
-        [*command, "--disk", f"{disk},raw,hda,w", "--timeout", str(TIMEOUT_S)],
+        [*command, "--disk", f"{disk},raw,hda,w", *more, "--timeout", str(TIMEOUT_S)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=TIMEOUT_S + 60,
@@ -81,6 +86,17 @@ def test_debian_from_an_emulated_ide_disk(disk: Path) -> None:
     assert "IO-APIC" in console
     assert "ata_piix" in console
     assert read_back(disk, "/answer") == "written by the guest on /dev/sda1\n"
+
+
+def test_a_device_of_the_guests_own_beside_the_emulated_ones(disk: Path, tmp_path: Path) -> None:
+    """Debian's own nvme driver finds it on the emulated PCI bus, reads and writes through the IOMMU, by MSI-X."""
+    image = tmp_path / "nvme.img"
+    image.write_bytes(NVME + bytes((16 << 20) - len(NVME)))
+    status, console, errors = boot(disk, "", "--nvme", f"{image},raw,w")
+    assert status == 0, f"{errors}\n{console[-3000:]}"
+    assert f"nvme: {NVME.decode().strip()}, vectors 2" in console
+    assert "the disk is /dev/xvda1" in console
+    assert image.read_bytes()[4096:4121] == b"written by its own driver"
 
 
 def test_debian_with_xen_blkfront_after_unplug(disk: Path) -> None:

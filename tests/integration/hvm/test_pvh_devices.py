@@ -89,7 +89,7 @@ def test_a_device_is_one_guests_and_comes_back(image: Path) -> None:
         assert bdf == 0x0018
         with pytest.raises(MachineError, match=r"0000:00:03\.0: there is one at that address"):
             plug(machine, image, bdf=0x0018)
-        with pytest.raises(MachineError, match="only a PVH guest can be given a device"):
+        with pytest.raises(MachineError, match="only PVH and HVM guests can be given a device"):
             machine.create("pv", kernel, pci=[bdf])
         with pytest.raises(MachineError, match=r"0000:05:00\.0: there is none"):
             machine.create("none", pvh, type="pvh", memory_mb=GRUB_MB, pci=[0x0500])
