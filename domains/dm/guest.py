@@ -212,6 +212,12 @@ class Guest:
 
     # --- memory
 
+    @staticmethod
+    def _check(gpa: int, length: int) -> None:
+        """Guests program any address: beyond those of 64 bits no note can say it."""
+        if gpa + length > 1 << 64:
+            raise GuestMemoryError(f"{length} bytes at {gpa:#x}")
+
     def _room(self, length: int) -> int:
         """A place in the staging area that no note under way uses."""
         if self._place + length > area.STAGING_SIZE:
@@ -223,6 +229,7 @@ class Guest:
 
     def read(self, gpa: int, length: int) -> bytes:
         """See GuestMemory."""
+        self._check(gpa, length)
         out = bytearray()
         while length > 0:
             step = min(length, area.STAGING_SIZE // 2)
@@ -238,6 +245,7 @@ class Guest:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """See GuestMemory; an address that is not the guest's memory drops the bytes, which is seen in the log alone."""
         view = memoryview(data).cast("B")
+        self._check(gpa, len(view))
         for start in range(0, len(view), area.STAGING_SIZE // 2):
             part = view[start : start + area.STAGING_SIZE // 2]
             place = self._room(len(part))

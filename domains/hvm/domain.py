@@ -208,7 +208,9 @@ class HvmDomain(Turns[HvmState]):
         done = model.change(body)
         vcpu = self.vcpu
         vcpu.string_ports = frozenset(port for port in STRING_PORTS if model.owns_port(port))
-        vcpu.on_string_in, vcpu.on_string_out = model.string_in, model.string_out
+        around = self.exits.around
+        vcpu.on_string_in = lambda port, size, count: around(lambda: model.string_in(port, size, count))
+        vcpu.on_string_out = lambda port, size, data: around(lambda: model.string_out(port, size, data))
         return done
 
     def _reset(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from bus.abi.errno import XEN_EPERM
 from domains.hvm.compat import CompatCalls
@@ -26,6 +26,7 @@ MAX_LINE: Final = 200
 PIC_PORTS: Final = frozenset((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1))
 """A write there may change the vector that the 8259 pair has for the processor."""
 M32: Final = 0xFFFFFFFF
+T = TypeVar("T")
 ONES: Final = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: MASK64}
 
 
@@ -121,6 +122,15 @@ class Exits:
         if byte == 10 or len(self._line) >= MAX_LINE:
             self._log(self._line.decode("ascii"))
             self._line.clear()
+
+    def around(self, access: Callable[[], T]) -> T:
+        """An access that is made for the vCPU elsewhere: what it took before is settled, what comes of the access is asked for."""
+        state = self._current()
+        self._interrupts.settle(state)
+        value = access()
+        if self._interrupts.changed:
+            self._interrupts.arm(state)
+        return value
 
     def _apic_offset(self, address: int) -> int | None:
         apic = self._current().apic

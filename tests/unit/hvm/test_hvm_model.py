@@ -18,6 +18,7 @@ from hvm_rig import DATA, Rig, mov
 from bus import ioreq_area as area
 from bus.abi.hvm import dm_op
 from bus.ioreq_area import Note
+from domains.dm import guest as guest_module
 from domains.dm.guest import Guest, GuestGone
 from domains.hvm import model as model_module
 from domains.hvm.model import Model
@@ -359,6 +360,95 @@ def test_posted_writes_are_no_exits_and_come_before_the_next_access(pairs: Calla
     assert seen == [*((0x3F8, (1000 - index) & 0xFF) for index in range(1000)), (-1, None)]
     assert pair.model.accesses == 1
     assert pair.model.posts == 1000
+
+
+def test_a_write_that_is_posted_while_others_are_carried_out_is_not_forgotten(
+    pairs: Callable[..., Pair],
+) -> None:
+    """Nobody rings for it: when the device model's turn is over meanwhile, it has to come back by itself."""
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    area_, seen = pair.guest._area, []
+
+    def take(offset: int, size: int, value: int) -> None:
+        seen.append(value)
+        if value < 5:
+            area_.put_post(value, area.Access(0x3F8, value + 1, 1, 1, 0, False, False))
+            area_.set_word(area.POSTED, value + 1)
+            time.sleep(2 * guest_module.BURST_S)
+
+    pair.ports.add(Range("line", 0x3F8, 1, lambda o, s: 0, take))
+    area_.put_post(0, area.Access(0x3F8, 1, 1, 1, 0, False, False))
+    area_.set_word(area.POSTED, 1)
+    pair.model._request.ring()
+    poller = select.poll()
+    poller.register(pair.guest.request.fd, select.POLLIN)
+    again = False
+    while again or poller.poll(0):
+        again = pair.guest.serve()
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_write_is_told_of_when_the_device_model_has_just_taken_the_others(
+    pairs: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the last one between this process's look at its index and the new write's being there."""
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    model, area_ = pair.model, pair.model._area
+    access = area.Access(0x3F8, 1, 1, 1, 0, False, False)
+    assert model._post(access)
+    pair.guest.request.take()
+    put = area_.put_post
+
+    def put_late(index: int, access: area.Access) -> None:
+        area_.set_word(area.TAKEN, index)
+        put(index, access)
+
+    monkeypatch.setattr(area_, "put_post", put_late)
+    assert model._post(access)
+    poller = select.poll()
+    poller.register(pair.guest.request.fd, select.POLLIN)
+    assert poller.poll(0)
+
+
+def test_an_interrupt_that_was_taken_is_settled_before_a_string_instruction_brings_another(
+    pairs: Callable[..., Pair],
+) -> None:
+    """The handler of line 4 begins with REP INSW, during which line 1 goes up: it is line 4 that is in service."""
+    box: list[Pair] = []
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        if offset:
+            box[0].guest.isa_irq(4, True)
+        else:
+            box[0].guest.isa_irq(1, True)
+        return 0
+
+    handler = f"66ba{struct.pack('<H', PORT).hex()}" + mov("edi", DATA) + mov("ecx", 4) + "f3666d" + HLT
+    code = (
+        out8(0x20, 0x11) + out8(0x21, 0x20) + out8(0x21, 4) + out8(0x21, 1) + out8(0x21, 0xED)
+        + "fb" + out8(PORT + 1, 1) + "ebfe"
+    )  # fmt: skip
+    pair = pairs(code, device)
+    box.append(pair)
+    pair.rig.write(0x70000, handler)
+    pair.rig.gate(0x24, 0x70000)
+    rig = pair.run(5)
+    board = rig.domain.board
+    assert board is not None
+    assert board.pic._master.isr == 1 << 4
+    assert board.pic.pending_vector() == 0x21, "and the other one waits"
+
+
+def test_dma_beyond_all_addresses_is_told_to_the_device(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    for address in ((1 << 64) - 1, (1 << 64) - area.STAGING_SIZE):
+        with pytest.raises(GuestMemoryError):
+            pair.guest.write(address, bytes(2 * area.STAGING_SIZE))
+        with pytest.raises(GuestMemoryError):
+            pair.guest.read(address, 2 * area.STAGING_SIZE)
 
 
 def test_a_full_ring_of_posts_waits_for_the_device_model(pairs: Callable[..., Pair]) -> None:
