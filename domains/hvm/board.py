@@ -13,7 +13,7 @@ from typing import Final
 from bus.abi.hvm.ioreq import ACPI_PM1A_EVT_BLK_ADDRESS_V1
 from domains.hvm.interrupts import Interrupts
 from drivers.pc.acpi_pm import S5, SCI_IRQ, AcpiRegisters
-from drivers.pc.bus import Clock, MmioSpace, PortSpace, Timed, earliest
+from drivers.pc.bus import Clock, Line, MmioSpace, PortSpace, Timed, earliest
 from drivers.pc.fabric import GSIS, LINKS, Fabric
 from drivers.pc.hpet import Hpet
 from drivers.pc.ioapic import IoApic, Message, decode_msi
@@ -25,6 +25,7 @@ from drivers.pc.rtc import Rtc
 from drivers.pc.system import A20, SEABIOS_DEBUG, XEN_DEBUG, DebugPort, Port92, PostCode
 
 ISA_LINES: Final = 16
+PIT_LINE, RTC_LINE = 0, 8
 SECOND: Final = 1_000_000_000
 MAX_LINE: Final = 200
 """Bytes of one line of a debug port's log."""
@@ -66,9 +67,11 @@ class Board:
         self.pic: Final = PicPair(self._intr)
         self.ioapic: Final = IoApic(self._message)
         self.fabric: Final = Fabric(self._pic_line, self.ioapic.set_input)
-        self.pit: Final = Pit(now, self.fabric.isa_line(0))
-        self.rtc: Final = Rtc(now, self.fabric.isa_line(8), (wall() - now()) // SECOND)
-        self.hpet: Final = Hpet(now, self.ioapic.set_input, self.fabric.set_isa)
+        self._cut_off = False  # the HPET has interrupts 0 and 8 to itself
+        self._timer_levels = {PIT_LINE: False, RTC_LINE: False}
+        self.pit: Final = Pit(now, self._timer_line(PIT_LINE))
+        self.rtc: Final = Rtc(now, self._timer_line(RTC_LINE), (wall() - now()) // SECOND)
+        self.hpet: Final = Hpet(now, self.ioapic.set_input, self.fabric.set_isa, self._legacy)
         self.a20: Final = A20(a20)
 
         def sleep(kind: int) -> None:
@@ -97,6 +100,22 @@ class Board:
         self.ports.write(ELCR, 1, triggers & 0xFF)  # as hvmloader leaves it
         self.ports.write(ELCR + 1, 1, triggers >> 8)
         self._timed: Final[list[Timed]] = [self.pit, self.rtc, self.hpet, self.acpi]
+
+    def _timer_line(self, number: int) -> Line:
+        """The line of the PIT or the RTC, which the HPET can cut off."""
+
+        def drive(level: bool) -> None:
+            self._timer_levels[number] = level
+            if not self._cut_off:
+                self.fabric.set_isa(number, level)
+
+        return drive
+
+    def _legacy(self, on: bool) -> None:
+        """The HPET's legacy replacement (IA-PC HPET 1.0a, 2.3.5)."""
+        self._cut_off = on
+        for number, level in self._timer_levels.items():
+            self.fabric.set_isa(number, level and not on)
 
     def _intr(self, level: bool) -> None:
         self._interrupts.changed = True

@@ -174,6 +174,18 @@ class Hpet:
                 self._status &= ~(1 << number)
                 self._drive(number, False)
 
+    def _lower(self) -> None:
+        """Routes are about to change: what is asserted goes low where it is."""
+        for number in range(TIMERS):
+            if self._status & 1 << number:
+                self._drive(number, False)
+
+    def _raise(self) -> None:
+        """And is asserted where it is to be now, unless its timer's interrupt is off."""
+        for number in range(TIMERS):
+            if self._status & 1 << number and self._timers[number] & INTERRUPT:
+                self._drive(number, True)
+
     def _configure(self, value: int) -> None:
         now = self._now()
         before = self._config
@@ -181,9 +193,13 @@ class Hpet:
             self._base = now - self._counter * PERIOD
         elif before & ENABLE and not value & ENABLE:
             self._counter = self._ticks(now) & ALL
+        moved = (value ^ before) & LEGACY
+        if moved:
+            self._lower()
         self._config = value
-        if (value ^ before) & LEGACY:
+        if moved:
             self._on_legacy(bool(value & LEGACY))
+            self._raise()
         if (value ^ before) & ENABLE:
             for number in range(TIMERS):
                 self._arm(number)
@@ -197,7 +213,9 @@ class Hpet:
         old = self._timers[number]
         if old & LEVEL and not value & LEVEL:
             self._end(1 << number)
+        self._lower()
         self._timers[number] = value & WRITABLE & ~0x4000 | FIXED_BITS
+        self._raise()
         if (old ^ value) & (INTERRUPT | NARROW | PERIODIC):
             self._arm(number)
 

@@ -210,6 +210,23 @@ def test_levels_stay_until_they_are_cleared(block: Block) -> None:
     assert (block.gsis[-1], block.get(0x20)) == ((22, False), 0)
 
 
+def test_a_level_moves_with_its_route_and_leaves_no_line_high(block: Block) -> None:
+    block.set(0x10, 1)
+    block.set(0x100, 2 | 4 | 22 << 9)
+    block.set(0x108, block.get(0xF0) + 6250, 8)
+    block.time.run(block.time.ns + MS, block.hpet)
+    block.set(0x100, 2 | 4 | 23 << 9)
+    assert block.gsis == [(22, True), (22, False), (23, True)]
+    block.set(0x10, 3)
+    assert (block.gsis[-1], block.isa) == ((23, False), [(0, True)])
+    block.set(0x10, 1)
+    assert (block.isa[-1], block.gsis[-1]) == ((0, False), (23, True))
+    block.set(0x100, 2 | 23 << 9)
+    assert block.gsis[-1] == (23, False), "its interrupt is off"
+    block.set(0x20, 1)
+    assert block.get(0x20) == 0
+
+
 def test_storms_and_lateness_are_bounded(block: Block) -> None:
     block.set(0x10, 1)
     block.set(0x100, 4 | 8 | 0x40 | 20 << 9)
