@@ -8,8 +8,8 @@ from bus.abi.hvm import dm_op
 from bus.abi.hypercalls_model import DM_OP_ARG, dm_op_arg
 from bus.abi.layout import Layout
 from bus.abi.xen import HYPERVISOR_dm_op
-from domains.native.domain import NativeDomain
-from drivers.pc.bus import MmioSpace, PortSpace, Range
+from domains.native.domain import HypercallError, NativeDomain
+from drivers.pc.bus import BusError, Changed, MmioSpace, PortSpace, Range
 
 
 class IoreqServer:
@@ -73,7 +73,8 @@ class IoreqServer:
 
 
 class Spaces:
-    """The ports and addresses of a device model's devices; what changes in them is told to `server` once there is one."""
+    """The ports and addresses of a device model's devices; what changes in them is told to `server` once there is one. A range that
+    cannot be (something beside the guest's vCPUs is there: its interrupt controllers, its timers) is a BusError, as one that is taken here."""
 
     def __init__(self) -> None:
         self.server: IoreqServer | None = None
@@ -82,11 +83,20 @@ class Spaces:
 
     def _port(self, which: Range, added: bool) -> None:
         if self.server is not None:
-            self.server.port_range(which, added)
+            self._tell(self.server.port_range, which, added)
 
     def _memory(self, which: Range, added: bool) -> None:
         if self.server is not None:
-            self.server.memory_range(which, added)
+            self._tell(self.server.memory_range, which, added)
+
+    @staticmethod
+    def _tell(tell: Changed, which: Range, added: bool) -> None:
+        try:
+            tell(which, added)
+        except HypercallError as error:
+            if not added:
+                raise
+            raise BusError(f"{which.name} at {which.start:#x} cannot be there: {error}") from None
 
     def announce(self, server: IoreqServer) -> None:
         """Tell of all ranges so far, and from now on of changes."""

@@ -100,7 +100,7 @@ class Range:
 
 
 Changed = Callable[[Range, bool], None]
-"""(a range, whether it was added or removed)."""
+"""(a range, whether it was added or removed). BusError: a range that was added cannot be."""
 
 
 class _Space:
@@ -151,6 +151,14 @@ class _Space:
         if self._on_change is not None:
             self._on_change(which, added)
 
+    def _tell_or_undo(self, new: Range) -> None:
+        """A range was added; who is told may have something else there (BusError), and then it is not."""
+        try:
+            self._tell(new, True)
+        except BusError:
+            self._take_out(new)
+            raise
+
 
 def _piece(left: int, most: int) -> int:
     """The largest access of a size that exists, of `left` bytes where `most` fit."""
@@ -179,15 +187,18 @@ class PortSpace(_Space):
             self._table[new.start + offset] = (new.read, new.write, offset, most)
         if new.read_string is not None or new.write_string is not None:
             self._strings[new.start] = (new.read_string, new.write_string)
-        self._tell(new, True)
+        self._tell_or_undo(new)
 
     def remove(self, old: Range) -> None:
         """BusError: this very range is not there."""
         self._take_out(old)
+        self._tell(old, False)
+
+    def _take_out(self, old: Range) -> None:
+        super()._take_out(old)
         self._strings.pop(old.start, None)
         for port in range(old.start, old.end):
             del self._table[port]
-        self._tell(old, False)
 
     def read(self, port: int, size: int) -> int:
         """IN of 1, 2 or 4 bytes."""
@@ -261,7 +272,7 @@ class MmioSpace(_Space):
     def add(self, new: Range) -> None:
         """BusError: it cannot be."""
         self._insert(new)
-        self._tell(new, True)
+        self._tell_or_undo(new)
 
     def remove(self, old: Range) -> None:
         """BusError: this very range is not there."""

@@ -7,6 +7,7 @@ answers, so that a range is in effect when the call returns. The memory and door
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EEXIST, EINVAL, ENOENT, ENOSPC, EPERM
 from typing import Final
@@ -132,7 +133,7 @@ class IoreqServers(DomainHooks):
         if len(server.ranges) >= MAX_RANGES:
             raise XenError(ENOSPC)
         server.ranges.add(new)
-        self._tell(call, domain, server, "add", new)
+        self._tell(call, domain, server, "add", new, undo=lambda: server.ranges.discard(new))
 
     def _unmap(self, call: Call) -> None:
         domain = self._guest(call)
@@ -150,13 +151,26 @@ class IoreqServers(DomainHooks):
         server.enabled = bool(call.payload.enabled)
         self._tell(call, domain, server, "enabled", server.enabled)
 
-    def _tell(self, call: Call, domain: Domain, server: IoreqServer, what: str, value: object) -> None:
-        """The guest's process is told; the call is answered when it has said that this is in effect."""
+    def _tell(
+        self,
+        call: Call,
+        domain: Domain,
+        server: IoreqServer,
+        what: str,
+        value: object,
+        undo: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The guest's process is told; the call is answered when it has said that this is in effect. `undo`: it is not."""
 
         def done(now: int, rc: int, data: bytes) -> None:
+            if rc < 0:
+                undo()
             call.answer(call.reply(0 if rc >= 0 else -EINVAL))
 
         def failed(now: int, why: str) -> None:
+            undo()
+            if what == "add" and why == "expired":  # it may still come to it
+                self._outbox.tell(domain.domid, "ioreq_server", {"id": server.id, "remove": value})
             call.answer(call.reply(-EINVAL))
 
         timeout = self._config.start_timeout_ns

@@ -91,6 +91,8 @@ class Machine:
         self.replies: dict[int, Reply] = {}
         self.silent: set[int] = set()
         """Domains whose processes answer no order."""
+        self.answer_rc: dict[int, int] = {}
+        """What domains' processes answer to orders, if not 0."""
         self.unkillable: set[int] = set()
         self._token = 0
         self.core.create_dom0(self.now, max_pages=256)
@@ -107,7 +109,8 @@ class Machine:
                 if isinstance(effect, Reply):
                     self.replies[effect.token] = effect
                 elif isinstance(effect, Order) and effect.order_id and effect.domain not in self.silent:
-                    self.core.order_done(self.now, effect.domain, effect.order_id, 0, b"")
+                    rc = self.answer_rc.get(effect.domain, 0)
+                    self.core.order_done(self.now, effect.domain, effect.order_id, rc, b"")
                 elif isinstance(effect, KillProcess) and effect.domain not in self.unkillable:
                     self.core.process_ended(self.now, effect.domain, "killed")
         self.effects += seen

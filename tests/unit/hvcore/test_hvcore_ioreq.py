@@ -156,6 +156,21 @@ def test_a_range_is_in_effect_when_the_call_returns(rig: Rig) -> None:
     assert [reply.rc for reply in rig.machine.replies.values()] == [-EINVAL]
 
 
+def test_a_range_that_the_guests_process_refuses_is_not_kept(rig: Rig) -> None:
+    """One that its interrupt controllers have, or that was not answered in time: it can be asked for again."""
+    server = rig.create()
+    rig.machine.answer_rc[rig.guest] = -EINVAL
+    assert rig.range(server, 0x20, 0x21) == -EINVAL
+    del rig.machine.answer_rc[rig.guest]
+    assert rig.range(server, 0x20, 0x21) == 0
+    rig.machine.silent.add(rig.guest)
+    with pytest.raises(AssertionError, match="no reply yet"):
+        rig.range(server, 0x60, 0x60)
+    rig.machine.advance(20)
+    assert sorted(rig.machine.core.ioreq.servers(DomId(rig.guest))[0].ranges) == [(0, 0x20, 0x21)]
+    assert rig.orders(rig.guest, "ioreq_server")[-1] == {"id": server, "remove": (0, 0x60, 0x60)}
+
+
 def test_the_guest_of_a_device_model_that_dies_crashes_with_a_reason_and_no_other(rig: Rig) -> None:
     rig.create()
     machine = rig.machine
