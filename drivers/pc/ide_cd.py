@@ -20,6 +20,7 @@ CD, IO = 1, 2
 DMA: Final = 1
 NOT_READY, MEDIUM_ERROR, ILLEGAL_REQUEST, UNIT_ATTENTION = 2, 3, 5, 6
 NO_MEDIUM, BAD_COMMAND, LBA_RANGE, BAD_FIELD = (0x3A, 0), (0x20, 0), (0x21, 0), (0x24, 0)
+INCOMPATIBLE_MEDIUM: Final = (0x30, 0)
 MEDIUM_CHANGED, READ_ERROR, REMOVAL_PREVENTED = (0x28, 0), (0x11, 0), (0x53, 2)
 EVENT_NONE, EVENT_EJECT_REQUEST, EVENT_NEW_MEDIUM, EVENT_REMOVED = 0, 1, 2, 3
 CDROM_PROFILE: Final = 0x0008
@@ -221,6 +222,8 @@ class OpticalDrive(Drive):
     def _need_medium(self) -> Media:
         if self._medium is None:
             raise _Sense(NOT_READY, NO_MEDIUM)
+        if not self.blocks:
+            raise _Sense(NOT_READY, INCOMPATIBLE_MEDIUM)  # a file of less than one block
         return self._medium
 
     def _test_ready(self, packet: bytes) -> None:

@@ -79,6 +79,13 @@ def test_seabios_boots_from_it(host: Host, medium: Memory) -> None:
     assert host.answer() == medium.data[17 * 2048 : 18 * 2048]
 
 
+def test_a_file_of_less_than_a_block_is_no_medium_to_read() -> None:
+    host = Host(OpticalDrive(Memory(512, read_only=True), serial="1"))
+    for packet in (bytes((0x25,)), bytes(12), read10(0, 1), bytes((0x43, 0, 0, 0, 0, 0, 0, 0, 12))):
+        host.packet(packet)
+        assert refused(host) == (2, 0x30, 0)
+
+
 def test_pio_comes_in_pieces_of_the_limit(host: Host, medium: Memory) -> None:
     host.packet(struct.pack(">BBIIBB", 0xA8, 0, 10, 100, 0, 0), limit=0x8000)
     before = host.irq.rises
