@@ -229,14 +229,14 @@ class Disks:
         """As far as it was plugged in: what is not there cannot be taken away, and is no error."""
         if disk.waiting is not None or disk.bdf == NO_DEVICE:
             return
-        for undo in (
-            lambda: self._xc.plug(disk.bdf, "nvme", disk.name, present=False),
-            lambda: self.deposit(disk.name, [], [], {}),
-        ):
-            try:
-                undo()
-            except (HypercallError, DiskError) as error:
-                self._log(f"{disk.vdev} of domain {disk.domid}: {error}")
+        try:
+            self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
+        except HypercallError as error:
+            self._log(f"{disk.vdev} of domain {disk.domid}: {error}")
+        try:
+            self.deposit(disk.name, [], [], {})
+        except DiskError as error:
+            self._log(f"{disk.vdev} of domain {disk.domid}: {error}")
 
     def hand_over(self, domid: DomId, vdev: str) -> None:
         """The guest's device model has closed the disk's image: the back end opens it now. Where that cannot be, the log says why, and the

@@ -25,6 +25,7 @@ class Machine:
             lambda text: None,
             lambda: None,
             lambda on: None,
+            lambda: None,
         )
         self.lines: list[tuple[int, bool]] = []
         self.board.fabric._pic = lambda number, level: self.lines.append((number, level))  # type: ignore[misc]  # a probe
