@@ -51,6 +51,16 @@ class NetLink(Message):
     """Begin the bridge's luck anew with that."""
 
 
+class NetHost(Message):
+    """A helper host on a bridge (drivers.net.helper.HelperHost), or none any more."""
+
+    KIND: ClassVar[str] = "net_host"
+    bridge: BridgeName
+    address: Annotated[str, Field(max_length=32, pattern=r"^[0-9./]*$")]
+    """Its own, and the length of the network's prefix; empty: it goes."""
+    dhcp: bool = True
+
+
 class NetHello(Message):
     """A process is up, and knows nothing yet."""
 
@@ -64,5 +74,5 @@ class NetPortGone(Message):
     port: U32
 
 
-TO_NETIO = registry(NetPort, NetLink)
+TO_NETIO = registry(NetPort, NetLink, NetHost)
 FROM_NETIO = registry(NetHello, NetPortGone)

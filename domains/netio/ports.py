@@ -12,11 +12,12 @@ from typing import Final
 
 from bus.log import Logger
 from bus.messages.envelope import BadMessage
-from bus.messages.net import MAX_FRAME, MAX_PORTS, NetHello, NetLink, NetPort, NetPortGone
+from bus.messages.net import MAX_FRAME, MAX_PORTS, NetHello, NetHost, NetLink, NetPort, NetPortGone
 from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.native.reactor import Reactor
 from domains.netio.bridges import Bridges
 from drivers.net.frames import ETH_HLEN, Frame, finished
+from drivers.net.helper import HelperHost
 from drivers.net.switch import Link
 
 LOG: Final = Logger("netio")
@@ -82,6 +83,28 @@ class OutsidePort:
         self._socket.close()
 
 
+class HostPort:
+    """A helper host at a port. `drivers.net.switch.Receiver`."""
+
+    def __init__(self, bridges: Bridges, bridge: str, host: HelperHost) -> None:
+        self._bridges: Final = bridges
+        self._host: Final = host
+        self._port: Final = bridges.join(bridge, "host", self)
+
+    def deliver(self, frames: Sequence[Frame]) -> None:
+        """See Receiver."""
+        answers: list[Frame] = []
+        for frame in frames:
+            for data in finished(frame):
+                answers += [Frame(answer, validated=True) for answer in self._host.receive(data)]
+        if answers:
+            self._bridges.forward(self._port, answers)
+
+    def close(self) -> None:
+        """Leave the bridge."""
+        self._bridges.leave(self._port)
+
+
 class Outside:
     """The link to Dom0, and the ports that it brought."""
 
@@ -91,6 +114,7 @@ class Outside:
         self._bridges: Final = bridges
         self._link: Final = link
         self._ports: Final[dict[int, OutsidePort]] = {}
+        self._hosts: Final[dict[str, HostPort]] = {}
         reactor.reader(link.fileno(), self._receive)
         self._send(NetHello())
 
@@ -119,6 +143,8 @@ class Outside:
                 close_all(fds)
                 if isinstance(message, NetLink):
                     self._set_link(message)
+                elif isinstance(message, NetHost):
+                    self._set_host(message)
 
     def _open(self, message: NetPort, fd: int) -> None:
         number = message.port
@@ -137,6 +163,17 @@ class Outside:
             self._ports[number] = OutsidePort(self._reactor, self._bridges, message, fd, gone)
         except ValueError as error:
             LOG.warning(f"port {number}: {error}")
+
+    def _set_host(self, message: NetHost) -> None:
+        old = self._hosts.pop(message.bridge, None)
+        if old is not None:
+            old.close()
+        if message.address:
+            try:
+                host = HelperHost(message.address, dhcp=message.dhcp)
+                self._hosts[message.bridge] = HostPort(self._bridges, message.bridge, host)
+            except ValueError as error:
+                LOG.warning(f"host of {message.bridge}: {error}")
 
     def _set_link(self, message: NetLink) -> None:
         link = Link(

@@ -129,6 +129,13 @@ def run(
     net: Annotated[
         bool, typer.Option("--net", help="A network interface on the bridge xenbr0: --vif bridge=xenbr0.")
     ] = False,
+    net_host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS/LENGTH",
+            help="A helper host on xenbr0: answers ARP and ping, gives addresses by DHCP (10.0.0.1/24).",
+        ),
+    ] = "",
     nvme: Annotated[
         list[str] | None,
         typer.Option(
@@ -266,6 +273,7 @@ def run(
         cpus=cpus,
         join=join,
         trace=trace,
+        net_host=net_host,
         vnc=vnc,
     )
     raise typer.Exit(status)

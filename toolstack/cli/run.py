@@ -68,6 +68,8 @@ class RunRequest:
     """Devices to plug in (toolstack.xlcfg.pci.parse_nvme); without a `pci` of the domain's all are its own."""
     trace: str = ""
     """A file for the timeline."""
+    net_host: str = ""
+    """Address and prefix of a helper host on xenbr0."""
 
 
 @dataclass(slots=True)
@@ -141,6 +143,9 @@ class Run:
     def _guest(self, machine: Machine | JoinedMachine, config: Any, images: Images) -> None:
         outcome = self.outcome
         try:
+            if self.request.net_host:
+                host = {"bridge": "xenbr0", "address": self.request.net_host}
+                machine.client.request("network-host", host)
             plugged = [self._plug(machine, device) for device in self.request.hardware]
             if plugged and not config.pci:
                 config = config.model_copy(update={"pci": plugged})

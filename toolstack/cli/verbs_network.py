@@ -1,4 +1,4 @@
-"""Verbs about network interfaces: network-attach, network-list, network-detach."""
+"""Verbs about networks: network-attach, network-list, network-detach; network-host."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def add(app: typer.Typer) -> None:
     app.command("network-attach")(network_attach)
     app.command("network-list")(network_list)
     app.command("network-detach")(network_detach)
+    app.command("network-host")(network_host)
 
 
 def network_attach(
@@ -46,6 +47,21 @@ def network_detach(
 ) -> None:
     """Take a network interface away from a running guest. Example: domicile network-detach web 0"""
     ask("network-detach", domain=domain, vif=device, force=force)
+
+
+def network_host(
+    bridge: Annotated[str, typer.Argument(metavar="BRIDGE", help="Such as xenbr0.")],
+    address: Annotated[
+        str,
+        typer.Argument(metavar="[ADDRESS/LENGTH]", help="Its own address, and the network's; none: it goes."),
+    ] = "",
+    dhcp: Annotated[bool, typer.Option("--dhcp/--no-dhcp", help="Give guests addresses.")] = True,
+) -> None:
+    """A helper host on a bridge: answers ARP and ping, gives guests addresses by DHCP. It forwards nothing.
+
+    Example: domicile network-host xenbr0 10.0.0.1/24
+    """
+    ask("network-host", bridge=bridge, address=address, dhcp=dhcp)
 
 
 def network_table(rows: list[dict[str, Any]]) -> str:

@@ -32,6 +32,7 @@ def run_verb(
     join: bool = False,
     trace: str = "",
     vnc: bool = False,
+    net_host: str = "",
 ) -> int:
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
@@ -98,6 +99,7 @@ def run_verb(
             cpus=cpus,
             join=join,
             trace=trace,
+            net_host=net_host,
         )
     ).execute()
 

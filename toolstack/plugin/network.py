@@ -204,6 +204,11 @@ class Network:
         }
         self._machine.request("network-link", {"bridge": self.bridge, **values})
 
+    def host(self, address: str = "10.0.0.1/24", *, dhcp: bool = True) -> None:
+        """A helper host on this bridge: it answers ARP and ping, and gives out addresses by DHCP (from the network's tenth on). "": none any
+        more. MachineError for an address that no host can have."""
+        self._machine.request("network-host", {"bridge": self.bridge, "address": address, "dhcp": dhcp})
+
     def save(self, path: Path | str) -> Path:
         """Write the capture as a pcap file."""
         with contextlib.suppress(MachineError):

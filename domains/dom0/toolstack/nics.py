@@ -17,13 +17,14 @@ from pydantic import ValidationError
 
 from bus.addresses import DomId
 from bus.messages.envelope import BadMessage, Message
-from bus.messages.net import FROM_NETIO, MAX_PORTS, NetHello, NetLink, NetPort, NetPortGone
+from bus.messages.net import FROM_NETIO, MAX_PORTS, NetHello, NetHost, NetLink, NetPort, NetPortGone
 from bus.packets import LinkClosed, LinkFull, PacketLink, pair
 from domains.dom0.toolstack.disks import number_in
 from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import NativeDomain
+from drivers.net.helper import HelperHost
 
 NETIO_PAGES: Final = 2048
 """NetIO's own memory (8 MiB): its stage for copies, its xenstore ring."""
@@ -118,6 +119,7 @@ class Nics:
         self._ports: Final[dict[int, tuple[NetPort, socket.socket]]] = {}
         """Ports of programs outside, and NetIO's end of their sockets."""
         self._links: Final[dict[tuple[str, str], NetLink]] = {}
+        self._hosts: Final[dict[str, NetHost]] = {}
         self._started = 0
         self._serial = 0
 
@@ -187,8 +189,8 @@ class Nics:
             message, _ = packet
             if isinstance(message, NetHello):
                 self._heard = True
-                for link in self._links.values():
-                    self._send(link)
+                for told in (*self._links.values(), *self._hosts.values()):
+                    self._send(told)
                 for port, sock in self._ports.values():
                     self._send(port, sock)
             elif isinstance(message, NetPortGone) and message.port in self._ports:
@@ -231,6 +233,25 @@ class Nics:
         self._links[bridge, link.port] = link
         self._netio()
         self._send(link)
+
+    def set_host(self, bridge: str, address: str, *, dhcp: bool = True) -> None:
+        """A helper host on a bridge, which answers ARP and ping, and gives out addresses by DHCP; no address: it goes. NicError."""
+        self._check_bridge(bridge)
+        if not address:
+            if self._hosts.pop(bridge, None) is None:
+                raise NicError(f"bridge {bridge} has no host")
+            self._send(NetHost(bridge=bridge, address=""))
+            return
+        try:
+            HelperHost(address, dhcp=dhcp)
+            host = NetHost(bridge=bridge, address=address, dhcp=dhcp)
+        except ValueError as error:
+            raise NicError(f"host of {bridge}: {error}"[:200]) from None
+        if len(self._hosts) >= MAX_PORTS and bridge not in self._hosts:
+            raise NicError(f"there are {MAX_PORTS} hosts already")
+        self._hosts[bridge] = host
+        self._netio()
+        self._send(host)
 
     def _check_bridge(self, bridge: Any) -> str:
         if not isinstance(bridge, str) or not _BRIDGE.fullmatch(bridge):

@@ -186,6 +186,9 @@ class ToolstackServer:
             "network-link": lambda client, args, fds: manager.nics.set_link(
                 args["bridge"], {name: value for name, value in args.items() if name != "bridge"}
             ),
+            "network-host": lambda client, args, fds: manager.nics.set_host(
+                args["bridge"], str(args.get("address", "")), dhcp=bool(args.get("dhcp", True))
+            ),
             "device-plug": self._device_plug,
             "device-unplug": lambda client, args, fds: manager.hardware.unplug(int(args["bdf"])),
             "pci-list": self._pci_list,

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from bus.addresses import DomId
-from bus.messages.net import MAX_PORTS, TO_NETIO, NetHello, NetLink, NetPort, NetPortGone
+from bus.messages.net import MAX_PORTS, TO_NETIO, NetHello, NetHost, NetLink, NetPort, NetPortGone
 from bus.packets import PacketLink, close_all
 from domains.dom0.toolstack.nics import FIRST_DOMID, NicError, Nics, random_mac, rate_of
 from domains.dom0.xenstore_service import XenstoreService
@@ -221,6 +221,22 @@ def test_links_that_make_no_sense_are_refused(rig: Rig, values: dict[str, Any]) 
     with pytest.raises(NicError, match="link of br"):
         rig.nics.set_link("br", values)
     assert rig.nics._links == {}
+
+
+def test_helper_hosts_are_told_and_checked(rig: Rig) -> None:
+    for address in ("10.0.0.0/24", "x", "10.0.0.1", "1.2.3.4/33", "\u0661.2.3.4/8"):
+        with pytest.raises(NicError, match="host of br"):
+            rig.nics.set_host("br", address)
+    with pytest.raises(NicError, match="no host"):
+        rig.nics.set_host("br", "")
+    rig.nics.set_host("br", "10.0.0.1/24", dhcp=False)
+    rig.say(NetHello())
+    rig.nics.set_host("br", "")
+    told = [message for message, _ in rig.hear()]
+    assert [(type(one), one.address, one.dhcp) for one in told] == [
+        (NetHost, "10.0.0.1/24", False),
+        (NetHost, "", True),
+    ]
 
 
 def test_nonsense_from_netio_is_logged(rig: Rig) -> None:
