@@ -17,6 +17,8 @@ from typing import Final
 from nacl import bindings as nacl
 from nacl.exceptions import CryptoError
 
+from bus.box import Box
+
 FLAG_MORE: Final = 1
 FLAG_LONG: Final = 2
 FLAG_COMMAND: Final = 4
@@ -45,10 +47,11 @@ class ServerConnection:
         self._max_frame = max_message + _OVERHEAD
         self._buffer = bytearray()
         self._step: Callable[[bytes], None] = self._greeting
-        self._shared = b""
         self._client_short = b""
         self._short_secret = b""
         self._cookie_key = nacl.randombytes(32)
+        self._box: Box
+        """Once `ready`."""
         self._their_nonce = 0
         self._our_nonce = 0
         self._in_multipart = False
@@ -102,7 +105,7 @@ class ServerConnection:
         """The bytes that carry one single-frame message to the peer. Only when `ready`."""
         self._our_nonce += 1
         nonce = struct.pack(">Q", self._our_nonce)
-        box = nacl.crypto_box_easy_afternm(b"\0" + payload, b"CurveZMQMESSAGES" + nonce, self._shared)
+        box = self._box.seal(b"\0" + payload, b"CurveZMQMESSAGES" + nonce)
         size = len(_MESSAGE) + 8 + len(box)
         if size > 255:
             return b"".join((struct.pack(">BQ", FLAG_LONG, size), _MESSAGE, nonce, box))
@@ -156,11 +159,12 @@ class ServerConnection:
         if vouch[:32] != self._client_short or vouch[32:] != nacl.crypto_scalarmult_base(self._secret):
             raise ProtocolError("bad vouch")
         self._their_nonce = int.from_bytes(body[105:113], "big")
-        self._shared = nacl.crypto_box_beforenm(self._client_short, self._short_secret)
+        shared = nacl.crypto_box_beforenm(self._client_short, self._short_secret)
+        self._box = Box(shared, self._max_frame)
         self._our_nonce = 1
         nonce = struct.pack(">Q", 1)
         metadata = _property(b"Socket-Type", b"ROUTER") + _property(b"Identity", b"")
-        box = nacl.crypto_box_easy_afternm(metadata, b"CurveZMQREADY---" + nonce, self._shared)
+        box = nacl.crypto_box_easy_afternm(metadata, b"CurveZMQREADY---" + nonce, shared)
         self._command(b"\x05READY" + nonce + box)
         self._short_secret = b""
         self.ready = True
@@ -186,12 +190,9 @@ class ServerConnection:
         if nonce <= self._their_nonce:
             raise ProtocolError("nonce used again")
         self._their_nonce = nonce
-        try:
-            plain = nacl.crypto_box_open_easy_afternm(
-                body[16:], b"CurveZMQMESSAGEC" + body[8:16], self._shared
-            )
-        except CryptoError:
-            raise ProtocolError("a message does not open") from None
+        plain = self._box.open(body[16:], b"CurveZMQMESSAGEC" + body[8:16])
+        if plain is None:
+            raise ProtocolError("a message does not open")
         inner = plain[0]
         if inner & INNER_COMMAND:
             return None

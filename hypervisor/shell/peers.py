@@ -15,8 +15,17 @@ from typing import Final
 from bus.addresses import DomId
 from bus.credentials import ServerCredentials
 from bus.messages.device import FROM_ANY_DOMAIN, Attach
-from bus.messages.domain import DESCRIPTORS, Descriptors, Order, Raised, Refused
-from bus.messages.envelope import MAX_ITEMS, MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
+from bus.messages.domain import DESCRIPTORS, Descriptors, HypercallReply, Order, Raised, Refused
+from bus.messages.envelope import (
+    MAX_ITEMS,
+    MAX_MESSAGE,
+    BadMessage,
+    Message,
+    Registry,
+    decode,
+    encode,
+    encode_trusted,
+)
 from bus.packets import LinkClosed, LinkFull, PacketLink
 from bus.zmtp import ProtocolError, ServerConnection
 
@@ -241,6 +250,11 @@ class Peer:
     def send(self, message: Message) -> None:
         """Send, or queue if the domain is not there yet or slow, or the cork is in. PeerLost if it takes nothing any more."""
         self._backlog.append(encode(message))
+        self._send()
+
+    def reply(self, token: int, rc: int, data: bytes) -> None:
+        """Send the answer to a hypercall (a `HypercallReply`), as `send` does."""
+        self._backlog.append(encode_trusted(HypercallReply.KIND, {"token": token, "rc": rc, "data": data}))
         self._send()
 
     def _send(self) -> None:

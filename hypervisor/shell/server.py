@@ -581,7 +581,7 @@ class Server:
             return
         try:
             if isinstance(effect, fx.Reply):
-                peer.send(HypercallReply(token=effect.token, rc=effect.rc, data=effect.data))
+                peer.reply(effect.token, effect.rc, effect.data)
             elif isinstance(effect, fx.Order):
                 self._order(peer, effect)
             elif isinstance(effect, fx.Unbind):
