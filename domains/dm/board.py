@@ -41,6 +41,9 @@ VIDEO_BIOS: Final = "pci1234,1111.rom"
 """SeaBIOS takes an option ROM by this name in place of the device's own (src/optionroms.c): one transfer and not ten thousand reads."""
 SLOTS: Final = ("hda", "hdb", "hdc", "hdd")
 MAX_VIDEO_BIOS: Final = 1 << 17
+BOOT_ROM: Final = "genroms/linuxboot.bin"
+"""SeaBIOS runs option ROMs of such names; this one starts a kernel (domains.dom0.builder.linuxboot)."""
+MAX_BOOT_ROM: Final = 1 << 16
 MAX_INPUT: Final = 1 << 20
 POLLED_BYTES: Final = 6
 POLLED_NS: Final = 120_000_000
@@ -127,6 +130,10 @@ def firmware_files(settings: Settings) -> dict[str, bytes]:
     if settings.serial:
         files["etc/sercon-port"] = COM1.to_bytes(2, "little")
     places = [path for letter in settings.boot for path in BOOT_PATHS.get(letter, ())]
+    rom = settings.files.get("boot_rom")
+    if rom is not None:
+        files[BOOT_ROM] = os.pread(rom, MAX_BOOT_ROM, 0)
+        places.insert(0, f"/rom@{BOOT_ROM}")
     files["bootorder"] = "\n".join([*places, "HALT"]).encode() + b"\0"
     bios = _video_bios(settings)
     if settings.vga == "stdvga" and bios:

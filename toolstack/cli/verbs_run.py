@@ -39,10 +39,6 @@ def run_verb(
         raise InputError(f"--type {fields['type']}: there are {', '.join(TYPES)}")
     if fields.get("pvshim") and fields["type"] != "pvh":
         raise InputError("--pvshim: the shim is for PVH guests: add --type pvh")
-    if fields["type"] == "hvm" and fields["kernel"]:
-        raise InputError(
-            f"{fields['kernel']}: a full HVM guest boots from a disk (--disk, --cdrom); a kernel starts with --type pv or pvh"
-        )
     if fields["type"] != "hvm" and not fields["kernel"]:
         raise InputError(f"a kernel is missing: a {fields['type']} guest needs one (domicile run KERNEL)")
     if vnc and fields["type"] != "hvm":

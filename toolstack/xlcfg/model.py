@@ -243,12 +243,8 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
     if values["type"] == "pv" and "hap" in settings:
         warnings.append(f"{source}: hap: only for HVM and PVH guests")
     if values["type"] == "hvm":
-        warnings += [
-            f"{source}: {key}: a full HVM guest boots from its disks: {key}= is left out"
-            for key in ("kernel", "ramdisk")
-            if values[key]
-        ]
-        values["kernel"] = values["ramdisk"] = ""
+        if values["ramdisk"] and not values["kernel"]:
+            raise read.fail("ramdisk", "only with kernel=")
     else:
         warnings += [
             f"{source}: {key}: only for HVM guests" for key in (*HVM_KEYS, *HVM_VNC_KEYS) if key in settings

@@ -7,6 +7,7 @@ takes hvmloader's own place (`domains.dom0.builder.firmware.program`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -82,9 +83,10 @@ def build_hvm_domain(
     serial: bool,
     xenstore_port: Port,
     console_port: Port,
+    kernel: Sequence[tuple[int, bytes]] = (),
 ) -> BuiltHvm:
-    """Everything up to a domain that can be unpaused once it has its device model. `vcpus`: (most, at the start). BuildError,
-    ValueError, HypercallError."""
+    """Everything up to a domain that can be unpaused once it has its device model. `vcpus`: (most, at the start);
+    `kernel`: what lies in memory of one that is started directly. BuildError, ValueError, HypercallError."""
     most = HVM_BELOW_4G_RAM_END >> PAGE_SHIFT
     low, high = min(pages, most) << PAGE_SHIFT, max(pages - most, 0) << PAGE_SHIFT
     config = FirmwareConfig(
@@ -119,7 +121,7 @@ def build_hvm_domain(
     memory = ForeignMemory(fd, extent["base"], extent["frames"])
     try:
         frames = GuestFrames(memory, runs)
-        for address, data in pieces:
+        for address, data in (*pieces, *kernel):
             frames.write(address >> PAGE_SHIFT, address & PAGE_SIZE - 1, data)
         xc.set_memory_map(domid, memory_map)
         values, writes = special_parameters()

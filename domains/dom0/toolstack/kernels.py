@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from bus.abi.hvm.e820 import HVM_BELOW_4G_RAM_END
 from bus.messages.control import DomainConfig
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.kernel import Kernel, load_kernel
+from domains.dom0.builder.linuxboot import DirectBoot, direct_boot
 from domains.dom0.builder.pvh import Module
 from domains.dom0.toolstack.guest import ToolstackError
 from domains.dom0.toolstack.images import read_file
@@ -47,6 +49,23 @@ def load_files(config: DomainConfig, files: dict[int, int]) -> Files:
     shim = _kernel(config.name, files, config.shim, config.shim_path)
     inner = Module(kernel.content, config.cmdline.encode())
     return Files(shim, config.shim_cmdline, NO_FILE, (inner, *modules))
+
+
+def load_direct(config: DomainConfig, files: dict[int, int]) -> DirectBoot | None:
+    """The kernel that a full HVM guest starts directly; None: it boots from its disks. ToolstackError."""
+    if config.kernel < 0:
+        if config.ramdisk >= 0:
+            raise ToolstackError(f"{config.name}: ramdisk: only with a kernel")
+        return None
+    kernel = _content(config.name, files, config.kernel, config.kernel_path, "kernel")
+    ramdisk = NO_FILE
+    if config.ramdisk >= 0:
+        ramdisk = _content(config.name, files, config.ramdisk, config.ramdisk_path, "ramdisk")
+    low = min(config.memory_mb << 20, HVM_BELOW_4G_RAM_END)
+    try:
+        return direct_boot(kernel, ramdisk, config.cmdline, low)
+    except BuildError as error:
+        raise ToolstackError(f"{config.kernel_path}: {error}") from None
 
 
 def _kernel(name: str, files: dict[int, int], index: int, path: str) -> Kernel:

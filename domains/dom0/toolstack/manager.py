@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from bus import sealed
 from bus.abi import domctl as dc
 from bus.abi import sched
 from bus.abi.arch_x86 import XEN_X86_EMU_ALL, XEN_X86_EMU_LAPIC, XEN_X86_EMU_VPCI
@@ -20,6 +22,7 @@ from bus.messages.control import DomainConfig
 from bus.messages.domain import Order
 from bus.packets import close_all
 from domains.dom0.builder.errors import BuildError
+from domains.dom0.builder.linuxboot import DirectBoot
 from domains.dom0.consoled import Console, SerialLine
 from domains.dom0.toolstack.disks import DiskError, Disks
 from domains.dom0.toolstack.guest import Guest, ToolstackError, counters_of, state_of
@@ -27,7 +30,7 @@ from domains.dom0.toolstack.guest_nodes import write_guest_nodes, write_vnc_node
 from domains.dom0.toolstack.hardware import Hardware, HardwareError
 from domains.dom0.toolstack.hvm import build_hvm_domain
 from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_file
-from domains.dom0.toolstack.kernels import Files, load_files
+from domains.dom0.toolstack.kernels import Files, load_direct, load_files
 from domains.dom0.toolstack.models import DeviceModel, ModelError, model_settings, slot_of
 from domains.dom0.toolstack.nics import NicError, Nics
 from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
@@ -99,10 +102,7 @@ class Manager:
             raise ToolstackError(
                 f"{config.name}: pci: only PVH and HVM guests can be given a device: a PV guest has no PCI bus here"
             )
-        if config.type == "hvm":
-            images = None
-        else:
-            images = load_files(config, files)
+        images = load_direct(config, files) if config.type == "hvm" else load_files(config, files)
         try:
             translated = config.type != "pv"
             domid = self.xc.create_domain(
@@ -148,13 +148,13 @@ class Manager:
         self,
         domid: DomId,
         config: DomainConfig,
-        images: Files | None,
+        images: Files | DirectBoot | None,
         files: dict[int, int],
         before: Guest | None,
     ) -> Guest:
         guest = self._guest(domid, config, files, before)
         try:
-            self._model(guest)
+            self._model(guest, images.rom if isinstance(images, DirectBoot) else b"")
             self._fill(guest, images)
         except BaseException:
             if guest.model is not None:
@@ -182,15 +182,24 @@ class Manager:
             guest.console.domid = domid
         return guest
 
-    def _model(self, guest: Guest) -> None:
-        """The process of its device model, if it is to have one."""
-        if guest.serial is not None:
-            settings, given = model_settings(guest.config, guest.files)
+    def _model(self, guest: Guest, rom: bytes = b"") -> None:
+        """The process of its device model, if it is to have one. `rom` starts its kernel, if it has one."""
+        if guest.serial is None:
+            return
+        settings, given = model_settings(guest.config, guest.files)
+        own = -1
+        if rom:
+            own = given["boot_rom"] = sealed.create("domicile-boot-rom", len(rom))
+        try:
+            if rom:
+                os.pwrite(own, rom, 0)
             guest.model = DeviceModel(
                 self._host.reactor, self.xc, self.disks.deposit, guest.domid, guest.serial, settings, given
             )
+        finally:
+            close_all([own] if own >= 0 else [])
 
-    def _fill(self, guest: Guest, images: Files | None) -> None:
+    def _fill(self, guest: Guest, images: Files | DirectBoot | None) -> None:
         """Memory, first state, devices: all up to a domain that can be unpaused."""
         domid, config, files = guest.domid, guest.config, guest.files
         xc, host = self.xc, self._host
@@ -202,7 +211,7 @@ class Manager:
         xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
         console_port = host.alloc_unbound(domid, DOMID_SELF)
         ring: int
-        if images is None:
+        if not isinstance(images, Files):
             ring = build_hvm_domain(
                 host,
                 xc,
@@ -214,6 +223,7 @@ class Manager:
                 config.serial,
                 xenstore_port,
                 console_port,
+                images.pieces if images is not None else (),
             ).console_gfn
         elif config.type == "pvh":
             ring = build_pvh_domain(

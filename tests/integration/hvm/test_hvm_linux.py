@@ -106,3 +106,43 @@ def test_debian_with_xen_blkfront_after_unplug(disk: Path) -> None:
     assert "the disk is /dev/xvda1: a file that was there before" in console
     assert "hypervisor: xen; clock: xen" in console
     assert read_back(disk, "/answer") == "written by the guest on /dev/xvda1\n"
+
+
+def test_debian_started_directly() -> None:
+    """Its bzImage as it is, by the option ROM: it unpacks itself, finds the ramdisk, and powers off by ACPI."""
+    need(SEABIOS)
+    try:
+        guest = debian(
+            modules=MODULES,
+            extra={"etc/rc.guest": b"#!/bin/busybox sh\necho started: $(cat /proc/cmdline)\npoweroff -f\n"},
+        )
+    except FetchError as error:
+        pytest.skip(f"Debian's kernel: {error}")
+    command = [
+        sys.executable,
+        "-m",
+        "toolstack.cli",
+        "run",
+        "--type",
+        "hvm",
+        "--memory",
+        "256",
+        str(guest.kernel),
+    ]
+    done = subprocess.run(
+        [
+            *command,
+            "--ramdisk",
+            str(guest.ramdisk),
+            "--cmdline",
+            "console=ttyS0 of-its-own",
+            "--timeout",
+            str(TIMEOUT_S),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT_S + 60,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stderr.decode()}\n{done.stdout.decode('latin1')[-3000:]}"
+    assert b"started: console=ttyS0 of-its-own" in done.stdout
