@@ -35,7 +35,7 @@ from domains.pv.domain import DomainConfig, PvDomain
 from domains.pv.frames import DomainFrames
 from domains.pv.time import count_nanoseconds
 from domains.pv.xenmap import XenMap
-from domains.vcpu.api import PvTraps, Vcpu
+from domains.vcpu.api import PvTraps, PvVcpu
 from domains.vcpu.unicorn_vcpu import UnicornVcpu
 
 MAX_MFN: Final = 1 << 24
@@ -280,7 +280,7 @@ class PvProcess:
         assert frames is not None
         xenmap = XenMap(frames.base, frames.count, MAX_MFN, self._max_vcpus)
 
-        def make_vcpu(traps: PvTraps) -> Vcpu:
+        def make_vcpu(traps: PvTraps) -> PvVcpu:
             vcpu = UnicornVcpu(traps)
             vcpu.map(MachineAddr(frames.base << PAGE_SHIFT), memory.address, memory.size)
             private = xenmap.private

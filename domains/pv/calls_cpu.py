@@ -136,7 +136,9 @@ class CpuCalls:
 
     def set_debugreg(self, register: int, value: int, a3: int, a4: int, a5: int) -> Result:
         """Virtual debug registers 0 to 7."""
-        return set_debugreg(self._cpu.current, register & _LOW32, value)
+        rc = set_debugreg(self._cpu.current, register & _LOW32, value)
+        self._cpu.debugreg_changed()
+        return rc
 
     def get_debugreg(self, register: int, a2: int, a3: int, a4: int, a5: int) -> Result:
         """The register's value, or -ENODEV."""

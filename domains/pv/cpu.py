@@ -11,8 +11,9 @@ from typing import Final
 from bus.abi.arch_x86_64 import FLAT_RING3_CS64, FLAT_RING3_SS64
 from bus.addresses import PAGE_SHIFT, MachineAddr, Mfn, VcpuId
 from domains.pv.api import PagingApi
+from domains.pv.debugreg import DR7_ACTIVE_MASK
 from domains.pv.state import CR0_TS, InitialRegisters, VcpuState
-from domains.vcpu.api import Registers, Vcpu
+from domains.vcpu.api import PvVcpu, Registers
 
 CR4_HARDWARE: Final = 0x10620
 """CR4 that the guest's code really runs with: PAE, OSFXSR, OSXMMEXCPT, FSGSBASE."""
@@ -63,7 +64,7 @@ class Cpu:
     )
 
     mmu: PagingApi
-    vcpu: Vcpu
+    vcpu: PvVcpu
     regs: Registers
 
     def __init__(self, base: Mfn, octets: memoryview, words: memoryview, first: VcpuState) -> None:
@@ -80,7 +81,7 @@ class Cpu:
         self.yielded = False
         """The current vCPU made SCHEDOP_yield in this slice."""
 
-    def attach(self, vcpu: Vcpu) -> None:
+    def attach(self, vcpu: PvVcpu) -> None:
         """The vCPU object, which is built around the traps and so comes last."""
         self.vcpu = vcpu
         self.regs = vcpu.regs
@@ -230,8 +231,21 @@ class Cpu:
 
     # --- vCPU switch
 
+    def debugreg_changed(self) -> None:
+        """The guest wrote a debug register: before its next block the vCPU stops, and `arm_breakpoints` is called."""
+        if self.current.dr7 & DR7_ACTIVE_MASK or self.vcpu.breakpoints_armed:
+            self.vcpu.request_stop()
+
+    def arm_breakpoints(self) -> None:
+        """Give the current vCPU's debug registers to the processor. Between runs."""
+        s = self.current
+        if s.dr7 & DR7_ACTIVE_MASK or self.vcpu.breakpoints_armed:
+            self.vcpu.set_breakpoints(s.dr, s.dr7)
+
     def switch_out(self) -> None:
         """Put the current vCPU's state away. Between runs."""
+        if self.vcpu.breakpoints_armed:
+            self.vcpu.set_breakpoints((0, 0, 0, 0), 0)
         self.current.context = self.vcpu.save_context()
 
     def switch_in(self, state: VcpuState) -> None:

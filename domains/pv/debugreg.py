@@ -1,5 +1,5 @@
-"""Virtual debug registers: what HYPERVISOR_set/get_debugreg and MOV DR check. Breakpoints are kept and read back but do not
-fire: the vCPU has no hardware breakpoints.
+"""Virtual debug registers: what HYPERVISOR_set/get_debugreg and MOV DR check. Execution breakpoints fire
+(`domains.vcpu.breakpoints`); data breakpoints are kept and read back, and are never hit.
 
 Sources: Intel SDM volume 3, chapter 18; the checks are those of Xen 4.17.
 """

@@ -48,7 +48,7 @@ from domains.pv.turns import SLICE_BLOCKS, Turns
 from domains.pv.upstream import Upstream
 from domains.pv.wire import Remote
 from domains.pv.xenmap import XenMap
-from domains.vcpu.api import PvTraps, StopReason, Vcpu
+from domains.vcpu.api import PvTraps, PvVcpu, StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class PvDomain(Turns[VcpuState]):
         config: DomainConfig,
         frames: GuestFrames,
         xenmap: XenMap,
-        make_vcpu: Callable[[PvTraps], Vcpu],
+        make_vcpu: Callable[[PvTraps], PvVcpu],
         upstream: Upstream,
         table: Mapping[int, Hypercall],
         *,
@@ -203,6 +203,7 @@ class PvDomain(Turns[VcpuState]):
             r = cpu.regs
             inject_failsafe(cpu, (r.ds, r.es, r.fs, r.gs))
         deliver_events(cpu, state)
+        cpu.arm_breakpoints()
         bell = False
         if cpu.crash_reason is None:
             reason = self.vcpu.run(self.config.slice_blocks)

@@ -187,6 +187,7 @@ class Emulator:
                 else:
                     inject_gp(cpu)
                 return True
+            cpu.debugreg_changed()
         self._done(position)
         return True
 

@@ -22,7 +22,6 @@ from domains.pv.bounce import (
 from domains.pv.calls import MASK64, NO_RESULT
 from domains.pv.cpu import Cpu
 from domains.pv.cpuid import CpuidPolicy
-from domains.pv.debugreg import DR6_BS
 from domains.pv.emulate import Emulator, fetch, instruction_done
 from domains.pv.hypercalls import NUMBERS, Hypercalls, no_such_hypercall
 from domains.pv.ioports import IoPorts, access_ok
@@ -151,8 +150,9 @@ class Traps:
         elif vector == TRAP_DB and cpu.stale_step:
             cpu.stale_step = False
             self.exceptions[vector] -= 1
+            cpu.vcpu.debug_status()
         elif vector == TRAP_DB:
-            cpu.current.dr6 |= DR6_BS
+            cpu.current.dr6 |= cpu.vcpu.debug_status()
             inject(cpu, TRAP_DB)
         else:
             inject(cpu, vector, trap.error_code if vector in VECTORS_WITH_ERROR_CODE else None)

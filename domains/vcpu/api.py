@@ -6,6 +6,7 @@ against this interface; `domains.vcpu.unicorn_vcpu.UnicornVcpu` implements it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
@@ -227,3 +228,18 @@ class Vcpu(Protocol):
 
     def load_extended(self, state: bytes) -> None:
         """Restore `save_extended`'s state, or a guest's FXSAVE image."""
+
+
+class PvVcpu(Vcpu, Protocol):
+    """One of a PV guest, whose debug registers Xen virtualises."""
+
+    @property
+    def breakpoints_armed(self) -> bool:
+        """`set_breakpoints` enabled any."""
+
+    def set_breakpoints(self, addresses: Sequence[int], control: int) -> None:
+        """Arm the execution breakpoints of DR0 to DR3 that DR7 enables; data breakpoints are never hit. Between runs, and none may be
+        armed while contexts change."""
+
+    def debug_status(self) -> int:
+        """In `on_trap` of a #DB: DR6's bits B0 to B3 and BS of this one, which are forgotten then."""

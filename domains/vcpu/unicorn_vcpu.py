@@ -7,13 +7,14 @@ See `domains.vcpu.api` for the contract and `docs/vcpu.md` for what had to be wo
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from domains.vcpu import thunks
 from domains.vcpu.api import GuestFault, PvSysenter, PvTraps, Trap
+from domains.vcpu.breakpoints import Breakpoints
 from domains.vcpu.machine import Machine
 from domains.vcpu.state import RAX, RBX, RCX, RDX
 
@@ -59,6 +60,7 @@ class UnicornVcpu(Machine):
         self._known_traps: Final[dict[tuple[int, int, int], Trap]] = {}
         super().__init__()
         machine = self._machine
+        self._breakpoints: Final = Breakpoints(machine, self._env)
         machine.reg_write(x86_const.UC_X86_REG_MSR, (0xC0000080, PV_EFER))
         machine.reg_write(x86_const.UC_X86_REG_CR4, PV_CR4)
         machine.reg_write(x86_const.UC_X86_REG_CR0, PV_CR0)
@@ -74,6 +76,20 @@ class UnicornVcpu(Machine):
         regs.rflags = 0x202
         regs.rip = 0
         regs.idtr_base, regs.idtr_limit = XEN_IDT, IDT_LIMIT
+
+    @property
+    def breakpoints_armed(self) -> bool:
+        """See `Vcpu`."""
+        return self._breakpoints.armed
+
+    def debug_status(self) -> int:
+        """See `Vcpu`."""
+        return self._breakpoints.status()
+
+    def set_breakpoints(self, addresses: Sequence[int], control: int) -> None:
+        """See `Vcpu`."""
+        self._between_runs("set_breakpoints")
+        self._breakpoints.set(addresses, control)
 
     def _install(self) -> None:
         env, control, found, page = self._env, self._control.address, self._found, self._code

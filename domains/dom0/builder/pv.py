@@ -153,8 +153,13 @@ def check_pv(kernel: Kernel) -> XenNotes:
     if notes is None:
         raise BuildError("kernel: no Xen ELF notes: not a kernel for Xen")
     if elf.bits != 64 or elf.machine != "EM_X86_64":
+        mend = (
+            "it runs in Xen's shim (type pvh with pvshim)"
+            if notes.phys32_entry is None
+            else "start it with type pvh"
+        )
         raise BuildError(
-            f"kernel: a {elf.bits}-bit {elf.machine[3:]} ELF file: PV guests are 64-bit x86 here"
+            f"kernel: a {elf.bits}-bit {elf.machine[3:]} ELF file: PV guests are 64-bit x86 here: {mend}"
         )
     if notes.virt_base is None and notes.entry is None and notes.phys32_entry is not None:
         raise BuildError("kernel: has only a PVH entry (PHYS32_ENTRY): start it with type pvh")

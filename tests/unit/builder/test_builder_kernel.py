@@ -119,9 +119,10 @@ def test_lz4_of_several_blocks() -> None:
         (bzimage(COMPRESSED["xz"], version=0x205), "2.05"),
         (bzimage(COMPRESSED["xz"])[:700], "outside"),
         (KERNEL[:300], "outside the file"),
+        (bzimage(b""), "no kernel inside .* type hvm"),
     ],
     ids=[
-        "empty", "text", "short", "32-bit", "big-endian", "junk", "lzo", "no-elf", "old", "cut-payload", "cut-elf",
+        "empty", "text", "short", "32-bit", "big-endian", "junk", "lzo", "no-elf", "old", "cut-payload", "cut-elf", "program",
     ],
 )  # fmt: skip
 def test_refused_by_name(data: bytes, message: str) -> None:

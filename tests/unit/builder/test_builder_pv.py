@@ -8,7 +8,7 @@ import struct
 import time
 
 import pytest
-from elf_maker import Memory, Seg, elf64, notes
+from elf_maker import Memory, Seg, elf32, elf64, notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pv_checker import check
@@ -182,3 +182,11 @@ def test_guest_context() -> None:
     assert (context.kernel_sp, context.kernel_ss) == (registers.rsp, registers.ss)
     assert registers.rflags == 0x200
     assert registers.cs == 0xE033
+
+
+@pytest.mark.parametrize(("found", "mend"), [({1: 0}, "pvshim"), ({18: 0x100000}, "type pvh")])
+def test_a_32_bit_kernel_is_told_how_it_can_start(found: dict[int, int], mend: str) -> None:
+    """In Xen's shim, or by its PVH entry."""
+    kernel = elf32([Seg(0x100000, b"x")], notes(found))
+    with pytest.raises(BuildError, match=f"32-bit 386 .*{mend}"):
+        build_pv(request_for(kernel, range(4096)), Memory(4096))
