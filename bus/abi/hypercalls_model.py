@@ -246,6 +246,8 @@ def _lengths(command: Command, root: Any, reply: bool) -> list[tuple[str, int]]:
 
 def check_counts(command: Command, item: Any) -> None:
     """WireError if an array of the request or of its reply is longer than a message may hold."""
+    if not command.arrays:
+        return
     root = _root(command, item)
     for reply in (False, True):
         _lengths(command, root, reply)
@@ -288,6 +290,8 @@ def encode(
         if items:
             raise WireError(f"{command.name} has no data")
         return b""
+    if command.form is Form.STRUCT and not command.arrays and len(items) == 1 and not arrays:
+        return command.argument.pack(items[0])  # most of them; no structure is as long as a message may be
     parts = [command.argument.pack(item) for item in items]
     if command.form is Form.STRUCT:
         if len(parts) != 1:
