@@ -43,21 +43,25 @@ class GuestBuildError(RuntimeError):
     """A guest cannot be built: the compiler or the headers are not there, or a source does not compile."""
 
 
+SYSTEMS = ("domio",)
+"""Guests of several files, each in a directory of its own: no conformance programs."""
+
+
 def programs() -> tuple[str, ...]:
-    """Names of all guests, sorted."""
+    """Names of all conformance programs, sorted."""
     return tuple(sorted(path.stem for path in (HERE / "programs").glob("*.c")))
 
 
 def build(name: str) -> Path:
     """Path of the built guest. GuestBuildError with the compiler's words."""
-    if name not in programs():
-        raise GuestBuildError(f"no guest named {name!r}: there are {', '.join(programs())}")
+    if name not in (*programs(), *SYSTEMS):
+        raise GuestBuildError(f"no guest named {name!r}: there are {', '.join((*programs(), *SYSTEMS))}")
     return _build([name])[name]
 
 
 def build_all() -> dict[str, Path]:
     """Path of every guest by name."""
-    return _build(list(programs()))
+    return _build([*programs(), *SYSTEMS])
 
 
 def _build(names: list[str]) -> dict[str, Path]:
@@ -66,18 +70,22 @@ def _build(names: list[str]) -> dict[str, Path]:
     library = sorted((HERE / "lib").glob("*.[cS]"))
     common = [HERE / "guest.lds", HERE / "build.py", *sorted((HERE / "include").glob("*.h")), *library]
     base = _digest([*common, headers / "xen" / "xen.h", headers / "xen" / "xen-compat.h"], _zig_version())
-    sources = {name: HERE / "programs" / f"{name}.c" for name in names}
-    out = {name: cache / f"{name}-{_digest([source], base)[:24]}.elf" for name, source in sources.items()}
-    missing = {name: source for name, source in sources.items() if not out[name].exists()}
+    sources = {name: _sources(name) for name in names}
+    out = {name: cache / f"{name}-{_digest(found, base)[:24]}.elf" for name, found in sources.items()}
+    missing = {
+        name: [path for path in found if path.suffix != ".h"]
+        for name, found in sources.items()
+        if not out[name].exists()
+    }
     if not missing:
         return out
     with tempfile.TemporaryDirectory(dir=cache) as scratch_name, ThreadPoolExecutor(os.cpu_count()) as pool:
         scratch = Path(scratch_name)
-        inputs = [*library, *missing.values()]
+        inputs = [*library, *(path for found in missing.values() for path in found)]
         objects = dict(
             zip(inputs, pool.map(lambda path: _compile(path, scratch, headers), inputs), strict=True)
         )
-        for name, source in missing.items():
+        for name, found in missing.items():
             linked = scratch / f"{name}.elf"
             _run(
                 [
@@ -90,10 +98,17 @@ def _build(names: list[str]) -> dict[str, Path]:
                     "-o",
                     str(linked),
                 ]
-                + [str(objects[path]) for path in [*library, source]]
+                + [str(objects[path]) for path in [*library, *found]]
             )
             linked.replace(out[name])
     return out
+
+
+def _sources(name: str) -> list[Path]:
+    """A guest's own files."""
+    if name in SYSTEMS:
+        return sorted((HERE / name).glob("*.[chS]"))
+    return [HERE / "programs" / f"{name}.c"]
 
 
 def _compile(source: Path, scratch: Path, headers: Path) -> Path:

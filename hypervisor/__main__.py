@@ -63,7 +63,17 @@ def main() -> None:
         devices.interrupt(now, entry)
 
     dma = DmaService(iommu, grants, written, interrupt, trace=traces.own, owner=core.frames.owner)
-    devices = DeviceService(iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher)
+    devices = DeviceService(
+        iommu,
+        dma,
+        core.physdev,
+        core.domains,
+        core.events,
+        core.outbox,
+        core.dispatcher,
+        core.frames,
+        core.news,
+    )
     core.attach_hooks(devices)
     scheduler = SchedulerCalls(CreditScheduler(config.pcpus), core.domains, config, core.dispatcher)
     core.attach_hooks(scheduler)

@@ -96,7 +96,15 @@ class Machine:
 
         dma = DmaService(iommu, self.grants, written, self._interrupt)
         self.devices: Final = DeviceService(
-            iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher
+            iommu,
+            dma,
+            core.physdev,
+            core.domains,
+            core.events,
+            core.outbox,
+            core.dispatcher,
+            core.frames,
+            core.news,
         )
         core.attach_hooks(self.devices)
         self.checker: Final = InvariantChecker(core)

@@ -15,6 +15,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from toolstack.domio import check_kind, open_program, use_program
 from toolstack.errors import InputError, MachineError, MachineGone
 from toolstack.warden.runtime import RuntimeDirectory
 
@@ -66,15 +67,18 @@ class Machine:
         detached: bool = False,
         warden: str = "toolstack.warden",
         environment: dict[str, str] | None = None,
+        domio: str = "native",
         **more: Any,
     ) -> None:
-        """Starts it. MachineError with the log's end if it does not come up. `warden`: the module of its warden, which says what
+        """Starts it. MachineError with the log's end if it does not come up. `domio`: the kind of DomIO (toolstack.domio), InputError if
+        that is not to be had. `warden`: the module of its warden, which says what
         programs its processes are; `environment`: added to theirs (names from DOMICILE_ on)."""
         self.runtime = runtime_directory(name or f"run-{os.getpid()}-{secrets.token_hex(3)}")
         if answers(self.runtime):
             raise MachineError(
                 f"machine {self.runtime.name!r} runs already: `domicile down`, or give another --machine"
             )
+        program = open_program() if check_kind(domio, "domio") == "guest" else None
         settings = settings_from_environment(memory_mb=memory_mb, cpus=cpus or os.cpu_count() or 1, **more)
         # A file, not a pipe: the warden of a detached machine outlives whoever would read it.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
@@ -96,11 +100,16 @@ class Machine:
         self._detached = detached
         try:
             self.client = self._connect()
+            if program is not None:
+                use_program(self.client, *program)
         except BaseException:
             self._detached = False
             self._process.terminate()
             self.close()
             raise
+        finally:
+            if program is not None:
+                os.close(program[0])
 
     def _connect(self) -> ControlClient:
         # Its code is loaded here, while the machine's processes load theirs.

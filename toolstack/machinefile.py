@@ -3,6 +3,7 @@
 [machine]
 memory = 2048            # MB
 cpus = 2
+domio = "native"         # or "guest": the driver domain that serves the disks is a guest program
 
 [[domain]]               # keys of xl.cfg, with TOML's values
 name = "web"
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from toolstack.domio import check_kind
 from toolstack.errors import InputError
 from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import Setting, parse
@@ -41,6 +43,7 @@ class MachineFile:
 
     memory: int = 4096
     cpus: int = 0
+    domio: str = "native"
     domains: list[tuple[XlConfig, bool]] = field(default_factory=list)
     """(configuration, paused), in the order in which they are started."""
 
@@ -82,14 +85,18 @@ def _machine(path: str, table: Any) -> MachineFile:
     if not isinstance(table, dict):
         raise InputError(f"{path}: machine: write [machine], and its keys below")
     values: dict[str, int] = {}
+    domio = "native"
     for key, value in table.items():
+        if key == "domio":
+            domio = check_kind(str(value), f"{path}: machine.domio")
+            continue
         if key not in MACHINE_KEYS:
-            raise InputError(f"{path}: machine.{key}: there are {', '.join(MACHINE_KEYS)}")
+            raise InputError(f"{path}: machine.{key}: there are {', '.join((*MACHINE_KEYS, 'domio'))}")
         low, high = MACHINE_KEYS[key]
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise InputError(f"{path}: machine.{key}: {value!r}: a number from {low} to {high}")
         values[key] = value
-    return MachineFile(values.get("memory", 4096), values.get("cpus", 0))
+    return MachineFile(values.get("memory", 4096), values.get("cpus", 0), domio)
 
 
 def _domain(path: str, number: int, table: dict[str, Any]) -> tuple[XlConfig, bool]:

@@ -1,4 +1,4 @@
-"""Devices that an HVM or PVH guest was given: their registers over the bus, their doorbells by memory, their interrupts by order."""
+"""Devices that a PVH guest, or a driver domain that is a PV guest, was given: their registers over the bus, their doorbells by memory, their interrupts by order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from domains.device_bell import DeviceBell
 from drivers.pc.assigned import AssignedFunction, DeviceError
 
 CONFIG: Final = -1
-MAX_DEVICES: Final = 16
+MAX_DEVICES: Final = 31
 
 
 class BusDevice:
@@ -106,16 +106,26 @@ class GuestDevices:
 
     def make_functions(self, deliver: Callable[[int, int], None]) -> dict[int, AssignedFunction]:
         """The functions for the guest's bus, before the guest starts. A device that makes no sense is left out, and the log says why."""
-        for bdf, device in sorted(self.devices.items()):
-            body = self._bodies[bdf]
-            name = f"{bdf >> 8:02x}:{bdf >> 3 & 31:02x}.{bdf & 7}"
-            try:
-                self.functions[bdf] = AssignedFunction(
-                    name, device, [(index, size) for index, size in body["bars"]], body["vectors"], deliver
-                )
-            except DeviceError as error:
-                self._log(str(error))
+        for bdf in sorted(self.devices):
+            self.make_function(bdf, deliver)
         return self.functions
+
+    def make_function(
+        self, bdf: int, deliver: Callable[[int, int], None], *, own_vectors: bool = True
+    ) -> AssignedFunction | None:
+        """The function of one device. One that makes no sense is None, and the log says why."""
+        body = self._bodies[bdf]
+        name = f"{bdf >> 8:02x}:{bdf >> 3 & 31:02x}.{bdf & 7}"
+        bars = [(index, size) for index, size in body["bars"]]
+        try:
+            function = AssignedFunction(
+                name, self.devices[bdf], bars, body["vectors"], deliver, own_vectors=own_vectors
+            )
+        except DeviceError as error:
+            self._log(str(error))
+            return None
+        self.functions[bdf] = function
+        return function
 
     def message(self, bdf: int, entry: int) -> None:
         """Order `msi`."""

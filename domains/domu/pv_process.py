@@ -26,6 +26,7 @@ from bus.trace import Kind
 from domains.domu.ear import Ear
 from domains.domu.granted import GrantedWindows
 from domains.domu.lease import Lease
+from domains.domu.pv_hardware import PvHardware
 from domains.domu.rest import Rest
 from domains.domu.upstream import BusUpstream
 from domains.granting import Granting
@@ -77,6 +78,8 @@ class PvProcess:
         self._windows = GrantedWindows()
         self._attached: dict[int, tuple[int, Mfn]] = {}
         self._foreign_users: dict[Mfn, int] = {}
+        self._hardware: PvHardware | None = None
+        self._channels: list[list[int]] = []
         self._ear = Ear(self._ring)
         self._ear.add(self.link.fileno())
         self._lease = Lease(lambda: self.link.send(Report(what="lease")))
@@ -100,6 +103,10 @@ class PvProcess:
             "loop": self._loop,
             "drop_code": self._drop_code,
             "trigger": self._pv_trigger,
+            "own_windows": self._own_windows,
+            "channels": self._known_channels,
+            "device_attached": self._driver_device,
+            "ping": lambda order, fds: (0, b""),  # the hypervisor asks for a sign of life
         }
         self.link.send(Hello(pid=os.getpid(), role=start.role))
 
@@ -121,6 +128,8 @@ class PvProcess:
                 pass
             self._take_doorbells(self._ear.ready(0))
             domain = self.domain
+            if self._hardware is not None and domain is not None:
+                self._hardware.settle(domain)
             lease = self._lease
             if domain is None or domain.paused or domain.finished:
                 lease.sleeping()
@@ -225,6 +234,8 @@ class PvProcess:
     def _configure(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         self._max_vcpus = order.body["max_vcpus"]
         self._handle = bytes(order.body["handle"])
+        if order.body.get("driver"):
+            self._hardware = PvHardware(self.link, self.upstream.console_line)
         return 0, b""
 
     def _pv_trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
@@ -295,12 +306,15 @@ class PvProcess:
             MAX_MFN,
             self._max_vcpus,
             identity=Identity(handle=self._handle),
+            hardware=self._hardware,
         )
         domain = PvDomain(config, frames, xenmap, make_vcpu, self.upstream, HYPERCALLS, wall=time.time_ns)
         domain.calls.trace = self._trace
         for pfn, mfn, count in self._m2p:
             domain.mmu.set_m2p(mfn, range(pfn, pfn + count))
         self._m2p.clear()
+        for port, _, vcpu, *_ in self._channels:
+            domain.events.bind(port, vcpu)
         self._granting = Granting(
             memory, domain.mmu.hold_for_grant, domain.mmu.release_from_grant, domain.cpu.drop_code
         )
@@ -389,6 +403,29 @@ class PvProcess:
                 self._ear.remove(fd)
                 bell.close()
                 del self._listen[fd]
+
+    # ------------------------------------------------------------------ a driver domain
+
+    def _driver_device(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        if self._hardware is None:
+            close_all(fds)
+            return -XEN_EINVAL, b""
+        self._hardware.attached(order.body, fds)
+        return 0, b""
+
+    def _own_windows(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """In place of a process that ended: frames that the domain granted are found in windows."""
+        assert self.memory is not None
+        by_number = dict(zip(order.body["windows"], fds, strict=True))
+        for mfn, number, index in order.body["frames"]:
+            self.memory.find_in_window(Mfn(mfn), by_number[number], index)
+        close_all(fds)
+        return 0, b""
+
+    def _known_channels(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """In place of a process that ended: the event channels that the domain has."""
+        self._channels += order.body["channels"]
+        return 0, b""
 
     # ------------------------------------------------------------------ grants
 

@@ -56,12 +56,18 @@ class PciRoot:
         )
         self._next = MMIO_BASE
         for bdf, function in sorted(devices.items()):
-            device = free_device(bdf, {devfn >> 3 for devfn in self.bus.targets})
-            self._place(function, log)
-            self.bus.add(device, 0, function)
+            self.add(bdf, function, log)
 
-    def _place(self, function: AssignedFunction, log: Callable[[str], None]) -> None:
+    def add(self, bdf: int, function: AssignedFunction, log: Callable[[str], None]) -> list[tuple[int, int]]:
+        """Another function; (address, bytes) of its BARs, whole pages. ValueError: the bus is full."""
+        device = free_device(bdf, {devfn >> 3 for devfn in self.bus.targets})
+        places = self._place(function, log)
+        self.bus.add(device, 0, function)
+        return places
+
+    def _place(self, function: AssignedFunction, log: Callable[[str], None]) -> list[tuple[int, int]]:
         """BARs as firmware would leave them, not decoded yet. One for which there is no room stays at 0: the kernel's to place."""
+        places: list[tuple[int, int]] = []
         for index, bar in function.bars.items():
             size = max(bar.size, PAGE)
             start = -(-self._next // size) * size
@@ -70,6 +76,8 @@ class PciRoot:
                 continue
             self._next = start + size
             function.config_write(BAR0 + 4 * index, 4, start)
+            places.append((start, size))
+        return places
 
 
 class OverlayPorts:

@@ -34,6 +34,7 @@ from bus.abi.xen import (
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
 from domains.pv.debugreg import hypervisor_range
+from domains.pv.hardware import Hardware
 from domains.pv.wire import Remote
 
 CONSOLE_CHUNK: Final = 4096
@@ -51,7 +52,16 @@ INTERFACE_VERSIONS: Final = {
 class OtherCalls:
     """See the module. `control`: the domain is the control domain."""
 
-    def __init__(self, cpu: Cpu, remote: Remote, table: Mapping[int, Hypercall], *, control: bool) -> None:
+    def __init__(
+        self,
+        cpu: Cpu,
+        remote: Remote,
+        table: Mapping[int, Hypercall],
+        *,
+        control: bool,
+        hardware: Hardware | None = None,
+    ) -> None:
+        self._hardware = hardware
         self._cpu = cpu
         self._remote = remote
         self._table = table
@@ -164,7 +174,12 @@ class OtherCalls:
         entry = self._table[HYPERVISOR_physdev_op].command(cmd)
         if entry is not None and entry.argument is not None:
             memory.read_virtual(arg, entry.argument.size)  # -EFAULT before the privilege
-        return self._generic(HYPERVISOR_physdev_op, cmd, arg, a3)
+        rc = self._generic(HYPERVISOR_physdev_op, cmd, arg, a3)
+        if rc == 0 and cmd == physdev.PHYSDEVOP_map_pirq and self._hardware is not None:
+            item = physdev.PHYSDEV_MAP_PIRQ.unpack(memory.read_virtual(arg, physdev.PHYSDEV_MAP_PIRQ.size))
+            if item.type == physdev.MAP_PIRQ_TYPE_MSI:
+                self._hardware.vector_mapped((item.bus & 0xFF) << 8 | item.devfn & 0xFF)
+        return rc
 
     def physdev_op_compat(self, op: int, a2: int, a3: int, a4: int, a5: int) -> Result:
         """The call as it was before Xen 3.2: the command is the first word of the structure, the rest follows at byte 8."""

@@ -21,7 +21,7 @@ from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO
-from bus.addresses import PAGE_SHIFT, DomId, Mfn, VcpuId
+from bus.addresses import PAGE_SHIFT, DomId, MachineAddr, Mfn, VcpuId
 from domains.pv.api import GuestFrames
 from domains.pv.bounce import deliver_events, inject_failsafe
 from domains.pv.calls import Handler
@@ -38,6 +38,7 @@ from domains.pv.cpu import Cpu
 from domains.pv.cpuid import CpuidPolicy
 from domains.pv.dump import register_dump
 from domains.pv.events import EventChannels
+from domains.pv.hardware import Hardware
 from domains.pv.hypercalls import Hypercalls
 from domains.pv.life import Life
 from domains.pv.mm import Mmu
@@ -62,6 +63,8 @@ class DomainConfig:
     vcpus: int = 1
     control: bool = False
     """The control domain's privileges, as far as this process decides (the hypervisor decides for itself)."""
+    hardware: Hardware | None = None
+    """Devices of its own: a driver domain's."""
     identity: Identity = field(default_factory=Identity)
     slice_blocks: int = SLICE_BLOCKS
 
@@ -93,7 +96,12 @@ class PvDomain(Turns[VcpuState]):
         self.time: Final = Timekeeper(wall)
         self.cpu: Final = Cpu(frames.base, frames.octets, frames.words, self.states[0])
         self.mmu: Final = Mmu(
-            frames, xenmap, self.cpu, config.domain, hardware=config.control, flush_page=self.cpu.flush_page
+            frames,
+            xenmap,
+            self.cpu,
+            config.domain,
+            hardware=config.control or config.hardware is not None,
+            flush_page=self.cpu.flush_page,
         )
         self.cpu.mmu = self.mmu
         self._shared = config.shared_info - frames.base << PAGE_SHIFT
@@ -103,7 +111,9 @@ class PvDomain(Turns[VcpuState]):
         self.events: Final = EventChannels(frames.octets, frames.words, self._shared, self.states)
         self.life: Final = Life(self.cpu, upstream)
         self.calls: Final = self._hypercalls(table)
-        self.traps: Final = Traps(self.cpu, self.calls, self.time, CpuidPolicy(config.vcpus), self._expire)
+        self.traps: Final = Traps(
+            self.cpu, self.calls, self.time, CpuidPolicy(config.vcpus), self._expire, config.hardware
+        )
         self.vcpu: Final = make_vcpu(self.traps)
         self.cpu.attach(self.vcpu)
         self.time.now = clock if clock is not None else self.vcpu.guest_tsc
@@ -121,7 +131,7 @@ class PvDomain(Turns[VcpuState]):
 
         cpu, config = self.cpu, self.config
         remote = Remote(cpu, self._upstream)
-        other = OtherCalls(cpu, remote, table, control=config.control)
+        other = OtherCalls(cpu, remote, table, control=config.control, hardware=config.hardware)
         handlers: dict[int, Handler] = {number: other.generic(number) for number in table}
         for part in (
             CpuCalls(cpu),
@@ -173,6 +183,11 @@ class PvDomain(Turns[VcpuState]):
                 self.time.update_time_info(self.cpu, state)
 
     # --- what the shell calls between runs
+
+    def give_io_memory(self, first: Mfn, count: int) -> None:
+        """Registers of a device of the domain's own are there now: it may map them."""
+        self.mmu.pages.io_frames.update(range(first, first + count))
+        self.vcpu.map_mmio(MachineAddr(first << PAGE_SHIFT), count << PAGE_SHIFT)
 
     def resume(self, value: int) -> None:
         """After SCHEDOP_shutdown(SHUTDOWN_suspend): go on, and have that hypercall return `value` (1: the suspend was cancelled

@@ -1,6 +1,7 @@
 """I/O ports of an unprivileged PV guest, as Xen answers them (emul-priv-op): the access must be allowed by the virtual IOPL or
 by the vCPU's I/O bitmap, else #GP; no real port is reachable. CONFIG_ADDRESS (0xCF8, 32 bits) and the RTC index (0x70) are
-kept and read back; everything else reads as ones and swallows writes.
+kept and read back; everything else reads as ones and swallows writes. A driver domain reaches the configuration space of its own
+devices by 0xCF8 and 0xCFC (on Xen only the hardware domain reaches any).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from typing import Final
 from bus.abi.xen import VMASST_TYPE_architectural_iopl
 from domains.pv.api import GuestFault
 from domains.pv.cpu import Cpu
+from domains.pv.hardware import Hardware
 
 RTC_INDEX: Final = 0x70
 PCI_CONFIG_ADDRESS: Final = 0xCF8
+PCI_PORTS: Final = range(0xCF8, 0xD00)
 _IOPL_ASSIST: Final = 1 << VMASST_TYPE_architectural_iopl
 
 
@@ -44,14 +47,17 @@ def access_ok(cpu: Cpu, port: int, size: int) -> bool:
 class IoPorts:
     """The two registers that Xen keeps for a domain."""
 
-    __slots__ = ("config_address", "rtc_index")
+    __slots__ = ("_hardware", "config_address", "rtc_index")
 
-    def __init__(self) -> None:
+    def __init__(self, hardware: Hardware | None = None) -> None:
+        self._hardware = hardware
         self.config_address = 0
         self.rtc_index = 0
 
     def read(self, port: int, size: int) -> int:
         """IN of 1, 2 or 4 bytes that `access_ok` admitted."""
+        if self._hardware is not None and port in PCI_PORTS:
+            return self._hardware.port_read(port, size)
         if port == PCI_CONFIG_ADDRESS and size == 4:
             return self.config_address
         value = 0
@@ -61,6 +67,9 @@ class IoPorts:
 
     def write(self, port: int, size: int, value: int) -> None:
         """OUT of 1, 2 or 4 bytes that `access_ok` admitted."""
+        if self._hardware is not None and port in PCI_PORTS:
+            self._hardware.port_write(port, size, value)
+            return
         if port == PCI_CONFIG_ADDRESS and size == 4:
             self.config_address = value & 0xFFFFFFFF
             return

@@ -23,6 +23,7 @@ from domains.pv.calls import MASK64, NO_RESULT
 from domains.pv.cpu import Cpu
 from domains.pv.cpuid import CpuidPolicy
 from domains.pv.emulate import Emulator, fetch, instruction_done
+from domains.pv.hardware import Hardware
 from domains.pv.hypercalls import NUMBERS, Hypercalls, no_such_hypercall
 from domains.pv.ioports import IoPorts, access_ok
 from domains.pv.state import CR0_TS, VcpuState
@@ -57,7 +58,9 @@ class Traps:
         time: Timekeeper,
         policy: CpuidPolicy,
         expire: Callable[[VcpuState], None],
+        hardware: Hardware | None = None,
     ) -> None:
+        self._hardware = hardware
         self._cpu = cpu
         self._calls = calls
         self._table = calls.table
@@ -66,7 +69,7 @@ class Traps:
         self._policy = policy
         self._expire = expire
         self._emulator = Emulator(cpu, time)
-        self.ports = IoPorts()
+        self.ports = IoPorts(hardware)
         self.exceptions: Final = [0] * 256
         """Traps by vector."""
 
@@ -231,6 +234,15 @@ class Traps:
         if not access_ok(self._cpu, port, size):
             self._cpu.vcpu.raise_fault(GP)
         self.ports.write(port, size, value)
+
+    def on_mmio_read(self, address: int, size: int) -> int:
+        """I/O memory of the domain's own devices."""
+        return self._hardware.mmio_read(address, size) if self._hardware is not None else (1 << 8 * size) - 1
+
+    def on_mmio_write(self, address: int, size: int, value: int) -> None:
+        """I/O memory of the domain's own devices."""
+        if self._hardware is not None:
+            self._hardware.mmio_write(address, size, value)
 
     def on_rdtsc(self) -> int:
         """While RDTSC is trapped: the time that the timers go by."""

@@ -97,6 +97,18 @@ class PvSysenter(Protocol):
         """SYSENTER executed. RIP points behind the instruction. Nothing else was changed."""
 
 
+@runtime_checkable
+class PvMmio(Protocol):
+    """What a `PvTraps` may have besides: accesses to regions mapped with `map_mmio`, by machine address. Without it they read as all
+    ones, and writes are lost."""
+
+    def on_mmio_read(self, address: int, size: int) -> int:
+        """A load of 1, 2, 4 or 8 bytes."""
+
+    def on_mmio_write(self, address: int, size: int, value: int) -> None:
+        """A store."""
+
+
 class Registers(Protocol):
     """A view on the live CPU state: each access costs well under a microsecond. All values unsigned.
 
@@ -181,6 +193,9 @@ class Vcpu(Protocol):
     def map(self, address: MachineAddr, host_address: int, size: int, *, writable: bool = True) -> None:
         """Put host memory at a physical address. Sizes and addresses are whole pages; replaces what was
         there."""
+
+    def map_mmio(self, address: MachineAddr, size: int) -> None:
+        """Make whole pages a device region."""
 
     def unmap(self, address: MachineAddr, size: int) -> None:
         """Take physical memory away."""

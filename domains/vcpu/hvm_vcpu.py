@@ -21,7 +21,6 @@ from domains.vcpu.corrections import Corrections
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
 from domains.vcpu.machine import Machine
-from domains.vcpu.memory import Region
 from domains.vcpu.state import HF_CPL, RAX, RBX, RCX, RDX
 from domains.vcpu.thunks import Control
 from domains.vcpu.walk import GuestMemory, NotMapped
@@ -53,8 +52,6 @@ _Plain = ctypes.CFUNCTYPE(None, _pointer, _pointer)
 _Answer = ctypes.CFUNCTYPE(_i32, _pointer, _pointer)
 _In = ctypes.CFUNCTYPE(_u32, _pointer, _u32, _i32, _pointer)
 _Out = ctypes.CFUNCTYPE(None, _pointer, _u32, _i32, _u32, _pointer)
-_MmioRead = ctypes.CFUNCTYPE(_u64, _pointer, _u64, _u32, _pointer)
-_MmioWrite = ctypes.CFUNCTYPE(None, _pointer, _u64, _u32, _u64, _pointer)
 
 
 class UnicornHvmVcpu(Machine):
@@ -84,7 +81,6 @@ class UnicornHvmVcpu(Machine):
         permissions = hvm_msrs.permission_map()
         self._hidden[MSRPM : MSRPM + len(permissions)] = permissions
         self._hidden[VMCB_MSRPM : VMCB_MSRPM + 8] = (VMCB + MSRPM).to_bytes(8, "little")
-        self._memory.map_device = self._map_device
         self._memory.map(
             VMCB, ctypes.addressof(ctypes.c_char.from_buffer(self._hidden)), VMCB_SIZE, writable=True
         )
@@ -230,22 +226,7 @@ class UnicornHvmVcpu(Machine):
         """Guest-physical accesses in [address, address + size) go to `on_mmio_read` and `on_mmio_write`."""
         if address + size > VMCB:
             raise VcpuError("beyond the guest's physical address space")
-        self._memory.map_mmio(address, size)
-        self._flush(self._cpu)
-
-    def _map_device(self, region: Region) -> int:
-        add = library().held(
-            "uc_mmio_map", _i32, _pointer, _u64, ctypes.c_size_t, _pointer, _pointer, _pointer, _pointer
-        )
-        if not hasattr(self, "_mmio"):
-            self._mmio = (
-                self._callback(_MmioRead, self._on_mmio_read),
-                self._callback(_MmioWrite, self._on_mmio_write),
-            )
-        base = region.start or None
-        return int(
-            add(self._uc, region.start, region.end - region.start, self._mmio[0], base, self._mmio[1], base)
-        )
+        super().map_mmio(address, size)
 
     def debug_registers(self) -> tuple[int, ...]:
         """DR0 to DR3, DR6, DR7."""
@@ -393,18 +374,11 @@ class UnicornHvmVcpu(Machine):
         self.regs.rcx = self.regs.tsc_aux & M32
         return self._on_rdtsc(uc, user)
 
-    def _on_mmio_read(self, uc: int, offset: int, size: int, user: int | None) -> int:
-        try:
-            return self._exits.on_mmio_read((user or 0) + offset, size) & M64
-        except BaseException as error:
-            self._failed(error)
-        return M64
+    def _mmio_read(self, address: int, size: int) -> int:
+        return self._exits.on_mmio_read(address, size)
 
-    def _on_mmio_write(self, uc: int, offset: int, size: int, value: int, user: int | None) -> None:
-        try:
-            self._exits.on_mmio_write((user or 0) + offset, size, value & ((1 << 8 * size) - 1))
-        except BaseException as error:
-            self._failed(error)
+    def _mmio_write(self, address: int, size: int, value: int) -> None:
+        self._exits.on_mmio_write(address, size, value)
 
     def _code_is_long(self) -> bool:
         return bool(self.regs.hflags & hvm_thunks.HF_CS64)

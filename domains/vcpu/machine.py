@@ -21,7 +21,7 @@ from domains.vcpu import insides, thunks
 from domains.vcpu.api import BadAccess, GuestFault, StopReason, VcpuError
 from domains.vcpu.extended import ExtendedState
 from domains.vcpu.features import usable
-from domains.vcpu.memory import PhysicalMap
+from domains.vcpu.memory import PhysicalMap, Region
 from domains.vcpu.state import Segment, view
 from domains.vcpu.stores import make_stores_fast
 from domains.vcpu.thunks import Control
@@ -55,6 +55,14 @@ _MemoryHook = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
 )
 
+_MmioRead = ctypes.CFUNCTYPE(
+    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p
+)
+_MmioWrite = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+)
+_ONES: Final = (1 << 64) - 1
+
 
 class Machine(ABC):
     """The parts common to both kinds of vCPU. See `domains.vcpu.api.Vcpu` for the contract of each method."""
@@ -82,6 +90,8 @@ class Machine(ABC):
         self._interrupts: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_interrupt_request)
         self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
         self._memory.undisturbed = self._undisturbed
+        self._memory.map_device = self._map_device
+        self._mmio: tuple[int, int] | None = None
         self._context_size: Final = found.uc
         self._running = False
         self._requested = False
@@ -205,6 +215,47 @@ class Machine(ABC):
         """See `Vcpu.protect`."""
         self._memory.protect(address, size, writable=writable)
         self._flush(self._cpu)
+
+    def map_mmio(self, address: MachineAddr, size: int) -> None:
+        """Physical accesses in [address, address + size) go to `_mmio_read` and `_mmio_write` of the kind of vCPU."""
+        self._memory.map_mmio(address, size)
+        self._flush(self._cpu)
+
+    def _map_device(self, region: Region) -> int:
+        pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
+        add = insides.library().held(
+            "uc_mmio_map", ctypes.c_int, pointer, u64, ctypes.c_size_t, pointer, pointer, pointer, pointer
+        )
+        if self._mmio is None:
+            self._mmio = (
+                self._callback(_MmioRead, self._on_mmio_read),
+                self._callback(_MmioWrite, self._on_mmio_write),
+            )
+        read, write = self._mmio
+        base = region.start or None
+        return int(add(self._uc, region.start, region.end - region.start, read, base, write, base))
+
+    def _mmio_read(self, address: int, size: int) -> int:
+        """A read of a device region; all ones where there is no device."""
+        return _ONES
+
+    def _mmio_write(  # noqa: B027  # lost, unless a kind of vCPU does more
+        self, address: int, size: int, value: int
+    ) -> None:
+        """A write to a device region; lost where there is no device."""
+
+    def _on_mmio_read(self, uc: int, offset: int, size: int, user: int | None) -> int:
+        try:
+            return self._mmio_read((user or 0) + offset, size) & _ONES
+        except BaseException as error:
+            self._failed(error)
+        return _ONES
+
+    def _on_mmio_write(self, uc: int, offset: int, size: int, value: int, user: int | None) -> None:
+        try:
+            self._mmio_write((user or 0) + offset, size, value & ((1 << 8 * size) - 1))
+        except BaseException as error:
+            self._failed(error)
 
     def flush_tlb(self) -> None:
         """See `Vcpu.flush_tlb`."""

@@ -13,7 +13,7 @@ from typing import Final
 from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from domains.vcpu import thunks
-from domains.vcpu.api import GuestFault, PvSysenter, PvTraps, Trap
+from domains.vcpu.api import GuestFault, PvMmio, PvSysenter, PvTraps, Trap
 from domains.vcpu.breakpoints import Breakpoints
 from domains.vcpu.machine import Machine
 from domains.vcpu.state import RAX, RBX, RCX, RDX
@@ -37,6 +37,7 @@ GP: Final = 13
 _UD: Final = 6
 
 M32: Final = 0xFFFFFFFF
+M64: Final = (1 << 64) - 1
 _MAX_TRAPS: Final = 4096
 
 _pointer, _u32, _i32 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
@@ -119,6 +120,15 @@ class UnicornVcpu(Machine):
             self._add_instruction_hook(instruction, fast, control)
 
     # The two hot hooks are closures: no attribute is looked up on the way.
+
+    def _mmio_read(self, address: int, size: int) -> int:
+        traps = self._traps
+        return traps.on_mmio_read(address, size) if isinstance(traps, PvMmio) else M64
+
+    def _mmio_write(self, address: int, size: int, value: int) -> None:
+        traps = self._traps
+        if isinstance(traps, PvMmio):
+            traps.on_mmio_write(address, size, value)
 
     def _hook_syscall(self) -> Callable[..., None]:
         on_syscall, fault, undo = self._traps.on_syscall, self._fault, self._undo

@@ -73,8 +73,13 @@ class AssignedFunction(PciFunction):
         bars: Sequence[tuple[int, int]],
         vectors: int,
         deliver: Callable[[int, int], None],
+        *,
+        own_vectors: bool = True,
     ) -> None:
-        """`bars`: (index, bytes) of each. DeviceError."""
+        """`bars`: (index, bytes) of each. `own_vectors` False: MSI-X is the hypervisor's to program (a PV guest asks for vectors by
+        PHYSDEVOP_map_pirq), and what the guest writes there is dropped. DeviceError."""
+        self._own_vectors: Final = own_vectors
+        self._vectors_on = False
         self._device: Final = device
         self._deliver: Final = deliver
         identity = device.config_read(0, 4)
@@ -165,10 +170,20 @@ class AssignedFunction(PciFunction):
         """The device starts anew by itself (its process did): as after a function-level reset."""
         self._reset_table()
         self._clear_header()
+        if self._vectors_on:
+            self.enable_vectors()
 
     def _clear_header(self) -> None:
         """BARs and command register as at power on: nothing is decoded until the guest has put it back."""
         super().reset()
+
+    def enable_vectors(self) -> None:
+        """MSI-X on, at the device itself: where its vectors are the hypervisor's to program (`own_vectors` False). They stay on when the
+        device starts anew."""
+        self._vectors_on = True
+        if self._msix:
+            control = self._device.config_read(self._msix + 2, 2)
+            self._device.config_write(self._msix + 2, 2, control | MSIX_ENABLE)
 
     # -- configuration space --------------------------------------------------------------------------------------
 
@@ -184,6 +199,13 @@ class AssignedFunction(PciFunction):
             super().config_write(offset, size, value)
             if offset <= COMMAND + 1 and offset + size > COMMAND:
                 self._device.config_write(COMMAND, 2, self.command & _COMMAND)
+            return
+        if (
+            self._msix
+            and not self._own_vectors
+            and offset <= self._msix + 3
+            and offset + size > self._msix + 2
+        ):
             return
         control = self._express + 9
         if self._express and offset <= control < offset + size and value >> 8 * (control - offset) & FLR >> 8:
@@ -208,7 +230,7 @@ class AssignedFunction(PciFunction):
             self._device.write(bar, offset, size, value)
             return
         at = offset - self._table_start
-        if size not in (4, 8) or at % size:
+        if size not in (4, 8) or at % size or not self._own_vectors:
             return  # the specification has only aligned ones
         self._table[at : at + size] = (value & ONES[size]).to_bytes(size, "little")
         entry = at // ENTRY

@@ -113,6 +113,8 @@ int strcmp(const char *a, const char *b);
 int format(char *out, size_t room, const char *text, va_list args);
 
 /* --- console.c --- */
+/* Output goes to the hypervisor's log: nobody reads the ring. */
+extern bool console_direct;
 void console_write(const char *data, size_t size);
 void console_flush(void);
 void print(const char *text, ...) __attribute__((format(printf, 1, 2)));

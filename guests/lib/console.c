@@ -4,9 +4,11 @@
 #define TRIES 100
 #define PAUSE_NS 20000000ul
 
+bool console_direct;
+
 static struct xencons_interface *ring(void)
 {
-    return is_initial_domain() ? NULL : mfn_to_virt(start_info->console.domU.mfn);
+    return is_initial_domain() || console_direct ? NULL : mfn_to_virt(start_info->console.domU.mfn);
 }
 
 static void kick(void)

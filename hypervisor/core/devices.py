@@ -30,11 +30,13 @@ from hypervisor.core.domains import Domain, DomainTable, Dying, Kind
 from hypervisor.core.effects import Order, Reply, ToDevice
 from hypervisor.core.errors import XenError
 from hypervisor.core.event_channels import EventChannels
+from hypervisor.core.frames import FrameTable
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
 from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaBatch, DmaItem, DmaResult, DmaService, Staging
 from hypervisor.core.iommu_interrupts import InterruptEntry
+from hypervisor.core.memory_news import MemoryNews
 from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import P2mType
 from hypervisor.core.physdev import PhysdevOps
@@ -73,8 +75,12 @@ class DeviceService(DomainHooks):
         events: EventChannels,
         outbox: Outbox,
         dispatcher: Dispatcher,
+        frames: FrameTable,
+        news: MemoryNews,
     ) -> None:
         self.iommu = iommu
+        self._frames = frames
+        news.on_owned = self._owned_changed
         self._dma = dma
         self._physdev = physdev
         self._domains = domains
@@ -302,16 +308,26 @@ class DeviceService(DomainHooks):
         return call.reply(0)
 
     def assign(self, now: int, bdf: Bdf, domain: Domain) -> None:
-        """Give a device to an auto-translated domain. ENODEV, EBUSY, EINVAL (a PV domain), ENOMEM."""
-        if domain.p2m is None:
+        """Give a device to a domain. ENODEV, EBUSY, ENOMEM; EINVAL for an ordinary PV guest, which has no PCI bus here."""
+        if domain.p2m is None and not domain.restartable:
             raise XenError(EINVAL)
         if not self.iommu.has_context(domain.domid):
             self.iommu.create_context(domain.domid)
-            for gfn, mfn, count, kind in domain.p2m.runs():
-                if kind == P2mType.RAM:
-                    self._map_run(domain.domid, gfn, Mfn(mfn), count)
-            domain.p2m.subscribe(self.iommu.p2m_changed)
+            if domain.p2m is None:
+                for mfn, count in self._frames.ram_runs(domain.domid):
+                    self.iommu.owned_changed(domain.domid, mfn, count, True)
+            else:
+                for gfn, mfn, count, kind in domain.p2m.runs():
+                    if kind == P2mType.RAM:
+                        self._map_run(domain.domid, gfn, Mfn(mfn), count)
+                domain.p2m.subscribe(self.iommu.p2m_changed)
         self._reset(bdf, self.iommu.assign(bdf, domain.domid))
+
+    def _owned_changed(self, domid: DomId, mfn: int, count: int, owned: bool) -> None:
+        """I/O page tables of a PV domain follow what it owns; those of others follow their p2m."""
+        domain = self._domains.get(domid)
+        if domain is not None and domain.p2m is None:
+            self.iommu.owned_changed(domid, mfn, count, owned)
 
     def _map_run(self, domain: DomId, gfn: int, mfn: Mfn, count: int) -> None:
         """The domain's own memory in its I/O page tables. Page by page where the run as a whole cannot be (it crosses the interrupt

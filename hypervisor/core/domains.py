@@ -56,15 +56,18 @@ class Dying(IntEnum):
     """All is given back but frames that others still refer to."""
 
 
+DRIVER_GUEST = 4
 ROLES = {
     0: (None, "domu"),
     1: (Kind.NATIVE, "domio"),
     2: (Kind.NATIVE, "dm"),
     3: (Kind.NATIVE, "netio"),
+    DRIVER_GUEST: (Kind.PV, "domu"),
 }
 """By the security label of XEN_DOMCTL_createdomain (`ssidref`), which on Xen too says what a domain is for:
 0, an
-ordinary guest, PV or HVM by the flags; 1, the native driver domain of the disks; 2, a device model; 3, the one of the network."""
+ordinary guest, PV or HVM by the flags; 1, the native driver domain of the disks; 2, a device model; 3, the one of the network; 4, a
+driver domain that is a PV guest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,12 @@ class Domain:
     @property
     def privileged(self) -> bool:
         return self.spec.privileged
+
+    @property
+    def restartable(self) -> bool:
+        """Its process may be replaced by another while all else of the domain stays: a native domain, or a driver domain that is a guest
+        (whose builder then gives vCPU 0 its first state again)."""
+        return self.kind is Kind.NATIVE or self.spec.ssidref == DRIVER_GUEST
 
     @property
     def translated(self) -> bool:

@@ -196,6 +196,20 @@ class Iommu:
         if change.new is not None and change.new.type is P2mType.RAM:
             self.map_page(change.domain, change.gfn, change.new.mfn, True)
 
+    def owned_changed(self, domain: DomId, mfn: int, count: int, owned: bool) -> None:
+        """A PV domain got or lost frames: its own are at their machine frame numbers (as on Xen: one to one). A frame for
+        whose table there is no memory stays unmapped: its DMA faults."""
+        if domain not in self._trees:
+            return
+        if not owned:
+            self.unmap_range(domain, mfn, count)
+            return
+        try:
+            self.map_range(domain, mfn, Mfn(mfn), count, writable=True)
+        except (XenError, ValueError):
+            for step in range(count):
+                self.map_page(domain, mfn + step, Mfn(mfn + step), True)
+
     def populate(self, domain: DomId, runs: Iterable[tuple[int, Mfn, int]]) -> None:
         """Enter memory that the domain has already: (first page, first frame, count) each. ESRCH, ENOMEM."""
         for page, mfn, count in runs:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EINVAL, ENOMEM, EPERM, ERESTART, EUSERS
+from errno import EBUSY, EINVAL, ENOMEM, EPERM, ERESTART, EUSERS
 from typing import cast
 
 from bus.abi.domctl import XEN_DOMCTL_CDF_hap
@@ -56,6 +56,16 @@ class DomainEvent:
     what: str
     """created, unpaused, paused, shutdown, crashed, resumed, destroyed, removed."""
     detail: str = ""
+
+
+def numbered(runs: list[list[int]]) -> list[list[int]]:
+    """[[pfn, first MFN, count], ...]: a PV domain's frames as its builder numbers them, in their order."""
+    out: list[list[int]] = []
+    pfn = 0
+    for first, count in runs:
+        out.append([pfn, first, count])
+        pfn += count
+    return out
 
 
 class Lifecycle:
@@ -134,6 +144,7 @@ class Lifecycle:
                 "flags": domain.spec.flags,
                 "emulation_flags": domain.spec.emulation_flags,
                 "privileged": domain.spec.privileged,
+                "driver": domain.restartable,
             },
         )
 
@@ -305,10 +316,17 @@ class Lifecycle:
             vcpu.running = vcpu.blocked = False
         code = domain.shutdown_code if domain.shutdown_code is not None else int(Shutdown.CRASH)
         self._note(now, domain, "shutdown", shutdown_name(code))
+        if self._ends_with_shutdown(domain) and domain.process_alive:
+            self._kill(now, domain, "a driver domain that shut down starts anew")
         for hooks in self._hooks:
             hooks.shut_down(now, domain)
         if domain.dying is Dying.ALIVE:
             self._events.send_global_virq(VIRQ_DOM_EXC)
+
+    @staticmethod
+    def _ends_with_shutdown(domain: Domain) -> bool:
+        """Its process does not outlive a shutdown: a driver domain's that is a guest, which is built anew."""
+        return domain.restartable and domain.kind is Kind.PV
 
     def crash(self, now: int, domain: Domain, why: str, *, kill: bool = True) -> None:
         """The domain has crashed: SHUTDOWN_crash, whatever it latched before; its process is killed unless
@@ -328,15 +346,18 @@ class Lifecycle:
     def resume(self, now: int, domain: Domain) -> None:
         """XEN_DOMCTL_resumedomain: a domain that had shut down goes on.
 
-        A native domain whose process is gone gets a new one, with the domain's id, memory and event channels
-        as they were: a driver domain is restarted in place this way. EINVAL for another domain without a
-        process."""
+        A driver domain whose process is gone gets a new one, with the domain's id, memory and event channels
+        as they were: it is restarted in place this way. That of a PV guest waits until its builder has set
+        vCPU 0's context again; EBUSY while the old process has not ended. EINVAL for another domain without
+        a process."""
         if domain.dying is not Dying.ALIVE:
             raise XenError(EINVAL)
         if not domain.shutting_down:
             return
-        if not domain.shut_down or not (domain.process_alive or domain.kind is Kind.NATIVE):
+        if not domain.shut_down or not (domain.process_alive or domain.restartable):
             raise XenError(EINVAL)
+        if domain.process_alive and self._ends_with_shutdown(domain):
+            raise XenError(EBUSY)
         domain.shutting_down = domain.shut_down = False
         domain.shutdown_code = None
         domain.crash_reason = ""
@@ -354,9 +375,12 @@ class Lifecycle:
         extent = self._frames.extent_of(domain.domid)
         if extent is not None:
             self._outbox.tell(domain.domid, "extent", self._extent_body(domain), extents=(extent.base,))
-        runs: list[tuple[str, list[list[int]]]] = [("added", self._frames.ram_runs(domain.domid))]
+        owned = self._frames.ram_runs(domain.domid)
+        runs: list[tuple[str, list[list[int]]]] = [("added", owned)]
         if domain.p2m is not None:
             runs.append(("p2m", domain.p2m.runs()))
+        else:
+            runs.append(("m2p", numbered(owned)))
         for what, found in runs:
             for start in range(0, len(found), RUNS_PER_ORDER):
                 self._outbox.tell(domain.domid, "memory", {what: found[start : start + RUNS_PER_ORDER]})
@@ -384,6 +408,8 @@ class Lifecycle:
         if domain.dying is Dying.ALIVE:
             if not domain.shut_down:
                 self.crash(now, domain, f"its process ended: {status}", kill=False)
+            elif self._ends_with_shutdown(domain):
+                self._events.send_global_virq(VIRQ_DOM_EXC)  # only now can it be resumed
             self._runnable_changed(now, domain)
         for hooks in self._hooks:
             hooks.process_ended(now, domain)

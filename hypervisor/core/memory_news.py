@@ -3,6 +3,8 @@ as `memory` orders before the reply to the call that made the change."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bus.addresses import DomId
 from hypervisor.core.domains import Domain, DomainTable
 from hypervisor.core.hooks import DomainHooks
@@ -22,6 +24,8 @@ class MemoryNews(DomainHooks):
         self._domains = domains
         self._outbox = outbox
         self._news: list[tuple[DomId, str, list[int]]] = []
+        self.on_owned: Callable[[DomId, int, int, bool], None] = lambda domid, mfn, count, owned: None
+        """(domain, first MFN, frames, got or lost): told at once, while the call that makes the change is carried out."""
 
     def created(self, now: int, domain: Domain) -> None:
         if domain.p2m is not None:
@@ -33,10 +37,12 @@ class MemoryNews(DomainHooks):
 
     def got(self, domid: DomId, mfn: int, count: int) -> None:
         """Guest RAM that the domain got."""
+        self.on_owned(domid, mfn, count, True)
         self._add(domid, "added", [mfn, count])
 
     def lost(self, domid: DomId, mfn: int) -> None:
         """A frame that the domain no longer owns."""
+        self.on_owned(domid, mfn, 1, False)
         self._add(domid, "removed", [mfn, 1])
 
     def placed(self, domid: DomId, pfn: int, mfn: int, count: int) -> None:

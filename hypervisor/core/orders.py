@@ -21,7 +21,7 @@ _KINDS = (
         "configure",
         False,
         "domid, kind (pv, hvm, native), handle (16 bytes), max_vcpus, flags (XEN_DOMCTL_CDF_*), "
-        "emulation_flags, privileged",
+        "emulation_flags, privileged, driver (its process may be replaced; a PV guest has a PCI bus)",
         "first order: what the domain is",
     ),
     OrderKind(

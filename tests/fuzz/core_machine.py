@@ -82,7 +82,15 @@ class WholeCore:
             lambda now, entry: core.events.raise_pirq(entry.domain, entry.pirq),
         )
         self.devices = DeviceService(
-            iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher
+            iommu,
+            dma,
+            core.physdev,
+            core.domains,
+            core.events,
+            core.outbox,
+            core.dispatcher,
+            core.frames,
+            core.news,
         )
         core.attach_hooks(self.devices)
         core.attach_hooks(SchedulerCalls(CreditScheduler(2), core.domains, config, core.dispatcher))

@@ -229,6 +229,10 @@ def run(
         bool,
         typer.Option("--vnc", help="HVM: a VNC server on 127.0.0.1; its port is told on standard error."),
     ] = False,
+    domio: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="DomIO, which serves the disks: native, or guest (on a vCPU)."),
+    ] = "native",
 ) -> None:
     r"""Boot one guest on a machine of its own, its console here, and take all down.
 
@@ -275,6 +279,7 @@ def run(
         trace=trace,
         net_host=net_host,
         vnc=vnc,
+        domio=domio,
     )
     raise typer.Exit(status)
 

@@ -10,6 +10,7 @@ import typer
 
 from toolstack import errors, machinefile
 from toolstack.cli.app import app
+from toolstack.domio import KINDS
 
 STATUSES: Final = (
     (errors.EXIT_OK, "done; of `run`: the guest powered off, or --until matched"),
@@ -50,7 +51,7 @@ def _machine_files() -> list[str]:
         example,
         "```",
         "",
-        f"`[machine]` has {ranges}; at most {machinefile.MAX_DOMAINS} domains. All of them come up, or nothing does.",
+        f"`[machine]` has {ranges}, `domio` ({' or '.join(KINDS)}); at most {machinefile.MAX_DOMAINS} domains. All of them come up, or nothing does.",
         "",
     ]
 

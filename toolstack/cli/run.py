@@ -70,6 +70,8 @@ class RunRequest:
     """A file for the timeline."""
     net_host: str = ""
     """Address and prefix of a helper host on xenbr0."""
+    domio: str = "native"
+    """Which DomIO (toolstack.domio)."""
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ class Run:
                 if request.join:
                     machine = JoinedMachine(state.machine)
                 else:
-                    machine = Machine(memory_mb=memory, cpus=request.cpus)
+                    machine = Machine(memory_mb=memory, cpus=request.cpus, domio=request.domio)
                 try:
                     self._machine_up = time.monotonic()
                     if recorder is not None:

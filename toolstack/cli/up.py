@@ -8,15 +8,17 @@ from toolstack.cli.images import Images, make_config
 from toolstack.cli.output import say, warn
 from toolstack.cli.state import connect, state
 from toolstack.doctor import require_quick
+from toolstack.domio import check_kind
 from toolstack.errors import MachineError
 from toolstack.machine import Machine
 from toolstack.machinefile import MachineFile, read_machine_file
 from toolstack.xlcfg.model import XlConfig
 
 
-def start(file: str, memory: int | None, cpus: int | None) -> None:
+def start(file: str, memory: int | None, cpus: int | None, domio: str = "") -> None:
     """Start the machine, and what its file names. Options go before the file. InputError before anything is started; MachineError."""
     wanted = read_machine_file(file) if file else MachineFile()
+    kind = check_kind(domio, "--domio") if domio else wanted.domio
     for config, paused in wanted.domains:
         for warning in config.warnings:
             warn(warning)
@@ -25,7 +27,8 @@ def start(file: str, memory: int | None, cpus: int | None) -> None:
     require_quick(0)
     began = time.monotonic()
     size = wanted.memory if memory is None else memory
-    Machine(state.machine, memory_mb=size, cpus=wanted.cpus if cpus is None else cpus, detached=True).close()
+    processors = wanted.cpus if cpus is None else cpus
+    Machine(state.machine, memory_mb=size, cpus=processors, detached=True, domio=kind).close()
     say(f"machine {state.machine!r} is up ({time.monotonic() - began:.2f} s): {size} MB")
     try:
         for config, paused in wanted.domains:

@@ -42,6 +42,10 @@ def up(
         int | None,
         typer.Option(metavar="N", min=0, max=64, help="Physical processors; 0: as many as the host has."),
     ] = None,
+    domio: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="DomIO, which serves the disks: native, or guest (on a vCPU)."),
+    ] = "",
 ) -> None:
     """Start a machine, which lives until `domicile down`. With a file all of its domains come up, or nothing does.
 
@@ -53,7 +57,7 @@ def up(
     """
     from toolstack.cli.up import start
 
-    start(file, memory, cpus)
+    start(file, memory, cpus, domio)
 
 
 def down() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from toolstack.cli.images import check_name, name_of
 from toolstack.cli.run import Run, RunRequest
 from toolstack.cli.script import ConsoleScript, compile_pattern, decode_escapes
+from toolstack.domio import check_kind
 from toolstack.errors import InputError
 
 TYPES = ("pv", "pvh", "hvm")
@@ -33,6 +34,7 @@ def run_verb(
     trace: str = "",
     vnc: bool = False,
     net_host: str = "",
+    domio: str = "native",
 ) -> int:
     """Check everything, then run. The exit status; InputError, MachineError."""
     if fields["type"] not in TYPES:
@@ -44,6 +46,10 @@ def run_verb(
     if vnc and fields["type"] != "hvm":
         raise InputError(f"--vnc: only full HVM guests have a screen, not {fields['type']} guests")
     fields["vnc"] = vnc
+    if check_kind(domio, "--domio") != "native" and join:
+        raise InputError(
+            "--domio: the machine that is joined has its DomIO: give the option to `domicile up`"
+        )
     if len(send) > len(expect):
         raise InputError(f"--send {send[len(expect)]!r}: has no --expect; they come in pairs")
     if len(send) < len(expect):
@@ -96,6 +102,7 @@ def run_verb(
             join=join,
             trace=trace,
             net_host=net_host,
+            domio=domio,
         )
     ).execute()
 

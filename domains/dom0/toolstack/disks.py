@@ -20,7 +20,9 @@ from bus.messages.device import Inspect
 from bus.messages.domain import Order
 from bus.messages.warden import Deposit, Deposited
 from bus.packets import PacketLink
+from domains.dom0.builder.errors import BuildError
 from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain, Restarts
+from domains.dom0.toolstack.driver_guest import DriverGuest
 from domains.dom0.toolstack.vdev import number_of
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
@@ -95,6 +97,16 @@ class Disks:
     def check(self) -> None:
         """VIRQ_DOM_EXC."""
         self.driver.check()
+
+    def use_guest(self, image: int, path: str) -> None:
+        """DomIO is to be the program in that kernel file (the descriptor stays the caller's). DiskError: one runs already, or it is no
+        kernel."""
+        if self.domio is not None:
+            raise DiskError("there is a DomIO already: choose its kind before the first disk, or destroy it")
+        try:
+            self.driver.program = DriverGuest(self._host, self._xc, image, path)
+        except (BuildError, ValueError, OSError, MemoryError) as error:
+            raise DiskError(f"{path}: {error or 'no memory for it'}") from None
 
     def destroy_domio(self) -> None:
         """DomIO goes for good: its devices are pulled out, and its frontends find their backends Closed. DiskError if there is none."""
@@ -178,7 +190,10 @@ class Disks:
             return self._attach_foreign(domid, vdev, number, config, served)
         if fd is None:
             raise DiskError(f"disk {vdev}: no file was given (an empty drive is not served)")
-        backend = self.domio if self.domio is not None else self.driver.start()
+        try:
+            backend = self.domio if self.domio is not None else self.driver.start()
+        except BuildError as error:
+            raise DiskError(f"DomIO: {error}") from None
         self._serial += 1
         bdf = (self._serial & 0x1F) << 3 | (self._serial >> 5) << 8
         readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))

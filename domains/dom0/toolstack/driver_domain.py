@@ -1,4 +1,4 @@
-"""Native driver domains: made with the first device that they serve, and restarted in place when their process ends."""
+"""Driver domains: made with the first device that they serve, and restarted in place when their process ends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_pe
 from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId, Port
+from domains.dom0.toolstack.driver_guest import DriverGuest
 from domains.dom0.toolstack.images import ForeignMemory
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
@@ -61,12 +62,22 @@ class DriverDomain:
         self._model: Final = model
         self._restarts = Restarts()
         self.domid: DomId | None = None
+        self.program: DriverGuest | None = None
+        """What it is built from, where it is a guest program instead of a native domain."""
         self.give_up: Callable[[], None] = lambda: None
         """Its process ends again and again: take it and what it serves away."""
 
     def start(self, wanted: DomId = DomId(0)) -> DomId:  # noqa: B008  # a number
-        """Create and start it, with that number, or one of the hypervisor's choice. HypercallError, GrantError."""
-        xc, host, store = self._xc, self._host, self._store
+        """Create and start it, with that number, or one of the hypervisor's choice. HypercallError, GrantError; BuildError for a guest
+        program."""
+        if self.program is None:
+            self.domid = self._start_native(wanted)
+        else:
+            self.domid = self.program.create(wanted, self._make_known)
+        return self.domid
+
+    def _start_native(self, wanted: DomId) -> DomId:
+        xc, host = self._xc, self._host
         domid = xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=self._role, domid=wanted)
         xc.max_vcpus(domid, 1)
         xc.max_mem(domid, self._pages << 2)
@@ -83,13 +94,19 @@ class DriverDomain:
             memory.write_mfn(xc.grant_table_mfns(domid)[0], offset, entry)
         finally:
             memory.close()
-        base = f"/local/domain/{domid}"
+        self._make_known(domid, port, self._pages)
+        xc.unpause(domid)
+        return domid
+
+    def _make_known(self, domid: DomId, port: Port, pages: int) -> None:
+        """Its nodes, and its connection to xenstored."""
+        store, base = self._store, f"/local/domain/{domid}"
         store.mkdir(base)
         store.permit(base, "n0", f"r{domid}")
         for path, value in (
             ("name", self.name),
             ("domid", str(domid)),
-            ("memory/target", str(self._pages << 2)),
+            ("memory/target", str(pages << 2)),
         ):
             store.write(f"{base}/{path}", value)
         owned: Sequence[tuple[str, str]] = (("error", ""), ("device-model/ready", "0"))
@@ -99,9 +116,6 @@ class DriverDomain:
         store.mkdir(f"{base}/backend")
         store.permit(f"{base}/backend", f"n{domid}")
         self._introduce(domid, port)
-        xc.unpause(domid)
-        self.domid = domid
-        return domid
 
     def _introduce(self, domid: DomId, port: Port) -> None:
         """Connect it to xenstored. Its ring is a grant, which its process must answer for: on a busy host that may still be
@@ -128,8 +142,11 @@ class DriverDomain:
             self._log(f"{self.name} ends again and again: it is not restarted any more")
             self.give_up()
             return
+        if self.program is None:
+            self._xc.resume(domid)
+        elif not self.program.restart(domid):
+            return
         self._log(f"{self.name}'s process ended: a new one takes its place")
-        self._xc.resume(domid)
 
     def destroy(self) -> None:
         """It goes for good."""

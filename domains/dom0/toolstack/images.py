@@ -97,10 +97,10 @@ def build_pv_domain(
     shared_info: Mfn,
     xenstore_port: Port,
     console_port: Port,
-    grant_frame: int,
+    grant_frame: int | None,
     dom0: DomId,
 ) -> BuiltDomain:
-    """Write everything that the guest finds when it starts. BuildError."""
+    """Write everything that the guest finds when it starts. `grant_frame`: of its grant table; None: that is filled, and in use. BuildError."""
     request = PvBuildRequest(
         kernel=kernel,
         p2m=mfns,
@@ -114,8 +114,10 @@ def build_pv_domain(
     assert not request.flags & (SIF_PRIVILEGED | SIF_INITDOMAIN)
     built = build_pv(request, _Target(memory, mfns.start))
     console, xenstore = mfns[built.console], mfns[built.xenstore]
-    for ref, mfn in ((GNTTAB_RESERVED_CONSOLE, console), (GNTTAB_RESERVED_XENSTORE, xenstore)):
+    reserved = ((GNTTAB_RESERVED_CONSOLE, console), (GNTTAB_RESERVED_XENSTORE, xenstore))
+    for ref, mfn in reserved if grant_frame is not None else ():
         entry = GRANT_ENTRY_V1.pack(grant_entry_v1(GTF_permit_access, dom0, mfn))
+        assert grant_frame is not None
         memory.write_mfn(grant_frame, ref * GRANT_ENTRY_V1.size, entry)
     return BuiltDomain(first_context(built), console, xenstore, built.supported)
 

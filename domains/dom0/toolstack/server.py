@@ -189,6 +189,7 @@ class ToolstackServer:
             "network-host": lambda client, args, fds: manager.nics.set_host(
                 args["bridge"], str(args.get("address", "")), dhcp=bool(args.get("dhcp", True))
             ),
+            "domio": self._domio,
             "device-plug": self._device_plug,
             "device-unplug": lambda client, args, fds: manager.hardware.unplug(int(args["bdf"])),
             "pci-list": self._pci_list,
@@ -474,6 +475,15 @@ class ToolstackServer:
         """A port on `bridge` for a program (`mirror`: it sees all that passes): its number; its socket comes along, and closing that ends it."""
         number, fd = self.manager.nics.open_port(args["bridge"], mirror=bool(args.get("mirror")))
         return Answer({"port": number}, [fd])
+
+    def _domio(self, client: Client, args: dict[str, Any], fds: list[int]) -> None:
+        """DomIO is to be a guest program: `path`, and its kernel file as the descriptor."""
+        if len(fds) != 1:
+            raise ToolstackError("domio: there must be one file, its kernel")
+        try:
+            self.manager.disks.use_guest(fds[0], str(args["path"])[:4096])
+        except DiskError as error:
+            raise ToolstackError(str(error)) from None
 
     def _device_plug(self, client: Client, args: dict[str, Any], fds: list[int]) -> int:
         """`kind`, `config` (format, readonly, target), perhaps `bdf`; the file is the descriptor. The PCI address."""

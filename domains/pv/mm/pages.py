@@ -81,12 +81,14 @@ class PageTypes:
         self.linear: Final = linear
         self.l1_disallow: Final = L1_DISALLOW & ~CACHE_ATTRIBUTES if cache_attributes else L1_DISALLOW
         self.m2p_strict = False
+        self.io_frames: Final[set[int]] = set()
+        """MFNs of I/O memory that the domain may map: the registers of its own devices."""
         self.ptype: Final = bytearray(self.count)
         self.typed: Final = [0] * self.count
         self.plain: Final = [0] * self.count
         self.pinned: Final = bytearray(self.count)
         self.foreign_maps: Final[dict[int, int]] = {}
-        """Present L1 entries that map a granted frame of another domain, by MFN."""
+        """Present L1 entries that map a granted frame of another domain, or I/O memory, by MFN."""
         self.walks: Final[dict[int, tuple[int, int]]] = {}
         """What page walks found (see `GuestMemory`): emptied when an entry above L1 changes or a table
         goes."""
@@ -182,7 +184,7 @@ class PageTypes:
             return -XEN_EINVAL
         index = (entry >> 12 & PFN_MASK) - self.base
         if not 0 <= index < self.count:
-            return self._not_own(index + self.base)
+            return self._get_other(index + self.base)
         if entry & 2:
             current = self.ptype[index]
             if current == T_WRITABLE:
@@ -215,7 +217,7 @@ class PageTypes:
                 self.on_segdesc_unmapped()
 
     def put_foreign(self, mfn: int) -> None:
-        """An entry that mapped a granted frame is gone."""
+        """An entry that mapped a granted frame, or I/O memory, is gone."""
         left = self.foreign_maps[mfn] - 1
         if left:
             self.foreign_maps[mfn] = left
@@ -224,9 +226,12 @@ class PageTypes:
         # The granter gets its frame back for itself: nothing may go on using a cached translation.
         self.stale = self.flush_wanted = True
 
-    def _not_own(self, mfn: int) -> int:
-        """Why an L1 entry may not map a frame outside the own range. Granted frames are mapped by
-        grant_table_op alone, as on Xen."""
+    def _get_other(self, mfn: int) -> int:
+        """0 for I/O memory that the domain may reach, else why an L1 entry may not map a frame outside the own range.
+        Granted frames are mapped by grant_table_op alone, as on Xen."""
+        if mfn in self.io_frames:
+            self.foreign_maps[mfn] = self.foreign_maps.get(mfn, 0) + 1
+            return 0
         if mfn <= self.max_mfn:
             return -XEN_EBUSY
         return -XEN_EINVAL if mfn == PFN_MASK else -XEN_EPERM
@@ -321,9 +326,10 @@ class PageTypes:
                 break
             target = (entry >> 12 & PFN_MASK) - base
             if not 0 <= target < count:
-                rc = self._not_own(target + base)
-                break
-            if entry & 2:
+                rc = self._get_other(target + base)
+                if rc:
+                    break
+            elif entry & 2:
                 if ptype[target] == T_WRITABLE:
                     typed[target] += 1
                 elif ptype[target] == T_NONE:

@@ -205,8 +205,8 @@ class Updates:
         return -XEN_EINVAL
 
     def foreign_l1(self, at: int, new: int) -> int:
-        """Why an L1 entry may not change on behalf of DOMID_IO: only I/O memory may be mapped, and the
-        domain has none. 0 if `new` maps nothing new."""
+        """Why an L1 entry may not change on behalf of DOMID_IO: only I/O memory may be mapped, that of the domain's own devices.
+        0 if it may."""
         pages = self._pages
         if not new & 1 or not (pages.words[at] ^ new) & SLOW_BITS:
             return 0
@@ -215,7 +215,7 @@ class Updates:
         mfn = (new & ADDRESS_MASK) >> 12
         if pages.index(mfn) >= 0:
             return -XEN_EBUSY
-        return pages.get_l1e(new)
+        return 0 if mfn in pages.io_frames else pages.get_l1e(new)
 
     def _machphys(self, index: int, pfn: int) -> int:
         """MMU_MACHPHYS_UPDATE: the frame must be the domain's."""

@@ -56,12 +56,15 @@ def _interrupt(machine: RunningMachine, role: str, number: int, chance: random.R
     until = time.monotonic() + chance.uniform(0.0, 0.4)
     while time.monotonic() < until:
         machine.poll(0.02)
-    (pid,) = machine.processes(role)
+    if role == "domio":  # the native program, or a guest's process like others
+        pid = machine.process_of(machine.domains()["DomIO"]["domid"])
+    else:
+        (pid,) = machine.processes(role)
     os.kill(pid, number)
 
 
-def _survive(tmp_path: Path, plan: Sequence[tuple[str, int]]) -> list[float]:
-    """Run the writer through the interruptions, then see that all is there; the pauses."""
+def _survive(tmp_path: Path, plan: Sequence[tuple[str, int]], domio: str = "native") -> list[float]:
+    """Run the writer through the interruptions, then see that all is there; the pauses. `domio`: the kind of DomIO."""
     tool("mkfs.ext4")
     guest = debian(modules=MODULES, extra={"etc/rc.guest": WRITER})
     image = make_ext4(tmp_path / "disk.img", 48)
@@ -69,7 +72,7 @@ def _survive(tmp_path: Path, plan: Sequence[tuple[str, int]]) -> list[float]:
     print(f"DOMICILE_SEED={seed}")
     chance = random.Random(seed)
     pauses = []
-    with running_machine() as machine:
+    with running_machine(domio=domio) as machine:
         file = os.open(image, os.O_RDWR)
         try:
             with open(guest.kernel, "rb") as kernel, open(str(guest.ramdisk), "rb") as ramdisk:
@@ -117,6 +120,20 @@ def test_kills_and_stops_in_turn(tmp_path: Path) -> None:
     """SIGKILL of each in turn, then each is stopped and never continued: the writer pauses, and nothing is wrong after."""
     plan = [(role, signal.SIGKILL) for role in ("domio", "nvme", "domio", "nvme")]
     _survive(tmp_path, [*plan, ("domio", signal.SIGSTOP), ("nvme", signal.SIGSTOP)])
+
+
+@pytest.mark.timeout(240)
+def test_kills_with_a_guest_program_as_domio(tmp_path: Path) -> None:
+    """The same where DomIO is a guest on a vCPU: its process, then the device's."""
+    _survive(tmp_path, [("domio", signal.SIGKILL), ("nvme", signal.SIGKILL)], "guest")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_kills_and_stops_with_a_guest_program_as_domio(tmp_path: Path) -> None:
+    """More of them, and each is stopped and never continued."""
+    plan = [(role, signal.SIGKILL) for role in ("domio", "nvme") * 5]
+    _survive(tmp_path, [*plan, ("domio", signal.SIGSTOP), ("nvme", signal.SIGSTOP)], "guest")
 
 
 @pytest.mark.long

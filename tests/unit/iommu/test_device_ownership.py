@@ -39,7 +39,15 @@ class World(Machine):
         grants = GrantTables(core.frames, core.views, self.memory, core.outbox, iommu)
         dma = DmaService(iommu, grants, lambda mfn: None, lambda now, entry: None)
         self.devices = DeviceService(
-            iommu, dma, core.physdev, core.domains, core.events, core.outbox, core.dispatcher
+            iommu,
+            dma,
+            core.physdev,
+            core.domains,
+            core.events,
+            core.outbox,
+            core.dispatcher,
+            core.frames,
+            core.news,
         )
         core.attach_hooks(self.devices)
         self.devices.plug(BDF, Staging())
