@@ -186,6 +186,8 @@ struct ledger {
 
 /* The disk's own, in memory that outlives the program; mapped at the first call. NULL: there is no room for it. */
 struct ledger *ledger_of(unsigned place);
+/* The machine frame of a record. */
+unsigned long ledger_frame(const struct record *record);
 void ledger_begin(struct ledger *ledger, const struct link *link);
 void ledger_end(struct ledger *ledger);
 bool ledger_valid(const struct ledger *ledger);

@@ -33,6 +33,9 @@ struct ledger *ledger_of(unsigned place)
     return (struct ledger *)windows[place];
 }
 
+/* These pages are shown elsewhere than the p2m has them: only the page tables know. */
+unsigned long ledger_frame(const struct record *record) { return (read_pte(record) & PTE_FRAME) >> PAGE_SHIFT; }
+
 void ledger_begin(struct ledger *ledger, const struct link *link)
 {
     ledger->valid = 0;

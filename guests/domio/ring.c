@@ -93,7 +93,7 @@ static void take(struct disk *disk, unsigned q, uint32_t count)
             copied[wanted] = record;
             copies[wanted++] = (struct gnttab_copy){
                 .source.u.ref = ref, .source.domid = disk->frontend_id,
-                .dest.u.gmfn = bus_address(record->segments) >> PAGE_SHIFT, .dest.domid = DOMID_SELF,
+                .dest.u.gmfn = ledger_frame(record), .dest.domid = DOMID_SELF,
                 .dest.offset = (unsigned long)record->segments & (PAGE_SIZE - 1),
                 .len = segments * sizeof(struct blkif_request_segment), .flags = GNTCOPY_source_gref};
         }
