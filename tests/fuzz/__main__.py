@@ -15,7 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
-NAMES = ("messages", "hypercalls", "ring-back", "ring-front", "ledger", "xenstore", "elf", "xlcfg")
+NAMES = (
+    "messages",
+    "hypercalls",
+    "ring-back",
+    "ring-front",
+    "net-back",
+    "net-front",
+    "ledger",
+    "xenstore",
+    "elf",
+    "xlcfg",
+)
 HANG_S = 10
 
 

@@ -26,6 +26,7 @@ def _packages(name: str) -> list[str]:
     """As `targets.INSTRUMENTED`, which cannot be imported before it is instrumented."""
     return {
         "messages": ["bus"], "hypercalls": ["hypervisor.core", "bus.abi"], "ring-back": ["drivers.block"], "ring-front": ["drivers.block"],
+        "net-back": ["drivers.net"], "net-front": ["drivers.net"],
         "ledger": ["drivers.block"], "xenstore": ["domains.dom0.xenstore", "drivers.xenbus"], "elf": ["domains.dom0.builder", "elftools.elf"],
         "xlcfg": ["toolstack.xlcfg"],
     }[name]  # fmt: skip

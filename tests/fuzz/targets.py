@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 UNIT = Path(__file__).parents[1] / "unit"
-for area in ("block", "xenstore", "hvcore"):
+for area in ("block", "net", "xenstore", "hvcore"):
     sys.path.append(str(UNIT / area))
 
 import msgpack  # noqa: E402
@@ -44,6 +44,8 @@ from drivers.xenbus import wire  # noqa: E402
 from drivers.xenbus.paged_ring import PagedRing  # noqa: E402
 from drivers.xenbus.ring import ServerRing  # noqa: E402
 from tests.fuzz.core_machine import WholeCore, ready  # noqa: E402
+from tests.fuzz.net_targets import net_back, net_front  # noqa: E402
+from tests.fuzz.parts import Bytes  # noqa: E402
 from toolstack.errors import InputError  # noqa: E402
 from toolstack.xlcfg.grammar import parse  # noqa: E402
 from toolstack.xlcfg.model import understand  # noqa: E402
@@ -54,29 +56,6 @@ VERSIONS = {
     HYPERVISOR_domctl: domctl.XEN_DOMCTL_INTERFACE_VERSION, HYPERVISOR_sysctl: sysctl.XEN_SYSCTL_INTERFACE_VERSION,
     HYPERVISOR_platform_op: platform.XENPF_INTERFACE_VERSION,
 }  # fmt: skip
-
-
-class Bytes:
-    """Takes an input apart."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, count: int) -> bytes:
-        """So many bytes, zeroes at the end."""
-        piece = self.data[self.at : self.at + count]
-        self.at += count
-        return piece.ljust(count, b"\0")
-
-    def number(self, size: int = 1) -> int:
-        """Little-endian."""
-        return int.from_bytes(self.take(size), "little")
-
-    @property
-    def left(self) -> bool:
-        """There is more."""
-        return self.at < len(self.data)
 
 
 def _value(source: Bytes) -> object:
@@ -373,10 +352,12 @@ def xlcfg(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "messages": messages, "hypercalls": hypercalls, "ring-back": ring_back, "ring-front": ring_front, "ledger": ledger,
+    "net-back": net_back, "net-front": net_front,
     "xenstore": xenstore, "elf": elf, "xlcfg": xlcfg,
 }  # fmt: skip
 INSTRUMENTED: dict[str, tuple[str, ...]] = {
     "messages": ("bus",), "hypercalls": ("hypervisor.core", "bus.abi"), "ring-back": ("drivers.block",), "ring-front": ("drivers.block",),
+    "net-back": ("drivers.net",), "net-front": ("drivers.net",),
     "ledger": ("drivers.block",), "xenstore": ("domains.dom0.xenstore", "drivers.xenbus"), "elf": ("domains.dom0.builder", "elftools.elf"),
     "xlcfg": ("toolstack.xlcfg",),
 }  # fmt: skip
@@ -424,4 +405,4 @@ def seeds(name: str) -> list[bytes]:
     return [bytes(64), bytes(range(200))]
 
 
-__all__ = ["INSTRUMENTED", "TARGETS", "seeds"]
+__all__ = ["INSTRUMENTED", "TARGETS", "Bytes", "seeds"]
