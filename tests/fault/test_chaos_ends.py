@@ -19,7 +19,7 @@ from toolstack.guestfetch import fetch
 @pytest.mark.parametrize(
     ("what", "end", "state"),
     [
-        pytest.param(what, end, state, marks=[] if (what, end, state) == (What.SEGFAULT, "front", 3) else [pytest.mark.long])
+        pytest.param(what, end, state, marks=[] if (what, end, state) in ((What.SEGFAULT, "front", 3), (What.KILL, "front", 1)) else [pytest.mark.long])
         for what in (What.KILL, What.SEGFAULT)
         for end, state in (("front", 1), ("front", 3), ("back", 1), ("back", 2), ("back", 4))
     ],

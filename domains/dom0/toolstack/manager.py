@@ -142,6 +142,8 @@ class Manager:
         self.guests[domid] = guest
         if not config.paused:
             self.xc.unpause(domid)
+        # Its process may have died while it was built: the event of that found nobody to look at.
+        self._host.reactor.soon(lambda: self._carefully([lambda: self._look(guest)]))
         return domid
 
     def _build(
@@ -331,6 +333,9 @@ class Manager:
         matter of the others."""
         checks = [self.disks.check, self.nics.check]
         checks += [lambda guest=guest: self._look(guest) for guest in self.guests.values()]  # type: ignore[misc]  # the default binds now
+        self._carefully(checks)
+
+    def _carefully(self, checks: Sequence[Callable[[], None]]) -> None:
         for check in checks:
             try:
                 check()
