@@ -7,6 +7,8 @@ import sys
 from typing import Final
 
 from bus import privileges
+from bus.abi.event_channel import EVTCHNSTAT_interdomain
+from bus.addresses import Port
 from bus.link import HypervisorGone
 from bus.log import Logger
 from bus.messages.domain import Order
@@ -77,6 +79,15 @@ class NetIo:
         for path in found:
             if path not in self.servers:
                 self._serve(path)
+        self._close_left_over()
+
+    def _close_left_over(self) -> None:
+        """Channels of a process before this one to frontends that are gone since, or have others now."""
+        left, self.host.known_channels = self.host.known_channels, []
+        mine = {port for server in self.servers.values() for port in server.channels}
+        for port, status, _, remote, *_ in left:
+            if status == EVTCHNSTAT_interdomain and remote and port not in mine:
+                self.host.close_port(Port(port))
 
     def _serve(self, path: str) -> None:
         try:

@@ -87,6 +87,11 @@ class VifServer:
         value = self._store.read(f"{self.path}/{name}")
         return value.decode("utf-8", "replace") if value is not None else ""
 
+    @property
+    def channels(self) -> list[EventPort]:
+        """Its event channels, at this end."""
+        return self._channels
+
     def start(self) -> None:
         """Offer it, or go on with what a process before this one served. XenstoreError."""
         device, store = self._device, self._store

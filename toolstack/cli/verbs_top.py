@@ -41,6 +41,9 @@ def top(
         bool, typer.Option("--vcpus", "-v", help="With --batch: CPU time of each vCPU.")
     ] = False,
     vbds: Annotated[bool, typer.Option("--vbds", "-x", help="With --batch: counters of each disk.")] = False,
+    networks: Annotated[
+        bool, typer.Option("--networks", "-n", help="With --batch: counters of each network interface.")
+    ] = False,
 ) -> None:
     """Domains and what they use, live. Keys: s sorts, r reverses, d or Enter shows vCPUs and disks, q ends.
 
@@ -76,6 +79,7 @@ def top(
                 full_names=full_names,
                 vcpus=vcpus,
                 vbds=vbds,
+                networks=networks,
             )
             return
         from toolstack.top.app import Top

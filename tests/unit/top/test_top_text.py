@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-from top_samples import later_sample, sample
+from dataclasses import replace
 
-from toolstack.top.model import COLUMNS, ordered, sample_of, summary, with_rates
+import pytest
+from top_samples import WEB, later_sample, sample
+
+from toolstack.top.model import COLUMNS, Vif, ordered, sample_of, summary, with_rates
 from toolstack.top.text import run_text, table
 
 
@@ -66,6 +68,17 @@ def test_batches_end_and_tell_vcpus_and_disks(capsys: pytest.CaptureFixture[str]
     assert "build-machine-of-somebody" in out
     assert "VBD BlkBack  51712 [ca: 0]  OO:        3   RD:     1200   WR:       80  RSECT:      48000" in out
     assert "VCPUs(sec): 0:         20s 1:         21s" in out
+
+
+def test_network_interfaces_are_counted_as_xentop_counts_them() -> None:
+    """As the guest sees them; the columns add up its interfaces."""
+    web = replace(WEB, vifs=(Vif(0, 4096, 20, 1, 10240, 30, 2), Vif(1, 1024, 1, 0, 0, 0, 0)))
+    text = table(replace(sample(), domains=(web,)), networks=True)
+    assert "Net0 RX:    10240bytes       30pkts        0err        2drop" in text
+    assert "TX:     4096bytes       20pkts        1err        0drop" in text
+    head, row, *_ = text.splitlines()
+    cells = dict(zip(head.split(), row.split(), strict=True))
+    assert (cells["NETS"], cells["NETTX(k)"], cells["NETRX(k)"]) == ("2", "5", "10")
 
 
 def test_the_toolstacks_answer_becomes_a_sample() -> None:
