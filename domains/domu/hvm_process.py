@@ -145,6 +145,18 @@ class GuestProcess(PvProcess):
         self.domain = cast(PvDomain, domain)
         return 0, b""
 
+    def counters(self) -> dict[str, Any]:
+        """As a PV guest's; and exits by kind, with those to the device model and the time that they took."""
+        found = super().counters()
+        if self.hvm is not None:
+            exits = dict(self.hvm.exits.counts)
+            if self.hvm.model is not None:
+                model = self.hvm.model
+                exits |= {"device model": model.accesses, "posted": model.posts}
+                exits["device model us"] = model.waited_ns // 1000
+            found["exits"] = exits
+        return found
+
     def _get_hvm_context(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         """XEN_DOMCTL_gethvmcontext. A domain that was not started has no vCPU to show."""
         return (-XEN_EINVAL, b"") if self.hvm is None else (0, self.hvm.context())

@@ -324,6 +324,9 @@ class PvProcess:
         if self.domain is not None:
             if order.body["paused"]:
                 self.domain.pause()
+                self.link.send(
+                    Report(what="counters", body=self.counters())
+                )  # of a paused guest they are current
             else:
                 self.domain.unpause()
             self.domain.ring()

@@ -70,6 +70,8 @@ class Model:
         self._vram: Final = _address(self._area.octets) + area.VRAM
         self._posted = self._area.word(area.POSTED)
         self.accesses = 0
+        self.waited_ns = 0
+        """So long the guest stood still for them."""
         self.posts = 0
         self.refused = 0
         """Notes that made no sense, or aimed at what is not this guest's memory."""
@@ -182,12 +184,14 @@ class Model:
             self._area.block(vcpu)[: len(data)] = data
         self.accesses += 1
         self._busy = True
+        began = time.monotonic_ns()
         try:
             self._area.put_access(vcpu, access)
             self._request.ring()
             value = self._wait(vcpu, access)
         finally:
             self._busy = False
+            self.waited_ns += time.monotonic_ns() - began
         return ONES[8] if value is None else value
 
     def _wait(self, vcpu: int, access: Access) -> int | None:

@@ -14,7 +14,7 @@ from bus.packets import close_all
 from domains.dom0.consoled import Console, SerialLine, Terminal
 from domains.dom0.toolstack.models import DeviceModel
 
-COUNTERS: Final = ("hypercalls", "exceptions", "events")
+COUNTERS: Final = ("hypercalls", "exceptions", "events", "exits")
 MAX_COUNTED: Final = 256
 """Names in one of a guest's counters: there are 64 hypercalls and 32 exceptions."""
 

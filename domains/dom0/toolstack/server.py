@@ -23,7 +23,7 @@ from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.adjust import Adjustments, as_number
 from domains.dom0.toolstack.disks import DiskError
-from domains.dom0.toolstack.guest import Guest, ToolstackError
+from domains.dom0.toolstack.guest import COUNTERS, Guest, ToolstackError
 from domains.dom0.toolstack.hardware import HardwareError
 from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.models import DeviceModel, ModelError
@@ -571,8 +571,10 @@ class ToolstackServer:
 
 def stats_of(guest: Guest) -> dict[str, Any]:
     """Counters of a domain for the record of a run. None: nobody counts that (yet); the command names it in `not_counted`."""
-    names = ("hypercalls", "exceptions", "events")
-    return {"console_bytes": guest.terminal.bytes_out, **{name: guest.counters.get(name) for name in names}}
+    return {
+        "console_bytes": guest.terminal.bytes_out,
+        **{name: guest.counters.get(name) for name in COUNTERS},
+    }
 
 
 def console_directory(path: str) -> Path:
