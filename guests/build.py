@@ -43,7 +43,7 @@ class GuestBuildError(RuntimeError):
     """A guest cannot be built: the compiler or the headers are not there, or a source does not compile."""
 
 
-SYSTEMS = ("domio",)
+SYSTEMS = ("blkfront", "domio")
 """Guests of several files, each in a directory of its own: no conformance programs."""
 
 

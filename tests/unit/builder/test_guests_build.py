@@ -28,9 +28,19 @@ def test_every_guest_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """All programs compile without a warning and are PV kernels of 8 MiB (DomIO of 64); a second build compiles nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = guests.build_all()
-    assert {"hello", "info", "events", "traps", "mmu", "grants", "memory", "sched", "time", "domio"} <= set(
-        built
-    )
+    assert {
+        "hello",
+        "info",
+        "events",
+        "traps",
+        "mmu",
+        "grants",
+        "memory",
+        "sched",
+        "time",
+        "domio",
+        "blkfront",
+    } <= set(built)
     for name, path in built.items():
         build_and_check(path, 16384 if name == "domio" else 2048)
 

@@ -1,0 +1,92 @@
+"""What a back end does with good and bad requests, asked by a front end of the project's own (guests/blkfront), of both kinds of DomIO."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+from guests.build import build
+from tests.support.machines import RunningMachine, running_machine
+from toolstack.domio import KINDS
+
+pytestmark = pytest.mark.timeout(240)
+SECTORS = 32768
+
+
+def frontend(machine: RunningMachine, image: Path, cmdline: str = "") -> None:
+    """Start the front end with that disk."""
+    program = build("blkfront")
+    kernel, disk = os.open(program, os.O_RDONLY), os.open(image, os.O_RDWR)
+    try:
+        config = {
+            "name": "front",
+            "memory_mb": 32,
+            "uuid": os.urandom(16),
+            "kernel": 0,
+            "kernel_path": str(program),
+            "cmdline": cmdline,
+            "disks": [{"vdev": "xvda", "format": "raw", "readonly": False, "file": 1}],
+        }
+        machine.client.request("create", {"config": config, "attach": True}, [kernel, disk])
+    finally:
+        os.close(kernel)
+        os.close(disk)
+
+
+def all_passed(machine: RunningMachine, timeout: float) -> None:
+    """It powered off, and each of its lines is `ok`."""
+    reason = machine.wait_end("front", timeout)
+    lines = machine.text["front"].replace("\r", "").splitlines()
+    assert not [line for line in lines if line.startswith(("not ok", "Bail out"))], "\n".join(lines)
+    assert reason == "poweroff", machine.ended["front"]
+    passed = sum(bool(re.match(r"ok \d+ ", line)) for line in lines)
+    assert f"1..{passed}" in lines, "\n".join(lines[-5:])
+
+
+@pytest.mark.parametrize("domio", KINDS)
+def test_every_request_is_answered_as_it_should_be(tmp_path: Path, domio: str) -> None:
+    """Reads, writes, flushes, barriers, discards, indirect and persistent ones, full rings; segments, sectors and grants that are wrong."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"".join(struct.pack("<Q", number).ljust(512, b"s") for number in range(SECTORS)))
+    with running_machine(domio=domio) as machine:
+        frontend(machine, image)
+        all_passed(machine, 180.0)
+        machine.check()
+    content = image.read_bytes()
+    expected = {8192 + piece: 0x10 + piece // 5 for piece in range(55)} | {8192 + 100: 0x42, 8192 + 108: 0x42}
+    assert {sector: content[sector * 512 + 17] for sector in expected} == expected
+    untouched = [struct.unpack_from("<Q", content, number * 512)[0] for number in range(8192)]
+    assert untouched == list(range(8192))
+
+
+@pytest.mark.parametrize("domio", KINDS)
+def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
+    """DomIO and the device are killed with the ring full: each request is answered once, without error, and what was written is read."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTORS * 512))
+    seed = int(os.environ.get("DOMICILE_SEED", str(random.randrange(1 << 30))))
+    print(f"DOMICILE_SEED={seed}")
+    chance = random.Random(seed)
+    with running_machine(domio=domio) as machine:
+        frontend(machine, image, f"endure={'pn'[seed & 1]}120")
+        machine.expect("front", "round 3:", 60.0)
+        for role in ("domio", "nvme", "domio"):
+            until = time.monotonic() + chance.uniform(0.0, 0.3)
+            while time.monotonic() < until:
+                machine.poll(0.01)
+            if role == "domio":
+                pid = machine.process_of(machine.domains()["DomIO"]["domid"])
+            else:
+                (pid,) = machine.processes(role)
+            os.kill(pid, signal.SIGKILL)
+            for _ in range(2):
+                machine.expect("front", r"round \d+:", 45.0)
+        all_passed(machine, 180.0)
+        machine.check()
