@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 US, OWN = "02:00:00:00:00:01", "10.0.0.9"
 BOOT_S = 150.0
 WAIT_S = 60.0
-KIB = 2048
+KIB = 1024
 """Of a TCP transfer."""
 
 
@@ -153,6 +153,7 @@ def moved(pair: Pair) -> int:
     return int(next(row["vifs"][0][1] for row in rows if row["domid"] == pair.pv.domid))
 
 
+@pytest.mark.long
 def test_a_lossy_network_is_tcps_matter(pair: Pair, port: Network) -> None:
     port.link(loss=0.02, duplicate=0.02, reorder=0.02, seed=5)
     try:
