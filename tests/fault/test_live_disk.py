@@ -80,8 +80,8 @@ def test_a_power_cut_that_nobody_was_there_to_see(worker: ChaosMachine) -> None:
         (What.WRONG_DMA, "dma", 1, None),
         (What.LOSE, "dma", 3, False),
         (What.SPURIOUS, "dma", 3, False),
-        (What.NO_GRANTS, "grant:map", 1, True),
-        (What.NO_IOMMU, "grant:map", 1, True),
+        (What.NO_GRANTS, "grant:map", 2, True),
+        (What.NO_IOMMU, "grant:map", 2, True),
         (What.DELAY, "grant:unmap", 1, False),
     ],
 )
@@ -89,7 +89,8 @@ def test_what_the_disk_does_not_do(
     worker: ChaosMachine, tmp_path: Path, what: What, event: str, count: int, errors: bool | None
 ) -> None:
     """A write under the fault is done, or fails honestly: whether one fails is known (`errors`; None: it depends on what the DMA was
-    for), and when all faults have struck the next ones are as always. Frames stay mapped until the disk goes."""
+    for), and when all faults have struck the next ones are as always. Of refused maps the first is of the page of indirect descriptors, which is copied instead; the second is of the
+    data. Frames stay mapped until the disk goes."""
     target = "nvme" if what is What.DEVICE_ERROR else "domio"
     with fresh(worker, tmp_path) as (vdev, image):
         if event == "dma":  # not those of the controller's own set-up
