@@ -24,6 +24,8 @@ from cli_command import Domicile
         (["run", "{text}", "--expect", "a"], ["--expect 'a'", "--send"]),
         (["run", "{text}", "--send", "a"], ["--send 'a'", "--expect"]),
         (["run", "{text}", "--disk", "x"], ["--disk", "vdev"]),
+        (["run", "{text}", "--domio", "linux"], ["--domio 'linux'", "native, guest"]),
+        (["run", "{text}", "--domio", "guest", "--join"], ["--domio", "domicile up"]),
         (["run", "{text}", "--name", "a b"], ["name 'a b'"]),
         (["run", "{text}", "--tiemout", "1"], ["--tiemout"]),
         (["run", "{text}", "--pvshim"], ["--pvshim", "--type pvh"]),

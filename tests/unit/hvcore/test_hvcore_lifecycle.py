@@ -330,7 +330,7 @@ def test_a_driver_domain_is_restarted_in_place_with_its_memory_and_channels(mach
     machine.core.process_ended(machine.now, DomId(guest), "signal 9")
     machine.run()
     before = len(machine.effects)
-    assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, guest).rc == -EINVAL, "only native ones"
+    assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, guest).rc == -EINVAL, "only driver domains"
     assert machine.domctl(domctl.XEN_DOMCTL_resumedomain, domio).rc == 0
     effects = machine.effects[before:]
     assert StartProcess(DomId(domio), "domio") in effects

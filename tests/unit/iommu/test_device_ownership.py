@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from bus.abi import domctl, physdev
+from bus.abi import domctl, memory, physdev, sched
 from bus.abi.hypercalls import HYPERCALLS
-from bus.abi.xen import DOMID_SELF, HYPERVISOR_physdev_op
+from bus.abi.xen import DOMID_SELF, HYPERVISOR_physdev_op, HYPERVISOR_sched_op
 from bus.addresses import Bdf, DomId, Mfn
 from bus.messages.device import Access, AccessDone, DeviceAccess, DeviceHello, DeviceVector
 from hypervisor.core.devices import ACCESS_TIMEOUT_NS, DeviceService
-from hypervisor.core.effects import Order, Reply, ToDevice
+from hypervisor.core.domains import DRIVER_GUEST
+from hypervisor.core.effects import KillProcess, Order, Reply, ToDevice
+from hypervisor.core.errors import XenError
 from hypervisor.core.grants import GrantTables
 from hypervisor.core.iommu import DmaFault, Iommu
 from hypervisor.core.iommu_dma import DmaService
@@ -262,3 +264,78 @@ def test_a_register_that_a_dead_process_asked_for_is_not_answered_to_its_success
         return
     world.devices.unplug(BDF)
     assert effects() == []
+
+
+def populate(world: World, domid: int, count: int) -> list[int]:
+    """Machine frames that a PV domain got."""
+    item = memory.xen_memory_reservation(0, count, 0, 0, domid)
+    wanted = b"".join(pfn.to_bytes(8, "little") for pfn in range(count))
+    answer = world.memory_op(0, memory.XENMEM_populate_physmap, item, extent_start=wanted)
+    assert answer.rc == count
+    raw = answer.arrays["extent_start"]
+    return [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
+
+
+def test_an_ordinary_pv_guest_gets_no_device(world: World) -> None:
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, world.create()) == -EINVAL
+
+
+def test_a_driver_domain_that_is_a_guest_reaches_what_it_owns_one_to_one(world: World) -> None:
+    """Frames are in its I/O page tables at their own numbers: those it has when it gets the device, and as it gets and loses others."""
+    domid = world.create(ssidref=DRIVER_GUEST)
+    first = populate(world, domid, 5)
+    world.start(domid)
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, domid) == 0
+    iommu = world.devices.iommu
+
+    def reached() -> set[int]:
+        return {mfn for mfn in range(min(first) - 2, max(first) + 20) if iommu.lookup(DomId(domid), mfn)}
+
+    assert reached() == set(first)
+    assert all(iommu.lookup(DomId(domid), mfn) == (mfn, True) for mfn in first)
+    more = populate(world, domid, 3)
+    assert reached() == {*first, *more}
+    item = memory.xen_memory_reservation(0, 2, 0, 0, DOMID_SELF)
+    gone = first[1:3]
+    given = b"".join(mfn.to_bytes(8, "little") for mfn in gone)
+    assert world.memory_op(domid, memory.XENMEM_decrease_reservation, item, extent_start=given).rc == 2
+    assert reached() == {*first, *more} - set(gone)
+    assert world.destroy(domid) == 0
+    world.core.process_ended(world.now, DomId(domid), "killed")
+    world.run()
+    assert not iommu.has_context(DomId(domid))
+
+
+def test_a_driver_domain_that_is_a_guest_starts_anew_in_place(world: World) -> None:
+    """Its process goes with its shutdown, and it cannot be resumed before that has ended; then its device is in a new epoch, without
+    vectors, and its process is told what the domain has, as its builder numbers it."""
+    domid = world.create(ssidref=DRIVER_GUEST)
+    frames = populate(world, domid, 4)
+    world.start(domid)
+    assert world.assign(domctl.XEN_DOMCTL_assign_device, domid) == 0
+    assert world.map_msi(domid) == 0
+    epoch = world.devices.iommu.device(BDF).epoch
+    before = len(world.effects)
+    request = sched.SCHED_SHUTDOWN.pack(sched.sched_shutdown(sched.SHUTDOWN_crash))
+    domain = world.core.domains.get(domid)
+    assert domain is not None
+    world.core.call(world.now, DomId(domid), 0, 77, HYPERVISOR_sched_op, sched.SCHEDOP_shutdown, request)
+    with pytest.raises(XenError) as refused:
+        world.core.lifecycle.resume(world.now, domain)
+    assert refused.value.errno == EBUSY
+    world.run()  # the shell ends it
+    assert any(isinstance(e, KillProcess) and e.domain == domid for e in world.effects[before:])
+    assert world.domctl(domctl.XEN_DOMCTL_pausedomain, domid).rc == 0
+    before = len(world.effects)
+    assert world.domctl(domctl.XEN_DOMCTL_resumedomain, domid).rc == 0
+    told = [e for e in world.effects[before:] if isinstance(e, Order) and e.domain == domid]
+    assert told[0].body["driver"] is True
+    news = [e.body for e in told if e.kind == "memory"]
+    assert news == [{"added": [[frames[0], 4]]}, {"m2p": [[0, frames[0], 4]]}]
+    device = world.devices.iommu.device(BDF)
+    assert device.domain == domid
+    assert device.epoch > epoch
+    assert not device.vectors
+    assert world.map_msi(domid) == 0
+    assert [e.body for e in told if e.kind == "pause"] == [{"paused": True}]
+    assert world.domctl(domctl.XEN_DOMCTL_unpausedomain, domid).rc == 0

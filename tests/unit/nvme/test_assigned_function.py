@@ -222,3 +222,22 @@ GOOD = {0: 0x0010_1B36, 8: 0x01080201, 0x34: 0x40}
 def test_a_device_that_makes_no_sense_is_refused_by_name(words: dict[int, int], why: str) -> None:
     with pytest.raises(DeviceError, match=f"odd.*{why}"):
         AssignedFunction("odd", Config(words), [(0, 0x4000)], 2048, lambda address, data: None)
+
+
+def test_vectors_of_a_driver_domain_are_the_hypervisors_to_program() -> None:
+    """What a PV guest writes to the capability and the table is dropped; MSI-X goes on when a vector is mapped, and stays on."""
+    guest = Guest()
+    host = guest.host
+    bars = [(bar.index, bar.size) for bar in host.kind.bars]
+    function = AssignedFunction(
+        "pv", guest.device, bars, host.kind.vectors, lambda address, data: None, own_vectors=False
+    )
+    control = ADMIN_CAP + 2
+    function.config_write(control, 2, ENABLE | MASK)
+    assert not host.config(control, 2) & (ENABLE | MASK)
+    function.enable_vectors()
+    assert host.config(control, 2) & (ENABLE | MASK) == ENABLE
+    host.config(control, 2, 0)  # a new life of the device
+    function.device_was_reset()
+    assert host.config(control, 2) & ENABLE
+    assert not guest.device.taken

@@ -166,6 +166,24 @@ def test_pointer_to_no_table(guest: Guest) -> None:
     assert guest.update((Y << 12, 0)) == -XEN_EINVAL  # a descriptor table
 
 
+def test_io_memory_of_the_domain_s_own_devices(guest: Guest) -> None:
+    """It may be mapped, for oneself and for DOMID_IO, also by a table that becomes one; any other frame may not; counts come out."""
+    guest.mmu.pages.io_frames.update((0xF0000, 0xF0001))
+    at, va = guest.pte(X), guest.va(X)
+    for domid in (xen.DOMID_SELF, xen.DOMID_IO):
+        assert guest.update((at, 0xF0000 << 12 | KERNEL_RW), domid=domid) == 0
+        assert guest.mmu.foreign_mappings(0xF0000) == 1
+        guest.clean()
+        assert guest.update((at, 0xF0001 << 12 | KERNEL_RW), domid=domid) == 0
+        assert guest.mmu.foreign_mappings(0xF0000) == 0
+        refused(guest, XEN_EPERM if 0xF0002 > MAX_MFN else XEN_EBUSY, at, 0xF0002 << 12 | KERNEL_RW, domid)
+        assert guest.update((at, 0), domid=domid) == 0
+    assert guest.mmu.update_va_mapping(va, 0xF0000 << 12 | KERNEL_RW, 0) == 0
+    assert guest.mmu.update_va_mapping(va, 0, 0) == 0
+    assert guest.mmu.foreign_mappings(0xF0000) == 0
+    guest.clean()
+
+
 def test_other_domains(guest: Guest) -> None:
     at, value = guest.pte(X), X << 12 | KERNEL_RO
     refused(guest, XEN_ESRCH, at, value, 5)  # oneself by number

@@ -59,11 +59,11 @@ def test_a_machine_file_is_understood(tmp_path: Path) -> None:
     found = read_machine_file(
         write(
             tmp_path,
-            '[machine]\nmemory = 2048\ncpus = 2\n[[domain]]\nname = "web"\nkernel = "vmlinuz"\ncmdline = \'a "b" \\c\'\n'
+            '[machine]\nmemory = 2048\ncpus = 2\ndomio = "guest"\n[[domain]]\nname = "web"\nkernel = "vmlinuz"\ncmdline = \'a "b" \\c\'\n'
             'vcpus = 2\ncpus = ["0", "1"]\ndisk = ["disk.img,raw,xvda,w"]\n[[domain]]\nconfig = "db.cfg"\nmemory = 99\npaused = true\n',
         )
     )
-    assert (found.memory, found.cpus) == (2048, 2)
+    assert (found.memory, found.cpus, found.domio) == (2048, 2, "guest")
     (web, web_paused), (db, db_paused) = found.domains
     assert (web.name, web.vcpus, web.cmdline, web.cpus) == ("web", 2, 'a "b" \\c', [{0}, {1}])
     assert web.kernel == str(tmp_path / "vmlinuz")
@@ -76,7 +76,8 @@ def test_a_machine_file_is_understood(tmp_path: Path) -> None:
         ("[machine\n", "m.toml: Expected ']' at the end of a table declaration (at line 1, column 9)"),
         ("[machine]\nmemory = 1\n", "m.toml: machine.memory: 1: a number from 64 to 1048576"),
         ("[machine]\nmemory = true\n", "m.toml: machine.memory: True: a number from 64"),
-        ("[machine]\nname = 'x'\n", "m.toml: machine.name: there are memory, cpus"),
+        ("[machine]\nname = 'x'\n", "m.toml: machine.name: there are memory, cpus, domio"),
+        ("[machine]\ndomio = 'linux'\n", "m.toml: machine.domio 'linux': there are native, guest"),
         ("[domains]\n", "m.toml: domains: there are [machine] and [[domain]]"),
         ("[domain]\nname = 'x'\n", "m.toml: domain: write [[domain]], once for each"),
         ("[[domain]]\nkernel = 'vmlinuz'\n", "m.toml: domain 1: name is missing"),
