@@ -101,13 +101,10 @@ class NetIo:
                 self._forget,
                 self._counters,
             )
-        except (ValueError, NodeError) as error:
-            LOG.warning(str(error), vif=path)
-            return
-        self.servers[path] = server
-        try:
+            self.servers[path] = server
             server.start()
-        except (XenstoreError, TimeoutError) as error:  # its nodes are gone meanwhile, perhaps
+        except (ValueError, NodeError, XenstoreError, TimeoutError) as error:
+            # Nodes that make no sense, or are gone meanwhile: this interface is not served, and the others are.
             LOG.warning(f"cannot be offered: {error}", vif=path)
 
     def _forget(self, server: VifServer) -> None:

@@ -15,12 +15,20 @@ from guests.build import build
 from toolstack.plugin.guests import GuestMachine
 from toolstack.plugin.network import Network
 
+TRANSPORTS = [
+    pytest.param("doorbells", marks=pytest.mark.domicile_machine(memory_mb=1024)),
+    pytest.param("zeromq-alone", marks=pytest.mark.domicile_machine(memory_mb=1024, doorbells=False)),
+    pytest.param("tcp", marks=pytest.mark.domicile_machine(memory_mb=1024, transport="tcp")),
+]
+
 
 @pytest.mark.pv
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_frontend_of_this_project_and_a_test_exchange_frames(
-    domain: Any, network: Network, machine: GuestMachine
+    domain: Any, network: Network, machine: GuestMachine, transport: str
 ) -> None:
     """ARP, ICMP, UDP; checksums completed by the back end; packets in several slots; multicast groups; the states of xenbus."""
+    assert machine.request("info")["doorbells"] is (transport != "zeromq-alone")
     guest = domain(build("net"), vifs=[f"mac={MAC}"])
     guest.console.expect("net: up")
     announced = network.expect(ARP)
