@@ -40,7 +40,9 @@ def _bits(*numbers: int) -> int:
 ADDED_1_ECX: Final = _bits(21, 31)  # x2APIC, hypervisor
 ADDED_1_EDX: Final = _bits(9, 12)  # APIC, MTRR
 HIDDEN_1_EDX: Final = _bits(7, 14)  # machine check: there is none
-SHOWN_8_1_EDX: Final = _bits(11, 20, 26, 27, 29)  # SYSCALL NX 1-GiB pages RDTSCP LM
+SHOWN_8_1_EDX: Final = _bits(11, 20, 27, 29)  # SYSCALL NX RDTSCP LM
+GIB_PAGES: Final = 1 << 26
+"""Leaf 0x80000001, EDX: pages of 1 GiB. The vCPU's walk takes them whatever CPUID says; shadow paging does not."""
 ARAT: Final = 1 << 2
 
 
@@ -56,6 +58,7 @@ class HvmCpuid:
     def __init__(self, domain: DomId, vcpus: int, native: Native, *, hap: bool = True) -> None:
         self._domain: Final = domain
         self._native: Final = native
+        self._added_8_1_edx: Final = GIB_PAGES if hap else 0
         self._vcpus: Final = max(1, min(vcpus, 127))
         words = [int.from_bytes(VENDOR[i : i + 4], "little") for i in range(0, 12, 4)]
         base = XEN_CPUID_FIRST_LEAF
@@ -108,7 +111,7 @@ class HvmCpuid:
             return shift, count, kind, vcpu * 2
         if leaf == 0x80000001:
             _, _, ecx, edx = self._native(leaf, 0)
-            return 0, 0, ecx, edx & SHOWN_8_1_EDX
+            return 0, 0, ecx, edx & SHOWN_8_1_EDX | self._added_8_1_edx
         if leaf == XEN_CPUID_FIRST_LEAF + 4:
             return FEATURES, vcpu, int(self._domain), 0
         return 0, 0, 0, 0

@@ -61,6 +61,8 @@ BIT_20: Final = 1 << 20
 _BEYOND: Final = ADDRESS & ~(WINDOW - 1)
 _RSVD_2M: Final = 0x1FE000
 _RSVD_1G: Final = 0x3FFFE000
+_RSVD_PAE: Final = 0x7FF << 52
+"""Bits that software may use in the entries of long mode, and that PAE reserves (SDM volume 3, table 4-11)."""
 _RSVD_PDPTE: Final = _BEYOND | 0x1E6 | 0xFFF << 52
 SPARE: Final = 8
 """Tables that one miss can need at most."""
@@ -398,7 +400,7 @@ class Shadow:
                 and ((level == 2 and (long_entry or self._pse)) or (level == 3 and not pdpte))
             )
             if long_entry:
-                bad = entry & _BEYOND or (entry & NX and not nxe)
+                bad = entry & _BEYOND or (entry & NX and not nxe) or (mode is PAE and entry & _RSVD_PAE)
                 if pdpte:
                     bad = entry & _RSVD_PDPTE
                 elif entry & LARGE and level > 1:

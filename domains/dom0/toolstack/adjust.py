@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from bus.abi import domctl as dc
 from domains.dom0.toolstack.guest import Guest, ToolstackError
-from domains.dom0.toolstack.pvh import extra_pages
+from domains.dom0.toolstack.pvh import slack_kib
 
 if TYPE_CHECKING:
     from domains.dom0.toolstack.manager import Manager
@@ -58,9 +58,9 @@ class Adjustments:
         self._limit(guest, kib)
 
     def _limit(self, guest: Guest, kib: int) -> None:
-        """Special pages of a PVH or HVM guest count against the hypervisor's limit, and not against the user's."""
+        """The hypervisor's limit is libxl's: a MiB above the user's."""
         config = guest.config
-        extra = extra_pages(config.maxvcpus or config.vcpus) << 2 if config.type != "pv" else 0
+        extra = slack_kib(config.maxvcpus or config.vcpus, pv=config.type == "pv")
         self._manager.xc.max_mem(guest.domid, kib + extra)
 
     def set_vcpus(self, name: str | int, count: int) -> int:

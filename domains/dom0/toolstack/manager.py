@@ -33,7 +33,7 @@ from domains.dom0.toolstack.images import ForeignMemory, build_pv_domain, read_f
 from domains.dom0.toolstack.kernels import Files, load_direct, load_files
 from domains.dom0.toolstack.models import DeviceModel, ModelError, model_settings, slot_of
 from domains.dom0.toolstack.nics import NicError, Nics
-from domains.dom0.toolstack.pvh import build_pvh_domain, extra_pages
+from domains.dom0.toolstack.pvh import build_pvh_domain, slack_kib
 from domains.dom0.xc import E820_RAM, ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import GrantError, HypercallError, NativeDomain
@@ -207,7 +207,7 @@ class Manager:
         xc, host = self.xc, self._host
         vcpus = config.maxvcpus or config.vcpus
         xc.max_vcpus(domid, vcpus)
-        extra = extra_pages(vcpus) << 2 if config.type != "pv" else 0
+        extra = slack_kib(vcpus, pv=config.type == "pv")
         xc.max_mem(domid, (max(config.memory_mb, config.maxmem_mb) << 10) + extra)
         self.hardware.give(domid, config.pci)
         xenstore_port = host.alloc_unbound(domid, DOMID_SELF)

@@ -43,6 +43,8 @@ from domains.native.domain import NativeDomain
 CODE32, DATA32, TSS32 = 0xC9B, 0xC93, 0x8B
 """Segment attributes of the entry state (hvm/save.h, *_arbytes)."""
 FLAT: Final = 0xFFFFFFFF
+MAXMEM_SLACK_KIB: Final = 1024
+"""LIBXL_MAXMEM_CONSTANT: a guest finds room for 256 frames more than it has."""
 LARGE: Final = 512
 """Frames of the largest extent that is populated at once: a range that is aligned so is used without gaps."""
 
@@ -57,6 +59,11 @@ def acpi_pages(vcpus: int) -> range:
 def extra_pages(vcpus: int) -> int:
     """Frames that a domain needs besides its RAM."""
     return len(special_pages()) + len(acpi_pages(vcpus))
+
+
+def slack_kib(vcpus: int, *, pv: bool) -> int:
+    """What a domain may own beyond what its file says, KiB: libxl's constant, room for the special pages in it."""
+    return MAXMEM_SLACK_KIB if pv else max(MAXMEM_SLACK_KIB, extra_pages(vcpus) << PAGE_SHIFT - 10)
 
 
 class GuestFrames:

@@ -105,7 +105,7 @@ class Program:
         if self.width == 8:
             value |= dice.choice((0, 0, 1)) << 63
             if dice.random() < 0.03:
-                value |= 1 << 45  # reserved
+                value |= 1 << dice.choice((45, 53))  # reserved; bit 53 with PAE only
         return value
 
     def touch(self) -> None:
@@ -133,7 +133,7 @@ class Program:
             index = dice.randrange(3)
             if dice.random() < 0.25:
                 value = self.entry(0) | 0x80  # a large page: all of the memory
-                value &= ~(1 << 45)
+                value &= ~(1 << 45 | 1 << 53)
             else:
                 value = self.entry(dice.choice(lower))
                 if self.width == 8 and self.mode == "long" and dice.random() < 0.9:
