@@ -176,7 +176,7 @@ def test_io_memory_of_the_domain_s_own_devices(guest: Guest) -> None:
         guest.clean()
         assert guest.update((at, 0xF0001 << 12 | KERNEL_RW), domid=domid) == 0
         assert guest.mmu.foreign_mappings(0xF0000) == 0
-        refused(guest, XEN_EPERM if 0xF0002 > MAX_MFN else XEN_EBUSY, at, 0xF0002 << 12 | KERNEL_RW, domid)
+        refused(guest, XEN_EPERM if MAX_MFN < 0xF0002 else XEN_EBUSY, at, 0xF0002 << 12 | KERNEL_RW, domid)
         assert guest.update((at, 0), domid=domid) == 0
     assert guest.mmu.update_va_mapping(va, 0xF0000 << 12 | KERNEL_RW, 0) == 0
     assert guest.mmu.update_va_mapping(va, 0, 0) == 0
