@@ -362,12 +362,13 @@ class Backend:
             queue.active_writes -= request.kind is Op.WRITE
             if request.barrier:
                 queue.barrier = False
-            queue.ledger.completed(request.slot, request.status)
+            queue.ledger.completed(request.slot, request.status, self._told)
             if self._told:
-                # Only now: a process that dies before this line has not told anybody.
+                # A process that dies before the line above has not told anybody; after it, its successor knows that it has.
                 if self._told & FLUSH_OWES:
                     self.ledger.flushed(clean=True)
                 self.ledger.set_lost(self.ledger.lost & ~self._told)
+                queue.ledger.settled(request.slot)
                 self._told = 0
             done.setdefault(queue, []).append(request)
         if more:

@@ -20,6 +20,8 @@ Layout (little-endian words; version 1)::
   successor can tell by the ring's producer index which responses the frontend has seen.
 * The flush words (in queue 0's control area) say whether writes were completed since the last flush, whether such were lost, and how
   often the device had lost power when that was decided.
+* A request whose failure says that writes were lost has that in its state word (bits 4 and 5), from the very store that completes it until
+  the flush words say the same: whoever dies in between has told it once, and its successor does not tell it again.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ _CONS, _RSP, _DIRTY, _EPOCH, _LOST, _POWER = 0, 1, 2, 3, 4, 5
 
 FLUSH_OWES: Final = 1
 WRITE_OWES: Final = 2
+_TOLD: Final = 0x30
+_TOLD_SHIFT: Final = 4
 
 
 class State(IntEnum):
@@ -153,11 +157,25 @@ class QueueLedger:
             if hook is not None:
                 hook("ledger.submitted")
 
-    def completed(self, slot: int, status: int) -> None:
-        """It is done, with BLKIF_RSP_* `status` (0 to -255)."""
-        self._states[slot] = self._states[slot] & 0xFFFF0000 | State.COMPLETED | (-status & 0xFF) << 8
+    def completed(self, slot: int, status: int, told: int = 0) -> None:
+        """It is done, with BLKIF_RSP_* `status` (0 to -255). `told`: of FLUSH_OWES and WRITE_OWES, what its failure tells; `settled`
+        follows when the ledger owes that no more."""
+        word = self._states[slot] & 0xFFFF0000 | State.COMPLETED | (-status & 0xFF) << 8
+        self._states[slot] = word | told << _TOLD_SHIFT
         if self.hook is not None:
             self.hook("ledger.completed")
+
+    def settled(self, slot: int) -> None:
+        """See `completed`."""
+        self._states[slot] &= ~_TOLD & MASK32
+
+    def told(self) -> dict[int, int]:
+        """What a life before told, and perhaps did not cross out: {slot: FLUSH_OWES | WRITE_OWES}."""
+        return {
+            slot: (word & _TOLD) >> _TOLD_SHIFT
+            for slot, word in enumerate(self._states)
+            if word & _TOLD and word & 0xFF & ~_TOLD == State.COMPLETED
+        }
 
     def answering(self, slots: list[int], index: int) -> None:
         """Their responses go to ring indexes from `index` on."""
@@ -345,6 +363,10 @@ class Ledger:
         if queues > MAX_QUEUES or self.bytes_needed(queues, slots) > len(self._memory):
             raise LedgerError(f"{queues} queues of {slots} slots in {len(self._memory)} bytes")
         self._open(queues, slots)
+        for queue in self.queues:  # before anybody looks whether more was lost
+            for slot, told in queue.told().items():
+                self.set_lost(self.lost & ~told)
+                queue.settled(slot)
         return blob
 
     # -- flush epochs

@@ -84,6 +84,16 @@ def test_errors_after_a_power_cut_are_one_flush_and_one_write() -> None:
     assert [world.excused(what) for what in ("write", "write")] == [True, False]
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3, 5, 10, 11, 12])
+def test_who_dies_as_it_tells_of_a_power_cut_has_told_it_once(seed: int) -> None:
+    """The failure was in the ledger, and that it had been told was not: the successor told it a second time."""
+    cut = Fault(what=What.POWER_CUT, event="dma", n=20 + seed)
+    kill = Fault(what=What.KILL, target="domio", event="ledger:completed", n=8 + seed)
+    outcome = run_seed(seed, Plan(fault=(cut, kill)))
+    assert outcome.fired == 2
+    assert outcome.violations == []
+
+
 @pytest.mark.parametrize(
     ("end", "state"),
     [("front", state) for state in (1, 3, 4, 5, 6)] + [("back", state) for state in (1, 2, 4, 5, 6)],

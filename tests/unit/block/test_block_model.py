@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from block_machine import Machine, Trouble, race, scenario
+from block_machine import Crash, Machine, Trouble, race, scenario
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivers.block.backend import Backend, Queue
 from drivers.block.grant_pool import GrantPool
-from drivers.block.ledger import QueueLedger, Recovered
+from drivers.block.ledger import FLUSH_OWES, WRITE_OWES, Ledger, QueueLedger, Recovered
 from drivers.block.ports import Command, Op
 from drivers.block.requests import Request
 from drivers.block.wire import X86_32, X86_64
@@ -324,6 +324,62 @@ def test_a_write_after_lost_writes_fails_once_too() -> None:
         failed = [what for what, status in answers if status]
         assert sorted(failed) == ["f", "w"]
         assert answers[-1][1] == (0 if order != "wwf" else -1)
+
+
+@pytest.mark.parametrize("order", ["ffww", "wwff", "fwfw", "wfwf"])
+@pytest.mark.parametrize("told", [FLUSH_OWES, WRITE_OWES])
+@pytest.mark.parametrize("where", ["completed", "before", "after"])
+def test_who_dies_as_it_tells_of_lost_writes_has_told_it_once(
+    monkeypatch: pytest.MonkeyPatch, told: int, where: str, order: str
+) -> None:
+    """Right after the failure is in the ledger, before or after the debt is crossed out: the successor answers it, and owes the rest."""
+    machine = Machine(1)
+    answers: list[tuple[str, int]] = []
+    ask = partial(_ask, machine, answers)
+    ask("w")
+    machine.store.power_cut()
+    machine.guarded(lambda back: back.storage_reset())
+    deaths: list[str] = []
+
+    def die(name: str) -> None:
+        if not deaths:
+            deaths.append(name)
+            raise Crash(name)
+
+    def completed(self: QueueLedger, slot: int, status: int, now: int = 0) -> None:
+        real_completed(self, slot, status, now)
+        if where == "completed" and now & told:
+            die("completed")
+
+    def set_lost(self: Ledger, lost: int) -> None:
+        dying = bool(self.lost & ~lost & told) and not deaths
+        if dying and where == "before":
+            die("before")
+        real_lost(self, lost)
+        if dying and where == "after":
+            die("after")
+
+    real_completed, real_lost = QueueLedger.completed, Ledger.set_lost
+    monkeypatch.setattr(QueueLedger, "completed", completed)
+    monkeypatch.setattr(Ledger, "set_lost", set_lost)
+    for each in order:
+        ask(each)
+    assert deaths == [where]
+    assert sorted(kind for kind, status in answers if status) == ["f", "w"]
+
+
+def test_a_power_cut_after_one_that_was_told_is_owed_again() -> None:
+    """What a slot says that it told is of that cut alone."""
+    machine = Machine(1)
+    answers: list[tuple[str, int]] = []
+    ask = partial(_ask, machine, answers)
+    for _ in range(2):
+        ask("w")
+        machine.store.power_cut()
+        machine.restart()
+        for what in "fwfw":
+            ask(what)
+    assert [what for what, status in answers if status] == ["f", "w", "f", "w"]
 
 
 def test_a_power_cut_with_nothing_unflushed_fails_no_flush() -> None:
