@@ -80,6 +80,8 @@ class PvProcess:
         self._foreign_users: dict[Mfn, int] = {}
         self._hardware: PvHardware | None = None
         self._channels: list[list[int]] = []
+        self._granted: list[Mfn] = []
+        """Frames that a process before this one had granted, and that others have mapped."""
         self._ear = Ear(self._ring)
         self._ear.add(self.link.fileno())
         self._lease = Lease(lambda: self.link.send(Report(what="lease")))
@@ -281,6 +283,8 @@ class PvProcess:
             return -XEN_EINVAL, b""
         domain = self._make_domain()
         rc = domain.start(VCPU_GUEST_CONTEXT.unpack(order.body["context"]))
+        for mfn in self._granted:  # as when their entries were flagged: the references go when the flags do
+            rc = rc or domain.mmu.hold_for_grant(mfn, False) or domain.mmu.hold_for_grant(mfn, True)
         if rc == 0:
             self.domain = domain
         return rc, b""
@@ -422,6 +426,7 @@ class PvProcess:
         by_number = dict(zip(order.body["windows"], fds, strict=True))
         for mfn, number, index in order.body["frames"]:
             self.memory.find_in_window(Mfn(mfn), by_number[number], index)
+            self._granted.append(Mfn(mfn))
         close_all(fds)
         return 0, b""
 

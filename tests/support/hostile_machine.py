@@ -152,8 +152,8 @@ class HostileMachine(RunningMachine):
 
 
 @contextmanager
-def hostile_machine(plan: Path) -> Iterator[HostileMachine]:
-    """With its neighbour at its prompt. `plan`: a file of this test's."""
+def hostile_machine(plan: Path, **more: Any) -> Iterator[HostileMachine]:
+    """With its neighbour at its prompt. `plan`: a file of this test's; `more`: for the machine."""
     with pytest.MonkeyPatch.context() as patch:
 
         def popen(command: list[str], **more: Any) -> Any:
@@ -165,7 +165,7 @@ def hostile_machine(plan: Path) -> Iterator[HostileMachine]:
         patch.setenv("DOMICILE_HOSTILE_PLAN", str(plan))
         plan.write_bytes(json.dumps({"attack": None, "stage": 0}).encode().ljust(4096))
         os.chmod(plan, 0o644)
-        with running_machine() as running:
+        with running_machine(**more) as running:
             machine = HostileMachine(running.machine)
             machine.plan = plan
             machine._asked = 0

@@ -19,6 +19,8 @@ from toolstack.guestfetch import fetch
 
 pytestmark = pytest.mark.timeout(180)
 DOMIO_BYTES = 32 << 20
+GUEST_BYTES = 64 << 20
+"""Memory of a DomIO that is a guest program (domains.dom0.toolstack.driver_guest.PAGES)."""
 GRANTS = 1 << 33
 """I/O virtual addresses of granted frames begin here (domains.domio.hardware.FIRST_DMA_GFN)."""
 BEYOND = "ADDRESS_BEYOND_WIDTH"
@@ -98,8 +100,8 @@ class DiskAttack:
 
 
 @contextmanager
-def attacked(tmp_path: Path, role: str) -> Iterator[DiskAttack]:
-    """With the role's processes hostile."""
+def attacked(tmp_path: Path, role: str, **more: Any) -> Iterator[DiskAttack]:
+    """With the role's processes hostile; `more` is for the machine."""
     content = tmp_path / "content"
     content.mkdir()
     (content / "hello.txt").write_text("hello-from-disk\n")
@@ -110,7 +112,7 @@ def attacked(tmp_path: Path, role: str) -> Iterator[DiskAttack]:
         patch.setenv("DOMICILE_HOSTILE_ROLE", role)
         for directory in (tmp_path, *tmp_path.parents[:2]):  # the device's uid opens the plan
             directory.chmod(directory.stat().st_mode | 0o011)
-        with hostile_machine(plan) as machine:
+        with hostile_machine(plan, **more) as machine:
             yield DiskAttack(machine, plan, image)
 
 
@@ -164,6 +166,48 @@ def test_dma_of_a_compromised_device(tmp_path: Path) -> None:
             AssertionError, match="something moved"
         ):  # the check can fail: DomIO's own page is its device's to read
             attack.attempt(dma=[(0x1000, 64, False)], position=(16 << 20) - 64)
+        attack.machine.neighbour_answers()
+        attack.machine.check()
+
+
+def test_dma_of_a_compromised_device_of_a_guest_program(tmp_path: Path) -> None:
+    """The same where DomIO is a PV guest, whose I/O page tables hold machine frames at their own numbers: its own, and no others but those
+    that it has mapped by grants."""
+    with attacked(tmp_path, "nvme", domio="guest") as attack:
+        attack.guest("victim")
+        attack.guest("honest")
+        attack.reads("victim")
+        request = attack.machine.client.request
+
+        def mapped(address: int) -> bool:
+            return request("iommu", {"domain": "DomIO", "iova": address})["walk"]["mfn"] is not None
+
+        first = next(address for address in range(16 << 20, 4 << 30, 2 << 20) if mapped(address))
+        end = first + GUEST_BYTES
+        assert mapped(end - 4096)
+        assert not mapped(end)
+        sweep = [address for address in range(0, 4 << 30, 4 << 20) if not first <= address < end]
+        sweep += range(1 << 36, (1 << 36) + (1 << 20), 0x4000)
+        for write in (False, True):
+            results = attack.attempt(dma=[(address, 64, write) for address in sweep])
+            assert {reason for _, reason in results} <= DENIED
+        results = attack.attempt(
+            dma=[((1 << 64) - 4096, 8192, True), (end - 96, 200, True), (end - 4096, 1 << 20, False)]
+        )
+        assert [reason for _, reason in results] == [BEYOND, "NO_WRITE_PERMISSION", "NO_READ_PERMISSION"]
+        results = attack.attempt(dma=[(first, 64, True)], epoch=1)
+        assert results == [(0xFFFE, "CONTEXT_NOT_PRESENT")]
+        results = attack.attempt(vectors=[1, 2, 63, 0xFFFF])
+        assert results == [(0xFFFF, "INTERRUPT_NOT_PRESENT")] * 4
+        attack.reads("honest")
+        request("destroy", {"domain": "honest"})
+        results = attack.attempt(dma=[(address, 64, True) for address in sweep])
+        assert {reason for _, reason in results} <= DENIED
+        attack.reads("victim")
+        with pytest.raises(
+            AssertionError, match="something moved"
+        ):  # the check can fail: that page is its own
+            attack.attempt(dma=[(first, 64, False)], position=(16 << 20) - 64)
         attack.machine.neighbour_answers()
         attack.machine.check()
 
