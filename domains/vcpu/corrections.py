@@ -2,6 +2,8 @@
 
 * #NM where a processor finds #UD first: an MMX or SSE instruction with CR0.EM set, an SSE instruction without CR4.OSFXSR (SDM
   volume 3, tables 2-3 and 13-1).
+* #UD, without CR4.OSFXSR, of instructions on general registers that have the prefix 66 in their opcode, SHLX above all (a kernel's own
+  decompressor runs it before it sets that bit).
 * #GP where the address that is not canonical is reached by the stack segment: #SS (`domains.vcpu.stack_fault`).
 * In long mode, the error code of a fault at an IDT entry counts 16 bytes an entry: it is the vector times 8 (SDM volume 3, 6.13).
 * A fault while a hardware event is delivered has the EXT bit (same place).
@@ -43,6 +45,14 @@ def skip_prefixes(code: bytes, *, long: bool) -> int:
     if long and at < len(code) and code[at] & 0xF0 == 0x40:
         at += 1
     return at
+
+
+def general_registers(code: bytes, *, long: bool) -> bool:
+    """The instruction at the start of `code` is SHLX, MOVBE or CRC32: it needs no bit of CR4 (SDM volume 2)."""
+    if len(code) >= 4 and code[0] == 0xC4:  # three-byte VEX: map 0F38, pp 66, L 0
+        return code[1] & 0x1F == 2 and code[2] & 7 == 1 and code[3] == 0xF7
+    at = skip_prefixes(code, long=long)
+    return 0x66 in code[:at] and code[at : at + 3] in (b"\x0f\x38\xf0", b"\x0f\x38\xf1")
 
 
 def undefined_first(code: bytes, cr0: int, cr4: int, *, long: bool) -> bool:

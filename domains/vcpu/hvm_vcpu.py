@@ -17,11 +17,11 @@ from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 from bus.addresses import MachineAddr
 from domains.vcpu import hvm_msrs, hvm_thunks, strings, thunks
 from domains.vcpu.api import GuestFault, StopReason, VcpuError
-from domains.vcpu.corrections import Corrections
+from domains.vcpu.corrections import Corrections, general_registers
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
 from domains.vcpu.machine import Machine
-from domains.vcpu.state import HF_CPL, RAX, RBX, RCX, RDX
+from domains.vcpu.state import HF_CPL, HF_OSFXSR, RAX, RBX, RCX, RDX
 from domains.vcpu.thunks import Control
 from domains.vcpu.walk import GuestMemory, NotMapped
 
@@ -407,11 +407,19 @@ class UnicornHvmVcpu(Machine):
         if code[:3] not in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
             if self._corrections.icebp(code):
                 raise GuestFault(DB, 0)
-            return False
+            return self._general_registers(code)
         before = self.regs.rip
         self._exits.on_hypercall()
         if self.regs.rip == before:
             self.regs.rip = before + 3
+        return True
+
+    def _general_registers(self, code: bytes) -> bool:
+        """Once more with the translator's idea of CR4.OSFXSR set, until the guest writes CR4; SSE is not #UD as long."""
+        regs = self.regs
+        if regs.hflags & HF_OSFXSR or not general_registers(code, long=bool(regs.efer & LMA)):
+            return False
+        regs.hflags |= HF_OSFXSR
         return True
 
     def _on_fault(self, uc: int, vector: int, user: int) -> int:

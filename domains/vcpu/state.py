@@ -36,6 +36,8 @@ RFLAGS_FIXED: Final = 0x2
 RFLAGS_MASK: Final = 0x3F7FD5
 """Every flag that exists; bit 1 is always set, the others always clear."""
 
+HF_OSFXSR: Final = 1 << 22
+"""In hflags: CR4.OSFXSR."""
 HF_CPL: Final = 3
 """In hflags: the current privilege level."""
 

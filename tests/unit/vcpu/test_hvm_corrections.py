@@ -192,3 +192,34 @@ def test_wrmsr_of_efer_switches_nx() -> None:
     guest.memory[entry + 7] = 0x80
     assert _run(guest, 14, WITH_CODE) == (9, 17 + 4)
     assert guest.vcpu.regs.rbp == 0x501
+
+
+WITHOUT_OSFXSR = "0f20e0 25fffdffff 0f22e0"  # mov rax,cr4; and eax,~0x200; mov cr4,rax
+GENERAL = [
+    ("shlx r8d,r8d,edx", "41b801000000 ba05000000 c44269f7c0 4489c0", 32),
+    ("movbe ax,[rsp]", "b834120000 50 660f38f00424", 0x3412),
+    ("crc32 eax,bx", "31c0 bb01000000 66f20f38f1c3", None),
+]
+
+
+@pytest.mark.parametrize(("name", "code", "result"), GENERAL, ids=[row[0] for row in GENERAL])
+def test_instructions_on_general_registers_need_no_osfxsr(name: str, code: str, result: int | None) -> None:
+    """A kernel's decompressor runs SHLX before it sets CR4.OSFXSR; also again after a write of CR4."""
+    for times in (1, 2):
+        guest = HvmGuest()
+        guest.long_mode(f"{WITHOUT_OSFXSR} {code}" * times + "e6f4ebfe")
+        guest.handler(6, "b8ef0c0000 e6f4ebfe")
+        assert guest.run() is StopReason.REQUESTED
+        value = guest.vcpu.regs.rax & 0xFFFF
+        assert value == result if result is not None else value not in (0, 0xCEF)
+        assert not guest.vcpu.regs.cr4 & CR4_OSFXSR
+
+
+def test_sse_without_osfxsr_stays_undefined() -> None:
+    """ADDPS, and ADDPD, which has the prefix 66."""
+    for code in ("0f58c1", "660f58c1"):
+        guest = HvmGuest()
+        guest.long_mode(f"{WITHOUT_OSFXSR} {code} e6f4ebfe")
+        guest.handler(6, "b8ef0c0000 e6f4ebfe")
+        assert guest.run() is StopReason.REQUESTED
+        assert guest.vcpu.regs.rax == 0xCEF
