@@ -237,7 +237,7 @@ def _vif_value(key: str, value: str, fail: Any) -> Any:
             raise fail(f"rate {value!r}: such as 10Mb/s, 250KB/s or 1MB/s@20ms")
     elif key in ("devid", "mtu"):
         low, high = (0, 255) if key == "devid" else (68, 65535)
-        if not value.isascii() or not value.isdigit() or not low <= int(value[:9]) <= high:
+        if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
             raise fail(f"{key} {value!r}: a number from {low} to {high}")
         return int(value)
     elif key in ("accel", "trusted"):

@@ -362,10 +362,18 @@ def _uuid(read: _Reader) -> bytes:
 
 def _path(text: str, base: Path) -> str:
     """Relative to the working directory, as xl has it; else beside the configuration."""
-    if not text or text.startswith("/") or Path(text).exists():
+    if not text or text.startswith("/") or _exists(Path(text)):
         return text
     beside = base / text
-    return str(beside) if beside.exists() else text
+    return str(beside) if _exists(beside) else text
+
+
+def _exists(path: Path) -> bool:
+    """Of a path of any kind: one that is too long is none (and named when it is opened)."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _device(read: _Reader, key: str, text: str, at: Value, parser: Callable[[str, str], Parsed]) -> Parsed:

@@ -9,8 +9,10 @@ XVD_MAJOR: Final = 202
 HD_MAJORS: Final = (3, 22)
 SD_MAJOR: Final = 8
 EXTENDED: Final = 1 << 28
-_NAME: Final = re.compile(r"(xvd|hd|sd|vd)([a-z]{1,2})([0-9]*)")
-_POSITION: Final = re.compile(r"d([0-9]+)(?:p([0-9]+))?")
+MAX_NUMBER: Final = (1 << 29) - 1
+"""The highest that vbd-interface has a meaning for: the last partition of the last extended disk."""
+_NAME: Final = re.compile(r"(xvd|hd|sd|vd)([a-z]{1,2})([0-9]{0,9})")
+_POSITION: Final = re.compile(r"d([0-9]{1,9})(?:p([0-9]{1,9}))?")
 
 
 def number_of(vdev: str) -> int:
@@ -18,8 +20,11 @@ def number_of(vdev: str) -> int:
     match = _POSITION.fullmatch(vdev)
     if match:
         return _encode(int(match[1]), int(match[2] or 0))
-    if re.fullmatch(r"0x[0-9a-f]+|[0-9]+", vdev):
-        return int(vdev, 0)
+    if re.fullmatch(r"0x[0-9a-f]{1,8}|[1-9][0-9]{0,9}|0", vdev):
+        number = int(vdev, 0)
+        if number > MAX_NUMBER:
+            raise ValueError(f"vdev {vdev!r}: a number up to {MAX_NUMBER:#x}")
+        return number
     match = _NAME.fullmatch(vdev)
     if match is None:
         raise ValueError(f"vdev {vdev!r}: xvda, hda, sda (and a partition), d0p1 or a number")

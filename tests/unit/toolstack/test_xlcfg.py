@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domains.dom0.toolstack.vdev import number_of
 from toolstack.xlcfg.devices import parse_disk, parse_vif
 from toolstack.xlcfg.errors import ConfigError
 from toolstack.xlcfg.grammar import parse
@@ -449,3 +450,34 @@ def test_vnc(text: str, fields: dict[str, object]) -> None:
 def test_what_vnc_cannot_be(text: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         model(f"{HVM}{text}")
+
+
+@pytest.mark.parametrize("key", ["kernel", "ramdisk"])
+def test_a_path_that_is_too_long_is_left_for_whoever_opens_it(key: str, tmp_path: Path) -> None:
+    long = "a/" * 3000
+    text = f'name="x"\nkernel="k"\n{key}="{long}"\ndisk=["{long},raw,xvda,w"]\n'
+    config = understand(parse(text, "f"), "f", tmp_path)
+    assert getattr(config, key) == long
+    assert config.disks[0]["target"] == long
+
+
+@pytest.mark.parametrize("text", ["devid=0000000019999", "devid=256", "mtu=0000000001500", "mtu=67"])
+def test_numbers_of_interfaces_have_their_bounds_however_they_are_written(text: str) -> None:
+    with pytest.raises(ConfigError, match="a number from"):
+        parse_vif(text, "f")
+
+
+@pytest.mark.parametrize(
+    "vdev",
+    ["0x20000000", "536870912", "9" * 5000, "0x" + "f" * 50, "d" + "9" * 5000, "00012", "xvda" + "1" * 5000],
+)
+def test_numbers_of_disks_have_a_bound(vdev: str) -> None:
+    with pytest.raises(ValueError, match=r"disk|vdev|partition"):
+        number_of(vdev)
+
+
+def test_numbers_of_disks() -> None:
+    assert [number_of(v) for v in ("xvda", "hdc", "sdb1", "d0p1", "0xca10", "51728", "0")] == [
+        51712, 22 << 8, 8 << 8 | 17, 51713, 51728, 51728, 0,
+    ]  # fmt: skip
+    assert number_of("d1048575p255") == 0x1FFFFFFF
