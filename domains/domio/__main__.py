@@ -40,6 +40,7 @@ class DomIo:
         self.store: XenstoreClient
         self.pages: DmaPages
         self.servers: dict[str, VbdServer] = {}
+        self._scanning = self._changed = False
 
     def start(self) -> None:
         """The domain is built: find what there is to serve."""
@@ -61,6 +62,18 @@ class DomIo:
         node = path.partition("backend/vbd/")[2].split("/")[2:]
         if node and node != [LAST_NODE]:
             return  # within a disk's directory: neither new nor gone
+        self._changed = True
+        if self._scanning:
+            return  # the store is waited for, and this is served meanwhile: the one who waits looks again
+        self._scanning = True
+        try:
+            while self._changed:
+                self._changed = False
+                self._look()
+        finally:
+            self._scanning = False
+
+    def _look(self) -> None:
         base = f"/local/domain/{self.host.domid}/backend/vbd"
         found = []
         for domid in self.store.list(base):
@@ -68,8 +81,11 @@ class DomIo:
                 path = f"{base}/{domid}/{number}"
                 if self.store.read(f"{path}/{LAST_NODE}") is not None:
                     found.append(path)
-        for path in [path for path in self.servers if path not in found]:
-            self.servers.pop(path).close()
+        for path, server in list(self.servers.items()):
+            # The same directory with another device: the disk was taken away, and another one attached before this process looked.
+            if path not in found or self.store.read(f"{path}/params") != f"nvme:{server.bdf:x}".encode():
+                self.servers.pop(path, None)
+                server.close()
         for path in found:
             if path not in self.servers:
                 self._serve(path)
@@ -100,7 +116,8 @@ class DomIo:
             server.device_attached()
 
     def _forget(self, server: VbdServer) -> None:
-        self.servers.pop(server.path, None)
+        if self.servers.get(server.path) is server:  # else its place is another disk's by now
+            del self.servers[server.path]
 
     def _device(self, bdf: int) -> None:
         for server in self.servers.values():

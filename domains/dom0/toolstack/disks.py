@@ -34,6 +34,8 @@ DEPOSIT_TIMEOUT_S: Final = 5.0
 RESTART_DELAY_S: Final = 0.05
 
 
+MAX_DISKS: Final = 31
+"""At a time: DomIO's memory has places for so many (domains.domio)."""
 NO_DEVICE: Final = -1
 """Instead of the PCI address of a disk that another driver domain serves."""
 
@@ -85,6 +87,7 @@ class Disks:
         """(role, name) of a device that is no disk of ours, by its PCI address."""
         self._restarts: dict[int, Restarts] = {}
         self._serial = 0
+        self._place = 0
         host.on_order["device_ended"] = self._device_ended
 
     # ------------------------------------------------------------------ DomIO
@@ -190,12 +193,12 @@ class Disks:
             return self._attach_foreign(domid, vdev, number, config, served)
         if fd is None:
             raise DiskError(f"disk {vdev}: no file was given (an empty drive is not served)")
+        bdf = self._free_place()
         try:
             backend = self.domio if self.domio is not None else self.driver.start()
         except BuildError as error:
             raise DiskError(f"DomIO: {error}") from None
         self._serial += 1
-        bdf = (self._serial & 0x1F) << 3 | (self._serial >> 5) << 8
         readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))
         settings = {
             "serial": f"DOMICILE{self._serial:04d}",
@@ -212,6 +215,17 @@ class Disks:
             self._pull_out(disk)
             raise
         return disk
+
+    def _free_place(self) -> int:
+        """The PCI address of a new disk's controller, on bus 0. They are taken in turn, so that one that became free rests before it is
+        another disk's. DiskError: all are in use."""
+        used = {disk.bdf for disk in self.disks.values()}
+        for step in range(MAX_DISKS):
+            place = (self._place + step) % MAX_DISKS + 1
+            if place << 3 not in used and self.others(place << 3) is None:
+                self._place = place
+                return place << 3
+        raise DiskError(f"the machine has {MAX_DISKS} disks, and DomIO serves no more")
 
     def _attach_foreign(
         self, domid: DomId, vdev: str, number: int, config: dict[str, Any], name: str

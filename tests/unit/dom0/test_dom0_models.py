@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -208,6 +209,27 @@ def test_a_disk_whose_device_is_refused_leaves_nothing_behind(rig: Rig, refused:
     assert rig.deposits == {"disk1": []}
     rig.xc.refuse.clear()
     assert rig.disks.attach(GUEST, disk, 0).name == "disk2", "and it can be tried again"
+
+
+def test_disks_that_come_and_go_use_up_no_places(rig: Rig) -> None:
+    """A guest that reboots all day takes nobody's disks away: DomIO serves controllers at 00:01.0 to 00:1f.0."""
+    disk = {"vdev": "xvda", "target": "x"}
+    rig.disks.others = lambda bdf: ("nvme", "hw1") if bdf == 5 << 3 else None
+    rig.disks.attach(DomId(7), disk, 0)
+    places = []
+    for _ in range(100):
+        places.append(rig.disks.attach(GUEST, disk, 0).bdf)
+        rig.disks.domain_died(GUEST)
+    assert set(places) == {number << 3 for number in range(2, 32) if number != 5}
+    assert all(one != other for one, other in pairwise(places)), "one that became free rests"
+    for number in range(28):
+        rig.disks.attach(DomId(10 + number), disk, 0)
+    assert len({each.bdf for each in rig.disks.disks.values()}) == 29
+    rig.disks.attach(DomId(40), disk, 0)
+    with pytest.raises(DiskError, match="31 disks"):
+        rig.disks.attach(GUEST, disk, 0)
+    rig.disks.domain_died(DomId(12))
+    assert rig.disks.attach(GUEST, disk, 0).bdf not in (0, 5 << 3)
 
 
 def test_a_guest_is_ended_once_whoever_looks_while_its_device_model_is_waited_for(
