@@ -21,6 +21,7 @@ from domains.vcpu.corrections import Corrections, general_registers
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
 from domains.vcpu.machine import Machine
+from domains.vcpu.operand import memory_operand
 from domains.vcpu.state import HF_CPL, HF_OSFXSR, RAX, RBX, RCX, RDX
 from domains.vcpu.thunks import Control
 from domains.vcpu.walk import GuestMemory, NotMapped
@@ -489,20 +490,23 @@ class UnicornHvmVcpu(Machine):
             length = 3
         elif code[:2] == b"\x0f\x06":  # clts
             value, length = regs.cr0 & ~8, 2
-        elif code[:2] == b"\x0f\x01" and code[2] >> 6 == 3:  # lmsw reg: PE can be set but not cleared
-            value = regs.cr0 & ~0xE | regs.gpr(code[2] & 7 | (rex & 1) << 3) & 0xF
-            length = 3
+        elif code[:2] == b"\x0f\x01":  # lmsw: PE can be set but not cleared
+            if code[2] >> 6 == 3:
+                word, length = regs.gpr(code[2] & 7 | (rex & 1) << 3), 3
+            else:
+                address, size = self._operand(code, prefixes, rex)
+                # (A page fault would have come before the exit: the word was read.)
+                word, length = int.from_bytes(self.memory.read(address, 2), "little"), 2 + size
+            value = regs.cr0 & ~0xE | word & 0xF
         else:
-            raise VcpuError(
-                f"a write of CR{number} by {code[:8].hex()}, which is not decoded (LMSW from memory)"
-            )
+            raise VcpuError(f"a write of CR{number} by {code[:8].hex()}, which is not decoded")
         loaded = self._exits.on_cr_write(number, value)
         self.set_control(number, loaded)
         regs.rip += prefixes + length
 
     def _invlpg_exit(self) -> None:
         code, prefixes, rex = self._opcode()
-        address, length = self._effective_address(code[2:], rex)
+        address, length = self._operand(code, prefixes, rex)
         self._invalidate(address)
         self._flush_page(self._cpu, address)
         self.regs.rip += prefixes + 2 + length
@@ -510,34 +514,9 @@ class UnicornHvmVcpu(Machine):
     def _invalidate(self, address: int) -> None:
         self._exits.on_invlpg(address)
 
-    def _effective_address(self, code: bytes, rex: int) -> tuple[int, int]:
-        """(linear address, length of ModRM to displacement) of a memory operand with 32- or 64-bit
-        addressing."""
-        regs = self.regs
-        long = bool(regs.hflags & hvm_thunks.HF_CS64)
-        if not long and not regs.segment("cs").attributes & 1 << 14:
-            raise VcpuError("INVLPG with 16-bit addressing is not decoded")
-        mod, rm, at, base = code[0] >> 6, code[0] & 7, 1, 0
-        register: int | None = rm | (rex & 1) << 3
-        if rm == 4:
-            sib, at = code[1], 2
-            index = sib >> 3 & 7 | (rex & 2) << 2
-            register = sib & 7 | (rex & 1) << 3
-            if index != 4:
-                base += regs.gpr(index) << (sib >> 6)
-            if mod == 0 and sib & 7 == 5:
-                register, mod = None, 2
-        elif mod == 0 and rm == 5:
-            register, mod = None, 2
-            if long:
-                base += regs.rip + 2 + 5 + (1 if rex else 0)
-        if register is not None:
-            base += regs.gpr(register)
-        size = {0: 0, 1: 1, 2: 4}[mod]
-        base += int.from_bytes(code[at : at + size], "little", signed=True)
-        if not long:
-            base = (base & M32) + regs.segment("ds").base
-        return base & (M64 if long else M32), at + size
+    def _operand(self, code: bytes, prefixes: int, rex: int) -> tuple[int, int]:
+        """Linear address of the memory operand of 0F 01, and the bytes of ModRM and what follows it."""
+        return memory_operand(code[2:], self.code_at_rip(prefixes) if prefixes else b"", rex, self.regs, 2)
 
     def _on_syscall(self, uc: int, user: int) -> None:
         self._guarded(self._legacy_syscall)

@@ -580,3 +580,34 @@ def test_lmsw_is_trapped() -> None:
     assert guest.run() is StopReason.HALT
     assert ("cr", 0, 0x60000011) in guest.exits.seen
     assert guest.vcpu.regs.cr0 & 1
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("c70600050100 0f01360005 eb00 f4", "[disp16]"),  # mov word [0x500],1; lmsw [0x500]; jmp +0; hlt
+        ("bb0005 be0600 c74001 0100 90 0f017001 eb00 f4", "[bx+si+disp8]"),  # word [bx+si+1]
+        ("bd0005 c7460301 00 0f017603 eb00 f4", "[bp+disp8]"),
+        ("66bb00050000 67c7430401 00 670f017304 eb00 f4", "[ebx+disp8], 16-bit code"),
+        ("b85000 8ec0 26c706000001 00 260f01360000 eb00 f4", "es:[0]"),  # mov ax,0x50; mov es,ax
+    ],
+)
+def test_lmsw_from_memory_is_trapped(code: str, what: str) -> None:
+    """With each kind of 16-bit address, an address-size prefix, another segment."""
+    guest = HvmGuest()
+    guest.vcpu.trap_control_writes(0)
+    guest.real_mode(code)
+    assert guest.run() is StopReason.HALT, what
+    assert ("cr", 0, 0x60000011) in guest.exits.seen
+    assert guest.vcpu.regs.cr0 & 1
+
+
+def test_invlpg_with_small_addresses_and_segments_is_trapped() -> None:
+    """In 16-bit code: [0x1234], [bx], an address-size prefix; with another segment."""
+    guest = HvmGuest()
+    guest.vcpu.trap_invlpg(True)
+    # mov bx,0x4321; mov ax,0x100; mov es,ax; invlpg [0x1234]; invlpg [bx]; invlpg es:[bx+1]; invlpg [ebx+2]; hlt
+    guest.real_mode("bb2143 b80001 8ec0 0f013e3412 0f013f 260f017f01 670f017b02 f4")
+    assert guest.run() is StopReason.HALT
+    seen = [item[1] for item in guest.exits.seen if item[0] == "invlpg"]
+    assert seen == [0x1234, 0x4321, 0x1000 + 0x4322, 0x4323]
