@@ -197,6 +197,8 @@ def verdict(caller: Caller, number: int, command: int) -> int:
     if not caller.is_control:
         if entry.privilege is Privilege.CONTROL:
             return -errno.XEN_EPERM
+        if entry.privilege is Privilege.PIRQ and not caller.has_device and caller.kind is not Guests.PV:
+            return -errno.XEN_ENOSYS
         if entry.privilege is Privilege.HARDWARE and not caller.has_device:
             absent = number == xen.HYPERVISOR_physdev_op and caller.kind is not Guests.PV
             return -(errno.XEN_ENOSYS if absent else errno.XEN_EPERM)

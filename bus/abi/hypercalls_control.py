@@ -93,14 +93,17 @@ _CONSOLE: Final = (
 # ------------------------------------------------------------------------------------------------ physdev_op
 
 
-def _physdev(name: str, argument: Layout[Any] | None, note: str, *errors: Error) -> Command:
+def _physdev(
+    name: str, argument: Layout[Any] | None, note: str, *errors: Error, privilege: Privilege = Privilege.HARDWARE
+) -> Command:
+    if privilege is Privilege.HARDWARE:
+        errors = (Error(errno.XEN_EPERM, "the domain owns no such device"), *errors)
     return remote(
         getattr(physdev, f"PHYSDEVOP_{name}"),
         f"PHYSDEVOP_{name}",
         argument,
-        Error(errno.XEN_EPERM, "the domain owns no such device"),
         *errors,
-        privilege=Privilege.HARDWARE,
+        privilege=privilege,
         note=note,
     )
 
@@ -109,7 +112,13 @@ _NO_IRQ: Final = Error(errno.XEN_EINVAL, "no such interrupt")
 _NO_DEVICE: Final = Error(errno.XEN_ENODEV, "no such device")
 
 _PHYSDEV: Final = (
-    _physdev("eoi", physdev.PHYSDEV_EOI, "end of interrupt; a line that is still high fires again", _NO_IRQ),
+    _physdev(
+        "eoi",
+        physdev.PHYSDEV_EOI,
+        "end of interrupt; a line that is still high fires again",
+        _NO_IRQ,
+        privilege=Privilege.PIRQ,
+    ),
     refused(
         physdev.PHYSDEVOP_pirq_eoi_gmfn_v1,
         "PHYSDEVOP_pirq_eoi_gmfn_v1",
@@ -122,7 +131,9 @@ _PHYSDEV: Final = (
         errno.XEN_ENOSYS,
         "use PHYSDEVOP_irq_status_query",
     ),
-    _physdev("irq_status_query", physdev.PHYSDEV_IRQ_STATUS_QUERY, "XENIRQSTAT_*", _NO_IRQ),
+    _physdev(
+        "irq_status_query", physdev.PHYSDEV_IRQ_STATUS_QUERY, "XENIRQSTAT_*", _NO_IRQ, privilege=Privilege.PIRQ
+    ),
     local(
         physdev.PHYSDEVOP_set_iopl,
         "PHYSDEVOP_set_iopl",
@@ -162,7 +173,13 @@ _PHYSDEV: Final = (
     ),
     _physdev("unmap_pirq", physdev.PHYSDEV_UNMAP_PIRQ, "", NO_DOMAIN, _NO_IRQ),
     _physdev("setup_gsi", physdev.PHYSDEV_SETUP_GSI, "trigger and polarity", _NO_IRQ),
-    _physdev("get_free_pirq", physdev.PHYSDEV_GET_FREE_PIRQ, "", Error(errno.XEN_ENOSPC, "none is free")),
+    _physdev(
+        "get_free_pirq",
+        physdev.PHYSDEV_GET_FREE_PIRQ,
+        "",
+        Error(errno.XEN_ENOSPC, "none is free"),
+        privilege=Privilege.PIRQ,
+    ),
     _physdev("pci_mmcfg_reserved", physdev.PHYSDEV_PCI_MMCFG_RESERVED, "", _NO_DEVICE),
     _physdev(
         "pci_device_add", physdev.PHYSDEV_PCI_DEVICE_ADD, "the control domain found a device", _NO_DEVICE

@@ -233,7 +233,7 @@ CPU_HYPERCALLS: Final = (
         xen.HYPERVISOR_set_callbacks,
         "set_callbacks",
         "event_address failsafe_address syscall_address",
-        Error(errno.XEN_EINVAL, "an address is not canonical"),
+        note="an address that is not canonical is left out",
     ),
     single(xen.HYPERVISOR_fpu_taskswitch, "fpu_taskswitch", "set", note="sets or clears CR0.TS"),
     single(
@@ -243,14 +243,14 @@ CPU_HYPERCALLS: Final = (
         Error(
             errno.XEN_EPERM, "the value is one that a guest may not set (an address of the hypervisor, I/O)"
         ),
-        Error(errno.XEN_ENODEV, "DR4 or DR5 while CR4.DE is set"),
-        Error(errno.XEN_EINVAL, "no such register"),
+        Error(errno.XEN_ENODEV, "no such register; DR4 or DR5 while CR4.DE is set"),
+        Error(errno.XEN_EINVAL, "over 32 bits for DR6 or DR7"),
     ),
     single(
         xen.HYPERVISOR_get_debugreg,
         "get_debugreg",
         "reg",
-        Error(errno.XEN_EINVAL, "no such register"),
+        Error(errno.XEN_ENODEV, "no such register; DR4 or DR5 while CR4.DE is set"),
         note="returns the value",
     ),
     single(

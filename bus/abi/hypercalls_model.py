@@ -45,6 +45,7 @@ class Privilege(enum.Enum):
     DEVICE_MODEL = "the control domain, or the device model of the target (XEN_DOMCTL_set_target)"
     CONTROL = "the control domain"
     HARDWARE = "the control domain, or a domain that owns the device"
+    PIRQ = "any PV domain; another that owns a device"
 
 
 class Where(enum.Enum):

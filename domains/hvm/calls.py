@@ -160,6 +160,8 @@ class HvmEventCalls(EventCalls):
 class HvmOtherCalls(OtherCalls):
     """What this process does nothing about."""
 
+    translated = True
+
     def _refusal(self, command: Command) -> int:
         if not command.guests & Guests.TRANSLATED:
             return -XEN_ENOSYS

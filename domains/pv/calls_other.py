@@ -7,9 +7,11 @@ from typing import Final
 
 from bus.abi import physdev
 from bus.abi.domctl import XEN_DOMCTL_INTERFACE_VERSION
-from bus.abi.errno import XEN_EACCES, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
+from bus.abi.errno import XEN_E2BIG, XEN_EACCES, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
+from bus.abi.hvm.dm_op import XEN_DM_OP, XEN_DM_OP_BUF, XEN_DMOP_nr_vcpus
 from bus.abi.hypercalls_model import (
     CONSOLE_IO_ARG,
+    DM_OP_ARG,
     Command,
     Form,
     Guests,
@@ -18,6 +20,7 @@ from bus.abi.hypercalls_model import (
     State,
     Where,
     console_io_arg,
+    dm_op_arg,
 )
 from bus.abi.platform import XENPF_INTERFACE_VERSION
 from bus.abi.sysctl import XEN_SYSCTL_INTERFACE_VERSION
@@ -25,12 +28,15 @@ from bus.abi.xen import (
     CONSOLEIO_read,
     CONSOLEIO_write,
     HYPERVISOR_console_io,
+    HYPERVISOR_dm_op,
     HYPERVISOR_domctl,
+    HYPERVISOR_hvm_op,
     HYPERVISOR_physdev_op,
     HYPERVISOR_physdev_op_compat,
     HYPERVISOR_platform_op,
     HYPERVISOR_sysctl,
 )
+from domains.pv.api import GuestFault
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
 from domains.pv.debugreg import hypervisor_range
@@ -40,6 +46,9 @@ from domains.pv.wire import Remote
 CONSOLE_CHUNK: Final = 4096
 MAX_CONSOLE: Final = 1 << 31
 MAX_PORTS: Final = 65536
+MAX_DM_BUFFERS: Final = 2
+DM_OP_HEAD: Final = 8
+"""Bytes of `op` and `pad`, before the command's own structure."""
 CMD_IN_STRUCTURE: Final = -2
 INTERFACE_VERSIONS: Final = {
     HYPERVISOR_sysctl: XEN_SYSCTL_INTERFACE_VERSION,
@@ -51,6 +60,9 @@ INTERFACE_VERSIONS: Final = {
 
 class OtherCalls:
     """See the module. `control`: the domain is the control domain."""
+
+    translated = False
+    """The guest is an HVM or PVH one."""
 
     def __init__(
         self,
@@ -73,6 +85,7 @@ class OtherCalls:
             HYPERVISOR_console_io: self.console_io,
             HYPERVISOR_physdev_op: self.physdev_op,
             HYPERVISOR_physdev_op_compat: self.physdev_op_compat,
+            HYPERVISOR_dm_op: self.dm_op,
         }
 
     def generic(self, number: int) -> Handler:
@@ -103,6 +116,8 @@ class OtherCalls:
                 if not self._control:
                     return -XEN_EPERM
             return -(entry.unknown or XEN_ENOSYS)
+        if number == HYPERVISOR_hvm_op and not self.translated and Guests.PV not in command.guests:
+            return -XEN_EINVAL  # the command is there, but the caller is not of the kind
         refusal = self._refusal(command)
         if refusal:
             return refusal
@@ -147,9 +162,45 @@ class OtherCalls:
                 return rc
         return 0
 
+    def dm_op(self, domid: int, count: int, buffers: int, a4: int, a5: int) -> Result:
+        """For a guest's device model and the control domain; no command that is served has a second buffer. That the domain is not
+        there, or not the caller's to serve, is said before anything is (-EFAULT) of the buffers' content."""
+        domid &= 0xFFFF
+        count &= LOW32
+        if count > MAX_DM_BUFFERS:
+            return -XEN_E2BIG
+        memory = self._cpu.mmu
+        given = memory.read_virtual(buffers, count * XEN_DM_OP_BUF.size) if count else b""
+        table = self._table[HYPERVISOR_dm_op]
+        try:
+            where, room = XEN_DM_OP_BUF.unpack(given[: XEN_DM_OP_BUF.size]) if count else (0, 0)
+            if room < DM_OP_HEAD:
+                raise GuestFault(where)
+            cmd = int.from_bytes(memory.read_virtual(where, DM_OP_HEAD)[:4], "little")
+            command = table.command(cmd)
+            size = DM_OP_HEAD + (command.payload.size if command is not None and command.payload is not None else 0)
+            if room < size:
+                raise GuestFault(where)
+            op = memory.read_virtual(where, size)
+        except GuestFault:
+            command, failed = None, -XEN_EFAULT
+        else:
+            failed = -(table.unknown or XEN_ENOSYS)
+        if command is None:
+            request = DM_OP_ARG.pack(dm_op_arg(domid, XEN_DM_OP.zero()._replace(op=XEN_DMOP_nr_vcpus)))
+            rc, _ = self._remote.raw(HYPERVISOR_dm_op, XEN_DMOP_nr_vcpus, request)
+            return min(rc, 0) or failed
+        request = DM_OP_ARG.pack(dm_op_arg(domid, XEN_DM_OP.unpack(op.ljust(XEN_DM_OP.size, b"\0"))))
+        rc, reply = self._remote.raw(HYPERVISOR_dm_op, cmd, request)
+        if rc >= 0 and reply:
+            memory.write_virtual(where, XEN_DM_OP.pack(DM_OP_ARG.unpack(reply).op)[:size])
+        return rc
+
     def physdev_op(self, cmd: int, arg: int, a3: int, a4: int, a5: int) -> Result:
         """set_iopl and set_iobitmap concern the vCPU alone."""
         cmd &= LOW32
+        if self.translated:
+            return self._generic(HYPERVISOR_physdev_op, cmd, arg, a3)
         memory = self._cpu.mmu
         s = self._cpu.current
         if cmd == physdev.PHYSDEVOP_set_iopl:

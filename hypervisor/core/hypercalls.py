@@ -37,6 +37,8 @@ MAX_WAITING: Final = 256
 """Calls of one domain that may wait for others. Its process makes one at a time for each vCPU; one that does not wait for its answers
 gets EAGAIN, for what waits is kept."""
 
+_DEVICES: Final = frozenset((Privilege.HARDWARE, Privilege.PIRQ))
+
 
 class Result(NamedTuple):
     """Xen's return value and the reply's data in its wire form."""
@@ -246,8 +248,11 @@ class Dispatcher:
             precheck(call)
         if command.privilege is Privilege.CONTROL and not domain.privileged:
             raise XenError(EPERM)
-        if command.privilege is Privilege.HARDWARE and not domain.privileged and not self.has_device(domain):
-            raise XenError(EPERM if domain.kind is Kind.PV else ENOSYS)
+        if command.privilege in _DEVICES and not domain.privileged and not self.has_device(domain):
+            if domain.kind is not Kind.PV:
+                raise XenError(ENOSYS)
+            if command.privilege is Privilege.HARDWARE:
+                raise XenError(EPERM)
         if not served:
             raise XenError(command.refusal)
         handler = self._handlers.get((nr, cmd))

@@ -15,7 +15,7 @@ from bus.abi import physdev as abi
 from bus.abi.xen import HYPERVISOR_physdev_op
 from bus.addresses import Bdf, DomId
 from hypervisor.core.config import MachineConfig
-from hypervisor.core.domains import Domain, DomainTable
+from hypervisor.core.domains import Domain, DomainTable, Kind
 from hypervisor.core.errors import XenError
 from hypervisor.core.event_channels import EventChannels
 from hypervisor.core.hooks import DomainHooks
@@ -189,8 +189,11 @@ class PhysdevOps(DomainHooks):
         return call.reply(0)
 
     def _irq_status_query(self, call: Call) -> Result:
-        """Lines need an EOI, messages do not; nothing is shared between domains."""
-        self._permitted(call, call.item.irq)
+        """Lines need an EOI, messages do not; nothing is shared between domains. A PV domain is told of any interrupt."""
+        if call.domain.kind is not Kind.PV:
+            self._permitted(call, call.item.irq)
+        elif call.item.irq >= self._config.max_pirqs:
+            raise XenError(EINVAL)
         line = call.item.irq not in self._of(call.domain.domid).msi
         return call.reply(0, call.item._replace(flags=abi.XENIRQSTAT_needs_eoi if line else 0))
 

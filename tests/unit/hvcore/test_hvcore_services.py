@@ -286,7 +286,9 @@ def test_interrupts_are_mapped_for_the_owner_of_the_device_only(machine: Machine
     query = physdev.physdev_irq_status_query(pirq, 9)
     call = (HYPERVISOR_physdev_op, physdev.PHYSDEVOP_irq_status_query, query)
     assert machine.call(owner, *call).item.flags == 0
-    assert machine.call(other, *call).rc == -EINVAL
+    assert machine.call(other, *call).item.flags == physdev.XENIRQSTAT_needs_eoi
+    beyond = physdev.physdev_irq_status_query(core.config.max_pirqs, 0)
+    assert machine.call(other, HYPERVISOR_physdev_op, physdev.PHYSDEVOP_irq_status_query, beyond).rc == -EINVAL
     machine.destroy(owner)
     assert remapping.entries == {}
 
@@ -310,11 +312,17 @@ def test_unmapping_and_taking_the_device_away(machine: Machine) -> None:
     assert remapping.entries == {}
 
 
-def test_a_domain_without_a_device_has_no_physdev_op(machine: Machine) -> None:
+def test_physdev_op_of_a_domain_without_a_device(machine: Machine) -> None:
+    """A PV domain may ask for numbers and their state; another has no such hypercall."""
     pv, hvm = machine.create(), machine.create(flags=domctl.XEN_DOMCTL_CDF_hvm)
-    item = physdev.physdev_eoi(1)
-    assert machine.call(pv, HYPERVISOR_physdev_op, physdev.PHYSDEVOP_eoi, item).rc == -EPERM
-    assert machine.call(hvm, HYPERVISOR_physdev_op, physdev.PHYSDEVOP_eoi, item).rc == -ENOSYS
+    for cmd, item, rc in (
+        (physdev.PHYSDEVOP_eoi, physdev.physdev_eoi(1), -EINVAL),
+        (physdev.PHYSDEVOP_irq_status_query, physdev.physdev_irq_status_query(1, 0), 0),
+        (physdev.PHYSDEVOP_get_free_pirq, physdev.physdev_get_free_pirq(physdev.MAP_PIRQ_TYPE_GSI, 0), 0),
+        (physdev.PHYSDEVOP_setup_gsi, physdev.physdev_setup_gsi(1, 0, 0), -EPERM),
+    ):
+        assert machine.call(pv, HYPERVISOR_physdev_op, cmd, item).rc == rc
+        assert machine.call(hvm, HYPERVISOR_physdev_op, cmd, item).rc == -ENOSYS
 
 
 # -- I/O memory and ports

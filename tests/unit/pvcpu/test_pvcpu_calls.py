@@ -13,6 +13,8 @@ from bus.abi import memory as mem
 from bus.abi import vcpu as v
 from bus.abi import version, xen
 from bus.abi.callback import CALLBACK_REGISTER, CALLBACKOP_register, CALLBACKOP_unregister, callback_register
+from bus.abi.hvm import dm_op, hvm_op
+from bus.abi.hypercalls_model import DM_OP_ARG
 from bus.abi.sched import (
     SCHEDOP_poll,
     SCHEDOP_shutdown,
@@ -288,3 +290,41 @@ def test_control_hypercalls_are_refused_or_forwarded(rig: Rig) -> None:
     rig.upstream.answer = lambda nr, cmd, data: (0, b"")
     assert call(rig, xen.HYPERVISOR_console_io, 0, 5, DATA) == 0
     assert rig.upstream.asked[-1][2] == struct.pack("<I", 5) + b"hello"
+
+
+def test_the_device_model_operations_of_a_pv_domain(rig: Rig) -> None:
+    """The structure crosses the bus as one piece and comes back into the buffer; who may is said before what is wrong with it."""
+    nr = xen.HYPERVISOR_dm_op
+
+    def buffer(size: int, at: int = DATA + 64) -> None:
+        rig.put(DATA, dm_op.XEN_DM_OP_BUF.pack(dm_op.xen_dm_op_buf(at, size)))
+
+    def served(number: int, cmd: int, data: bytes) -> tuple[int, bytes]:
+        item = DM_OP_ARG.unpack(data)
+        assert (number, cmd, item.domid, item.op.op) == (nr, dm_op.XEN_DMOP_nr_vcpus, 9, cmd)
+        return 0, DM_OP_ARG.pack(item._replace(op=item.op._replace(u=b"\5".ljust(len(item.op.u), b"\0"))))
+
+    rig.upstream.answer = served
+    rig.put(DATA + 64, struct.pack("<IIIQ", dm_op.XEN_DMOP_nr_vcpus, 0, 0, 0x5555555555555555))
+    buffer(12)
+    assert call(rig, nr, 1 << 16 | 9, 1, DATA) == 0, "the domain's number has 16 bits"
+    assert rig.get(DATA + 64, 20) == struct.pack("<IIIQ", dm_op.XEN_DMOP_nr_vcpus, 0, 5, 0x5555555555555555)
+    assert call(rig, nr, 9, 3, DATA) == -7, "E2BIG"
+    assert call(rig, nr, 9, 1, UNMAPPED) == -EFAULT
+    assert call(rig, nr, 9, 0, 0) == -EFAULT, "no buffer"
+    buffer(11)
+    assert call(rig, nr, 9, 1, DATA) == -EFAULT, "too small for the command"
+    buffer(12, UNMAPPED)
+    assert call(rig, nr, 9, 1, DATA) == -EFAULT
+    rig.put(DATA + 64, struct.pack("<II", 99, 0))
+    buffer(8)
+    assert call(rig, nr, 9, 1, DATA) == -95, "EOPNOTSUPP"
+    rig.upstream.answer = lambda number, cmd, data: (-3, b"")
+    assert call(rig, nr, 9, 1, DATA) == -3, "ESRCH comes first"
+    assert call(rig, nr, 9, 0, 0) == -3
+
+
+def test_commands_of_hvm_op_that_are_for_others(rig: Rig) -> None:
+    assert call(rig, xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_flush_tlbs, 0) == -EINVAL
+    assert call(rig, xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_set_evtchn_upcall_vector, UNMAPPED) == -EINVAL
+    assert call(rig, xen.HYPERVISOR_hvm_op, 0x777, 0) == -ENOSYS
