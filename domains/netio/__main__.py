@@ -22,7 +22,7 @@ from domains.native.xenstore import XenstoreClient
 from domains.netio.bridges import Bridges
 from domains.netio.copies import STAGE_PAGES, Stage
 from domains.netio.ports import Outside
-from domains.netio.vif import VifServer
+from domains.netio.vif import VifServer, identity
 from drivers.net.journal import Journals
 from drivers.xenbus.client import XenstoreError
 from drivers.xenbus.nodes import NodeError
@@ -44,6 +44,7 @@ class NetIo:
         self._counters: Final = counters
         self.bridges: Final = Bridges(host.reactor.after)
         self.servers: Final[dict[str, VifServer]] = {}
+        self._scanning = self._changed = False
         self.store: XenstoreClient
         self.stage: Stage
         self.journals: Journals
@@ -63,19 +64,34 @@ class NetIo:
         self.store.watch("backend/vif", self._scan)
 
     def _scan(self, path: str) -> None:
-        """Which interfaces are there?"""
+        """Which interfaces are there? Others are called back while the store is waited for: they leave it to the one who waits."""
         node = path.partition("backend/vif/")[2].split("/")[2:]
         if node and node != [LAST_NODE]:
             return  # within an interface's directory: neither new nor gone
+        self._changed = True
+        if self._scanning:
+            return
+        self._scanning = True
+        try:
+            while self._changed:
+                self._changed = False
+                self._look()
+        finally:
+            self._scanning = False
+
+    def _look(self) -> None:
         base = f"/local/domain/{self.host.domid}/backend/vif"
-        found = []
+        found: dict[str, tuple[str, ...]] = {}
         for domid in self.store.list(base):
             for number in self.store.list(f"{base}/{domid}"):
                 path = f"{base}/{domid}/{number}"
                 if self.store.read(f"{path}/{LAST_NODE}") is not None:
-                    found.append(path)
-        for path in [path for path in self.servers if path not in found]:
-            self.servers.pop(path).close()
+                    found[path] = identity(self.store, path)
+        for path, server in list(self.servers.items()):
+            # The same directory with other nodes: it was taken away, and another one attached before this process looked.
+            if found.get(path) != server.identity:
+                self.servers.pop(path, None)
+                server.close()
         for path in found:
             if path not in self.servers:
                 self._serve(path)
@@ -108,7 +124,8 @@ class NetIo:
             LOG.warning(f"cannot be offered: {error}", vif=path)
 
     def _forget(self, server: VifServer) -> None:
-        self.servers.pop(server.path, None)
+        if self.servers.get(server.path) is server:  # else its place is another one's by now
+            del self.servers[server.path]
 
 
 def main() -> None:

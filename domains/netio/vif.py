@@ -38,6 +38,12 @@ LOOK_AGAIN_S: Final = 0.001
 CHANGES_AT_ONCE: Final = 4
 
 
+def identity(store: XenstoreClient, path: str) -> tuple[str, ...]:
+    """What makes an interface another one, from its back end's directory."""
+    values = (store.read(f"{path}/{name}") for name in ("mac", "bridge", "rate", "frontend"))
+    return tuple((value or b"").decode("utf-8", "replace") for value in values)
+
+
 class VifServer:
     """Implements `drivers.net.xenbus_back.BackPort`, `drivers.net.ports.Network` and `drivers.net.switch.Receiver` for one interface."""
 
@@ -60,14 +66,15 @@ class VifServer:
         self._gone: Final = gone
         self.frontend_id: Final = DomId(int(self._node("frontend-id")))
         self.handle: Final = int(path.rpartition("/")[2])
-        self._mac: Final = bytes.fromhex(self._node("mac").replace(":", ""))
+        self.identity: Final = identity(store, path)
+        mac, self.bridge, limit, frontend = self.identity
+        self._mac: Final = bytes.fromhex(mac.replace(":", ""))
         if len(self._mac) != 6:
-            raise ValueError(f"mac is {self._node('mac')!r}")
-        rate = parse_rate(self._node("rate").encode())
+            raise ValueError(f"mac is {mac!r}")
+        rate = parse_rate(limit.encode())
         self._credit: Final = Credit(*rate, time.monotonic_ns) if rate is not None else None
         self._bridges: Final = bridges
         self._journals: Final = journals
-        self.bridge: Final = self._node("bridge")
         self._port: Final = bridges.join(self.bridge, f"vif{self.frontend_id}.{self.handle}", self)
         self._counters: Final = counters
         self._counter_key: Final = counter_key(self.frontend_id, self.handle)
@@ -81,7 +88,7 @@ class VifServer:
         self._again = False
         self._waits = False
         self.closed = False
-        self._device: Final = BackDevice(path, self._node("frontend"), self, max_queues=MAX_QUEUES)
+        self._device: Final = BackDevice(path, frontend, self, max_queues=MAX_QUEUES)
 
     def _node(self, name: str) -> str:
         value = self._store.read(f"{self.path}/{name}")
@@ -128,6 +135,8 @@ class VifServer:
 
     def connect(self, link: FrontLink) -> None:
         """See BackPort."""
+        if self.closed:  # while its frontend's nodes were read
+            raise ConnectError("the interface is gone")
         self._attach(link, {}, resumed=False)
 
     def _resume(self) -> None:
