@@ -107,8 +107,10 @@ class VncServer:
         self._log: Final = log
         self._server: Final = listen(settings)
         self._clients: dict[int, _Client] = {}
-        self._looking = False
+        self._looking = self._watching = False
         self._pause = PERIOD_S
+        self._size = 0, 0
+        self._not_before = 0.0  # the next picture for somebody who connects
         self.pictures = 0
         reactor.reader(self._server.fileno(), self._accept)
 
@@ -134,23 +136,34 @@ class VncServer:
             connection.close()
             return
         connection.setblocking(False)
-        screen = self._picture()
+        if time.monotonic() >= self._not_before:
+            self._make()  # else the size of the last one will do: clients may come in any number
         rfb = RfbServer(
             self._name,
-            screen.width,
-            screen.height,
+            *self._size,
             password=self._password,
             challenge=os.urandom(CHALLENGE) if self._password else b"",
         )
         client = _Client(connection, rfb)
         self._clients[connection.fileno()] = client
         self._reactor.reader(connection.fileno(), lambda: self._readable(client))
-        self._reactor.after(HANDSHAKE_S, lambda: self._late(client))
         self._send(client)
+        self._watch()
 
-    def _late(self, client: _Client) -> None:
-        if not client.rfb.ready:
-            self._drop(client)
+    def _watch(self) -> None:
+        """One timer for all handshakes: one each would keep clients that are gone already."""
+        deadlines = [client.deadline for client in self._clients.values() if not client.rfb.ready]
+        if deadlines and not self._watching:
+            self._watching = True
+            self._reactor.after(max(0.0, min(deadlines) - time.monotonic()), self._late)
+
+    def _late(self) -> None:
+        self._watching = False
+        now = time.monotonic()
+        for client in list(self._clients.values()):
+            if not client.rfb.ready and now >= client.deadline:
+                self._drop(client)
+        self._watch()
 
     def _drop(self, client: _Client) -> None:
         fd = client.socket.fileno()
@@ -220,13 +233,21 @@ class VncServer:
         if not waiting:
             return
         began = time.monotonic()
-        picture = self._picture()
-        self.pictures += 1
+        picture = self._make()
         for client in waiting:
             if client.rfb.update(picture):
                 self._send(client)
         self._pause = max(PERIOD_S, (SHARE - 1) * (time.monotonic() - began))
         self._follow()
+
+    def _make(self) -> Picture:
+        began = time.monotonic()
+        picture = self._picture()
+        now = time.monotonic()
+        self.pictures += 1
+        self._size = picture.width, picture.height
+        self._not_before = now + max(PERIOD_S, (SHARE - 1) * (now - began))
+        return picture
 
     def close(self) -> None:
         """Send everybody away."""

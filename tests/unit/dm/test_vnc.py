@@ -95,6 +95,31 @@ def rig() -> Iterator[Rig]:
     found.close()
 
 
+def test_clients_that_come_and_go_cost_neither_pictures_nor_memory(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would have a picture made, and be kept until its handshake is late."""
+    monkeypatch.setattr(vnc, "PERIOD_S", 3600.0)
+    for _ in range(50):
+        client = rig.connect()
+        rig.until(lambda: rig.server.clients == 1)
+        client.close()
+        rig.until(lambda: rig.server.clients == 0)
+    assert rig.server.pictures == 1
+    assert len(rig.reactor._timers) == 1
+
+
+def test_a_late_handshake_is_seen_after_an_earlier_one_that_was_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vnc, "HANDSHAKE_S", 0.2)
+    viewer = rig.viewer()
+    late = rig.connect()
+    rig.until(lambda: rig.ended(late))
+    assert rig.server.clients == 1
+    assert not rig.ended(viewer)
+
+
 def test_the_first_free_display_is_taken_where_that_is_wanted() -> None:
     first = listen(VncSettings(display=DISPLAY))
     second = listen(VncSettings(display=DISPLAY))
