@@ -430,6 +430,23 @@ static void endure(unsigned rounds)
     }
 }
 
+/* Others cut the power of the device while a write is answered and not flushed. */
+static void power(void)
+{
+    static volatile bool never;
+    char text[8];
+    uint64_t deadline = system_time() + WAIT;
+    same(transfer(BLKIF_OP_WRITE, OWN, 1, 0, 7), BLKIF_RSP_OKAY, "write");
+    note("now");
+    while (xenstore_read("data/go", text, sizeof(text)) < 1 && system_time() < deadline)
+        wait_for(&never, 10000000);
+    same(transfer(BLKIF_OP_FLUSH_DISKCACHE, 0, 0, 0, 0), BLKIF_RSP_ERROR, "the next flush says that answered writes are gone");
+    same(transfer(BLKIF_OP_WRITE, OWN, 1, 0, 7), BLKIF_RSP_ERROR, "and so does the next write");
+    same(transfer(BLKIF_OP_WRITE, OWN, 1, 0, 7), BLKIF_RSP_OKAY, "once");
+    same(transfer(BLKIF_OP_FLUSH_DISKCACHE, 0, 0, 0, 0), BLKIF_RSP_OKAY, "each");
+    same(transfer(BLKIF_OP_READ, OWN, 1, 0, 7), BLKIF_RSP_OKAY, "read");
+}
+
 void program(void)
 {
     const char *line = (const char *)start_info->cmd_line;
@@ -442,6 +459,12 @@ void program(void)
     if (!memcmp(line, "endure=", 7)) {
         connect(1, line[7] == 'p');
         endure(value_of(line + 8));
+        disconnect();
+        return;
+    }
+    if (!memcmp(line, "power", 5)) {
+        connect(0, false);
+        power();
         disconnect();
         return;
     }

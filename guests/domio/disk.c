@@ -285,8 +285,10 @@ void disk_work(struct disk *disk, uint64_t now)
     if (nvme_step(disk, now)) {
         if (!disk->offered)
             offer(disk);
-        else if (disk->connected)
+        else if (disk->connected) {
+            ledger_power(disk->ledger, disk->nvme.power_losses);
             rings_reissue(disk);
+        }
     }
     if (!disk->offered)
         return;

@@ -74,7 +74,7 @@ long bind_vector(unsigned bdf, unsigned entry);
 /* --- nvme.c --- */
 #define QUEUE_DEPTH 128
 #define REGISTER_PAGES 4
-enum nvme_state { NVME_OFF, NVME_RESETTING, NVME_ENABLING, NVME_CONTROLLER, NVME_NAMESPACE, NVME_QUEUES, NVME_CQ, NVME_SQ, NVME_READY };
+enum nvme_state { NVME_OFF, NVME_RESETTING, NVME_ENABLING, NVME_CONTROLLER, NVME_NAMESPACE, NVME_LOG, NVME_QUEUES, NVME_CQ, NVME_SQ, NVME_READY };
 
 struct nvme {
     unsigned bdf;
@@ -85,6 +85,7 @@ struct nvme {
     long port;
     uint64_t sectors;
     uint32_t max_bytes;       /* of one transfer */
+    uint32_t power_losses;    /* as it counts them */
     bool write_cache, can_discard, told;
     unsigned admin_tail, admin_head, admin_phase, admin_id;
     unsigned tail, head, phase, depth; /* depth: entries of each I/O queue */
@@ -131,6 +132,7 @@ struct request {
     uint64_t sector, sectors;
     unsigned count, cursor;   /* segments; the first that is in no command yet */
     unsigned outstanding, prps;
+    uint32_t stamp;           /* of a flush: writes that were completed when it was made */
     bool failed;
     struct request *next;
     struct segment segments[MAX_SEGMENTS];
@@ -180,15 +182,23 @@ struct ledger {
     volatile uint32_t valid;
     struct link link;
     volatile uint32_t req_cons[MAX_QUEUES], rsp_prod[MAX_QUEUES];
-    uint8_t unused[4096 - 4 - sizeof(struct link) - 8 * MAX_QUEUES];
+    volatile uint32_t dirty;  /* writes were called completed that no flush covers */
+    volatile uint32_t lost;   /* such are gone, and these have yet to say so: OWES_* */
+    volatile uint32_t power;  /* the controller's count of power losses when that was decided */
+    uint8_t unused[4096 - 4 - sizeof(struct link) - 8 * MAX_QUEUES - 12];
     struct record records[MAX_REQUESTS];
 };
+
+#define OWES_FLUSH 1u
+#define OWES_WRITE 2u
 
 /* The disk's own, in memory that outlives the program; mapped at the first call. NULL: there is no room for it. */
 struct ledger *ledger_of(unsigned place);
 /* The machine frame of a record. */
 unsigned long ledger_frame(const struct record *record);
-void ledger_begin(struct ledger *ledger, const struct link *link);
+void ledger_begin(struct ledger *ledger, const struct link *link, uint32_t power);
+/* The controller counts so many power losses now: more than before, with writes that no flush covers, and these may be gone. */
+void ledger_power(struct ledger *ledger, uint32_t power);
 void ledger_end(struct ledger *ledger);
 bool ledger_valid(const struct ledger *ledger);
 
@@ -250,6 +260,7 @@ struct disk {
     struct queue queues[MAX_QUEUES];
     struct fifo issue, done;
     unsigned in_use;          /* requests */
+    uint32_t writes_done, told; /* told: OWES_* that answers of the present batch say */
     struct kept kept[KEPT_SLOTS];
     unsigned kept_count;
     struct request requests[MAX_REQUESTS];

@@ -36,7 +36,7 @@ struct ledger *ledger_of(unsigned place)
 /* These pages are shown elsewhere than the p2m has them: only the page tables know. */
 unsigned long ledger_frame(const struct record *record) { return (read_pte(record) & PTE_FRAME) >> PAGE_SHIFT; }
 
-void ledger_begin(struct ledger *ledger, const struct link *link)
+void ledger_begin(struct ledger *ledger, const struct link *link, uint32_t power)
 {
     ledger->valid = 0;
     barrier();
@@ -45,8 +45,18 @@ void ledger_begin(struct ledger *ledger, const struct link *link)
         ledger->records[i].state = LEDGER_FREE;
     for (unsigned q = 0; q < MAX_QUEUES; q++)
         ledger->req_cons[q] = ledger->rsp_prod[q] = 0;
+    ledger->dirty = ledger->lost = 0;
+    ledger->power = power;
     barrier();
     ledger->valid = VALID;
+}
+
+void ledger_power(struct ledger *ledger, uint32_t power)
+{
+    if (power != ledger->power && ledger->dirty)
+        ledger->lost = OWES_FLUSH | OWES_WRITE;
+    barrier(); /* who dies in between looks again */
+    ledger->power = power;
 }
 
 void ledger_end(struct ledger *ledger) { ledger->valid = 0; }

@@ -16,10 +16,13 @@
 
 #define ADMIN_DEPTH 16
 #define ADMIN_CREATE_SQ 1
+#define ADMIN_GET_LOG 2
 #define ADMIN_CREATE_CQ 5
 #define ADMIN_IDENTIFY 6
 #define ADMIN_SET_FEATURES 9
 #define FEATURE_QUEUES 7
+#define LOG_SMART (2 | 1u << 15 | 127u << 16) /* 512 bytes; events stay */
+#define SMART_UNSAFE_SHUTDOWNS 144
 #define MIN_DEPTH 16
 
 #define LOOK (100 * NS_MS)
@@ -247,6 +250,11 @@ bool nvme_step(struct disk *disk, uint64_t now)
     case NVME_NAMESPACE:
         if (!take_namespace(disk, now))
             return false;
+        nvme->state = NVME_LOG;
+        admin(disk, now, ADMIN_GET_LOG, 0xFFFFFFFF, bus_address(own->identify), LOG_SMART, 0);
+        return false;
+    case NVME_LOG:
+        memcpy(&nvme->power_losses, own->identify + SMART_UNSAFE_SHUTDOWNS, 4);
         nvme->state = NVME_QUEUES;
         admin(disk, now, ADMIN_SET_FEATURES, 0, 0, FEATURE_QUEUES, 0);
         return false;

@@ -236,6 +236,7 @@ static bool issue_transfer(struct disk *disk, struct request *request, uint64_t 
 static bool issue_one(struct disk *disk, struct request *request)
 {
     char *list = pages_of[disk->place].prps[number_of(disk, request)];
+    request->stamp = disk->writes_done;
     if (request->phase == PHASE_FLUSH)
         return nvme_submit(disk, request, NVME_FLUSH, 0, 0, 0, 0, 0, 0);
     if (request->kind == KIND_DISCARD) {
@@ -268,12 +269,36 @@ static void issue(struct disk *disk)
 
 /* --- from the controller --- */
 
+/* What a completion says of writes that were called completed before: after a power loss the next flush fails, and the next write, as
+ * Linux takes a failed flush without data for "not supported" and goes on; one with data says it for both. */
+static void account(struct disk *disk, struct request *request)
+{
+    struct ledger *ledger = disk->ledger;
+    if (request->failed || request->kind == KIND_READ)
+        return;
+    if (request->phase == PHASE_FLUSH) {
+        if (ledger->lost & OWES_FLUSH & ~disk->told) {
+            disk->told |= OWES_FLUSH | (request->kind != KIND_NONE ? OWES_WRITE : 0);
+            request->failed = true;
+        } else if (request->stamp == disk->writes_done)
+            ledger->dirty = 0;
+    } else if (ledger->lost & OWES_WRITE & ~disk->told) {
+        disk->told |= OWES_WRITE;
+        request->failed = true;
+    } else {
+        disk->writes_done++;
+        ledger->dirty = 1;
+    }
+}
+
 static void command_done(struct disk *disk, struct request *request, bool fine)
 {
     request->outstanding--;
     request->failed |= !fine;
     if (request->outstanding)
         return;
+    if (request->phase == PHASE_FLUSH || request->cursor == request->count)
+        account(disk, request);
     if (request->phase == PHASE_FLUSH && request->kind != KIND_NONE && !request->failed) {
         request->flush = false;
         request->phase = PHASE_DATA;
@@ -364,6 +389,12 @@ static void answer(struct disk *disk)
         record->state = LEDGER_COMPLETED;
         done[count++] = request;
     }
+    if (disk->told) { /* only now: who died before this line has told nobody */
+        if (disk->told & OWES_FLUSH)
+            disk->ledger->dirty = 0;
+        disk->ledger->lost &= ~disk->told;
+        disk->told = 0;
+    }
     unmap_requests(done, count);
     for (unsigned q = 0; q < disk->link.queues; q++) {
         unsigned number = 0;
@@ -446,6 +477,7 @@ const char *rings_attach(struct disk *disk, const struct link *link, bool again)
     disk->link = *link;
     disk->error = NULL;
     disk->in_use = 0;
+    disk->told = 0;
     fifo_init(&disk->issue);
     fifo_init(&disk->done);
     memset(disk->requests, 0, sizeof(disk->requests));
@@ -479,10 +511,11 @@ const char *rings_attach(struct disk *disk, const struct link *link, bool again)
         on_port(queue->port, ring_event);
     }
     const char *wrong = NULL;
-    if (again)
+    if (again) {
+        ledger_power(disk->ledger, disk->nvme.power_losses);
         wrong = recover(disk);
-    else
-        ledger_begin(disk->ledger, link);
+    } else
+        ledger_begin(disk->ledger, link, disk->nvme.power_losses);
     if (wrong) {
         rings_detach(disk);
         return wrong;

@@ -7,14 +7,18 @@ import random
 import re
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from guests.build import build
+from tests.support.chaos import chaos_machine
 from tests.support.machines import RunningMachine, running_machine
 from toolstack.domio import KINDS
+from toolstack.faults import What
 
 pytestmark = pytest.mark.timeout(240)
 SECTORS = 32768
@@ -89,4 +93,22 @@ def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
             for _ in range(2):
                 machine.expect("front", r"round \d+:", 45.0)
         all_passed(machine, 180.0)
+        machine.check()
+
+
+@pytest.mark.parametrize("domio", KINDS)
+def test_a_power_loss_of_the_disk_is_told_once(tmp_path: Path, domio: str) -> None:
+    """A write was answered and not flushed, and the device lost power: the next flush and the next write fail, once each."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTORS * 512))
+    with chaos_machine(domio=domio) as machine:
+        frontend(machine, image, "power")
+        machine.expect("front", "# now", 60.0)
+        cut = machine.faults.add(What.POWER_CUT, target="nvme", at_ms=0, keep="lost")
+        machine.faults.wait(cut, machine.poll)
+        domid = machine.domains()["front"]["domid"]
+        command = [sys.executable, "-m", "toolstack.cli", "-M", machine.machine.runtime.root.name]
+        command += ["xenstore-write", f"/local/domain/{domid}/data/go", "1"]
+        subprocess.run(command, check=True, timeout=60)
+        all_passed(machine, 120.0)
         machine.check()
