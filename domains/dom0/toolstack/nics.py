@@ -120,6 +120,7 @@ class Nics:
         """Ports of programs outside, and NetIO's end of their sockets."""
         self._links: Final[dict[tuple[str, str], NetLink]] = {}
         self._hosts: Final[dict[str, NetHost]] = {}
+        self._starting = False
         self._started = 0
         self._serial = 0
 
@@ -133,6 +134,17 @@ class Nics:
         """NetIO's domain, started where there is none."""
         if self.driver.domid is not None:
             return self.driver.domid
+        if (
+            self._starting
+        ):  # it is waited for below us: whoever asks meanwhile cannot be served before it is there
+            raise NicError("NetIO is being started: try again")
+        self._starting = True
+        try:
+            return self._start_netio()
+        finally:
+            self._starting = False
+
+    def _start_netio(self) -> DomId:
         domid = DomId(FIRST_DOMID + self._started % 0x100)
         self._started += 1
         ours, theirs = pair()
@@ -285,7 +297,11 @@ class Nics:
         backend = self._backend(domid, str(config.get("backend") or ""))
         nic = Nic(domid, devid, mac, bridge, backend)
         self.nics.append(nic)
-        self._write_nodes(nic, config, rate)
+        try:
+            self._write_nodes(nic, config, rate)
+        except BaseException:
+            self.nics.remove(nic)
+            raise
         return nic
 
     def _backend(self, domid: DomId, name: str) -> DomId:
@@ -395,6 +411,8 @@ class Nics:
                         f"vif {nic.devid}: the guest does not let go of it (--force takes it away)"
                     )
                 self._host.reactor.once(0.1)
+        if nic not in self.nics:
+            return  # somebody else took it away while it was waited for
         self.nics.remove(nic)
         store.remove(nic.back)
         store.remove(nic.front)

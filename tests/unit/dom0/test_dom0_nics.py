@@ -168,6 +168,31 @@ def test_a_guest_has_at_most_sixteen(rig: Rig) -> None:
         rig.nics.attach(GUEST, {}, "pv")
 
 
+def test_one_waits_for_a_guest_and_another_takes_its_interface_away(rig: Rig) -> None:
+    """Requests are served while one waits: the guest's end, and a second detach."""
+    nic = rig.nics.attach(GUEST, {}, "pv")
+    plain = rig.host.reactor.once
+
+    def once(timeout: float) -> None:
+        rig.host.reactor.once = plain
+        rig.nics.domain_died(GUEST)
+
+    rig.host.reactor.once = once
+    rig.nics.detach(GUEST, nic.mac)
+    assert rig.nics.nics == []
+
+
+def test_whoever_needs_netio_while_it_is_started_is_told(rig: Rig) -> None:
+    def start(wanted: DomId = GUEST) -> DomId:
+        with pytest.raises(NicError, match="being started"):
+            rig.nics.attach(GUEST, {}, "pv")
+        return rig.start(wanted)
+
+    rig.nics.driver.start = start  # type: ignore[method-assign]  # the hypervisor's part
+    rig.nics.attach(GUEST, {}, "pv")
+    assert len(rig.starts) == len(rig.nics.nics) == 1
+
+
 def test_another_driver_domain_may_serve(rig: Rig) -> None:
     rig.nics.find_domain = lambda name: {"drv": DomId(9), "self": GUEST, "Domain-0": DomId(0)}.get(name)
     nic = rig.nics.attach(GUEST, {"backend": "drv"}, "pv")
