@@ -140,8 +140,6 @@ class Manager:
         finally:
             self._making.discard(config.name)
         self.guests[domid] = guest
-        if not config.paused:
-            self.xc.unpause(domid)
         # Its process may have died while it was built: the event of that found nobody to look at.
         self._host.reactor.soon(lambda: self._carefully([lambda: self._look(guest)]))
         return domid
@@ -158,6 +156,8 @@ class Manager:
         try:
             self._model(guest, images.rom if isinstance(images, DirectBoot) else b"")
             self._fill(guest, images)
+            if not config.paused:
+                self.xc.unpause(domid)
         except BaseException:
             if guest.model is not None:
                 guest.model.close()

@@ -51,6 +51,9 @@ class Xc:
     def destroy(self, domid: DomId) -> None:
         self._call(f"destroy {domid}")
 
+    def unpause(self, domid: DomId) -> None:
+        self._call("unpause")
+
     def domain_info(self, domid: DomId) -> None:
         return None
 
@@ -293,6 +296,26 @@ def test_a_guest_whose_disks_make_no_sense_costs_no_descriptor(rig: Rig) -> None
     for _ in range(5):
         create()
     assert descriptors() == before
+
+
+def test_a_guest_that_cannot_be_started_leaves_nothing_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process ended while its last parts were put together, say."""
+    monkeypatch.setattr(rig.manager, "_fill", lambda guest, images: None)
+    config = DomainConfig(name="pc", uuid=bytes(16), type="hvm")
+    rig.xc.refuse.add("unpause")
+    counts = []
+    for _ in range(3):
+        with pytest.raises(ToolstackError, match="unpause"):
+            rig.manager.create(config, [])
+        assert rig.manager.guests == {}
+        assert "destroy 3" in rig.xc.calls
+        assert rig.theirs is not None
+        rig.theirs.close()
+        rig.theirs = None
+        counts.append(descriptors())
+    assert counts[0] == counts[2]
 
 
 def test_files_of_a_device_model_that_does_not_come_to_be_are_given_back(rig: Rig) -> None:
