@@ -150,7 +150,9 @@ class Backend:
         self.ledger.saw_power_losses(self.storage.unsafe_shutdowns)
         self._attach(rings, notify)
         recovered = [queue.ledger.recover(queue.ring) for queue in self.queues]
-        for queue, found in zip(self.queues, recovered, strict=True):
+        pairs = list(zip(self.queues, recovered, strict=True))
+        pairs.sort(key=lambda pair: all(record.status == BLKIF_RSP_OKAY for record in pair[1].answers))
+        for queue, found in pairs:  # a failure of any queue is told first (`QueueLedger.recover`)
             self._take_over(queue, found)
         for queue in self.queues:
             self._start(queue)

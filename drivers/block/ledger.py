@@ -33,6 +33,7 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 from zlib import crc32
 
+from bus.abi.io.blkif import BLKIF_RSP_OKAY
 from bus.abi.io.ring import MASK32, distance
 from drivers.xenbus.paged_ring import PagedRing
 
@@ -91,7 +92,7 @@ class Recovered(NamedTuple):
     redo: list[Record]
     """Requests to carry out again, in the order in which they were taken."""
     answers: list[Record]
-    """Requests that were completed and whose answers the frontend has not seen."""
+    """Requests that were completed and whose answers the frontend has not seen: failures first."""
 
 
 Hook = Callable[[str], None]
@@ -252,6 +253,8 @@ class QueueLedger:
                 self._states[slot] = State.FREE
         self._free = gone
         redo.sort(key=lambda record: distance(record.index, (cons - (1 << 31)) & MASK32))
+        # A failure that tells of lost writes came before the flushes that succeeded after it: so it is answered before them.
+        answers.sort(key=lambda record: record.status == BLKIF_RSP_OKAY)
         return Recovered(cons, rsp_prod, redo, answers)
 
     def _record(self, slot: int, word: int) -> Record:

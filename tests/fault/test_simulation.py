@@ -94,6 +94,17 @@ def test_who_dies_as_it_tells_of_a_power_cut_has_told_it_once(seed: int) -> None
     assert outcome.violations == []
 
 
+def test_a_successor_answers_the_flush_that_failed_before_those_that_did_not() -> None:
+    """It answered in the order of the ledger's slots: a flush was done, and the one before it, which told of lost writes, came later."""
+    faults = (
+        Fault(what=What.POWER_CUT, event="dma", n=23),
+        Fault(what=What.KILL, target="domio", event="ledger:answer", n=19),
+    )
+    outcome = run_seed(90, Plan(fault=faults))
+    assert outcome.fired == 2
+    assert outcome.violations == []
+
+
 @pytest.mark.parametrize(
     ("end", "state"),
     [("front", state) for state in (1, 3, 4, 5, 6)] + [("back", state) for state in (1, 2, 4, 5, 6)],
