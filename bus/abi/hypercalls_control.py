@@ -416,7 +416,7 @@ _HVM: Final = (
     local(
         hvm_op.HVMOP_xentrace,
         "HVMOP_xentrace",
-        Error(errno.XEN_EINVAL, "over 28 bytes"),
+        Error(errno.XEN_EINVAL, "over 28 bytes, or an event of over 12 bits"),
         FAULT,
         argument=hvm_op.XEN_HVM_XENTRACE,
         note="checked and dropped, as while no trace runs",

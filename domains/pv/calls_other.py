@@ -9,6 +9,7 @@ from bus.abi import physdev
 from bus.abi.domctl import XEN_DOMCTL_INTERFACE_VERSION
 from bus.abi.errno import XEN_E2BIG, XEN_EACCES, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
 from bus.abi.hvm.dm_op import XEN_DM_OP, XEN_DM_OP_BUF, XEN_DMOP_nr_vcpus
+from bus.abi.hvm.hvm_op import XEN_HVM_XENTRACE, HVMOP_xentrace
 from bus.abi.hypercalls_model import (
     CONSOLE_IO_ARG,
     DM_OP_ARG,
@@ -47,6 +48,8 @@ CONSOLE_CHUNK: Final = 4096
 MAX_CONSOLE: Final = 1 << 31
 MAX_PORTS: Final = 65536
 MAX_DM_BUFFERS: Final = 2
+TRC_SUBCLS_SHIFT: Final = 12
+"""trace.h: events of guests have no more bits."""
 DM_OP_HEAD: Final = 8
 """Bytes of `op` and `pad`, before the command's own structure."""
 CMD_IN_STRUCTURE: Final = -2
@@ -116,6 +119,8 @@ class OtherCalls:
                 if not self._control:
                     return -XEN_EPERM
             return -(entry.unknown or XEN_ENOSYS)
+        if number == HYPERVISOR_hvm_op and cmd == HVMOP_xentrace:
+            return self._trace(argument)
         if number == HYPERVISOR_hvm_op and not self.translated and Guests.PV not in command.guests:
             return -XEN_EINVAL  # the command is there, but the caller is not of the kind
         refusal = self._refusal(command)
@@ -124,6 +129,13 @@ class OtherCalls:
         if command.form is Form.LIST:
             return self._remote.call_list(number, command, argument, a3 & LOW32)
         return self._remote.call(number, command, argument)
+
+    def _trace(self, argument: int) -> int:
+        """HVMOP_xentrace: there is no buffer of a trace to put it into."""
+        layout = XEN_HVM_XENTRACE
+        record = layout.unpack(self._cpu.mmu.read_virtual(argument, layout.size))
+        wrong = record.extra_bytes > len(record.extra) or record.event >= 1 << TRC_SUBCLS_SHIFT
+        return -XEN_EINVAL if wrong else 0
 
     def _refusal(self, command: Command) -> int:
         """What this process can say by itself."""

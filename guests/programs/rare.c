@@ -13,6 +13,9 @@ const char program_name[] = "rare";
 #define NOWHERE ((void *)0x1000)
 #define OTHER 0x7123 /* a domain that is not there */
 #define NO_CALL 61
+/* The headers show these to tools alone. */
+#define XENMEM_get_sharing_freed_pages 18
+#define XENMEM_get_sharing_shared_pages 19
 #define CR4_DE 8ul
 
 /* --- entry points --- */
@@ -315,6 +318,188 @@ static void refused(void)
     same(hypercall(__HYPERVISOR_hypfs_op, 0, NULL, 0, 0), -XEN_EPERM, "hypfs_op");
 }
 
+/* --- the rest of memory_op, xen_version, vcpu_op, mmuext_op, sched_op, event channels, grants --- */
+
+static void memory(void)
+{
+    static domid_t self = DOMID_SELF, other = OTHER;
+    static xen_pfn_t extents[64];
+    static struct xen_machphys_mfn_list list = {.max_extents = 64};
+    static struct xen_vnuma_topology_info numa = {.domid = DOMID_SELF};
+    static struct xen_mem_acquire_resource resource = {.domid = DOMID_SELF};
+    set_xen_guest_handle(list.extent_start, extents);
+    shared_info->arch.max_pfn = 0;
+    same(HYPERVISOR_memory_op(XENMEM_maximum_gpfn, &self), 0, "maximum_gpfn of a guest that has not told its own");
+    shared_info->arch.max_pfn = 1000;
+    same(HYPERVISOR_memory_op(XENMEM_maximum_gpfn, &self), 999, "and of one that has");
+    same(HYPERVISOR_memory_op(XENMEM_maximum_gpfn, &other), -XEN_ESRCH, "of a domain that is not there");
+    same(HYPERVISOR_memory_op(XENMEM_maximum_gpfn, NOWHERE), -XEN_EFAULT, "not mapped");
+    same(HYPERVISOR_memory_op(XENMEM_machphys_mfn_list, &list), 0, "machphys_mfn_list");
+    ok(list.nr_extents <= 64, "%u extents", list.nr_extents);
+    same(HYPERVISOR_memory_op(XENMEM_machphys_mfn_list, NOWHERE), -XEN_EFAULT, "not mapped");
+    same(HYPERVISOR_memory_op(XENMEM_get_vnumainfo, &numa), -XEN_EOPNOTSUPP, "no virtual NUMA");
+    same(HYPERVISOR_memory_op(XENMEM_get_sharing_freed_pages, NULL), 0, "no page was freed by sharing");
+    same(HYPERVISOR_memory_op(XENMEM_get_sharing_shared_pages, NULL), 0, "none is shared");
+    same(HYPERVISOR_memory_op(XENMEM_acquire_resource, &resource), -XEN_ESRCH, "acquire_resource of itself");
+    resource.domid = OTHER;
+    same(HYPERVISOR_memory_op(XENMEM_acquire_resource, &resource), -XEN_ESRCH, "of a domain that is not there");
+    resource.pad = 1;
+    same(HYPERVISOR_memory_op(XENMEM_acquire_resource, &resource), -XEN_EINVAL, "pad is looked at first");
+    same(HYPERVISOR_memory_op(63, NULL), -XEN_ENOSYS, "no such command of memory_op");
+}
+
+static void denied(void)
+{
+    static char text[1024];
+    if (is_initial_domain()) {
+        skip("XENVER_commandline, XENVER_build_id", "the initial domain may");
+        return;
+    }
+    same(HYPERVISOR_xen_version(XENVER_commandline, text), 0, "XENVER_commandline");
+    same(strcmp(text, "<denied>"), 0, "is denied");
+    same(HYPERVISOR_xen_version(XENVER_build_id, NULL), -XEN_EPERM, "XENVER_build_id");
+    same(HYPERVISOR_sched_op(SCHEDOP_pin_override, NOWHERE), -XEN_EPERM, "SCHEDOP_pin_override");
+}
+
+static volatile unsigned nmis;
+static void on_nmi(struct frame *frame)
+{
+    (void)frame;
+    nmis++;
+}
+
+static void vcpus(void)
+{
+    static vcpu_guest_context_t context;
+    static struct vcpu_register_vcpu_info info;
+    static struct vcpu_get_physid physid;
+    on_trap(2, on_nmi);
+    same(HYPERVISOR_vcpu_op(VCPUOP_send_nmi, 0, &info), -XEN_EINVAL, "VCPUOP_send_nmi takes no argument");
+    same(nmis, 0, "none came");
+    same(HYPERVISOR_vcpu_op(VCPUOP_send_nmi, 0, NULL), 0, "without one");
+    same(nmis, 1, "it comes at once");
+    same(HYPERVISOR_vcpu_op(VCPUOP_send_nmi, 0, NULL), 0, "again");
+    same(nmis, 2, "the next, too");
+    same(HYPERVISOR_vcpu_op(VCPUOP_send_nmi, 9999, NULL), -XEN_ENOENT, "no such vCPU");
+    same(HYPERVISOR_vcpu_op(VCPUOP_initialise, 0, &context), -XEN_EEXIST, "VCPUOP_initialise of the one that runs");
+    same(HYPERVISOR_vcpu_op(VCPUOP_initialise, 0, NOWHERE), -XEN_EFAULT, "not mapped");
+    if (!is_initial_domain())
+        same(HYPERVISOR_vcpu_op(VCPUOP_get_physid, 0, &physid), -XEN_EINVAL, "VCPUOP_get_physid");
+    info.mfn = virt_to_mfn(&context);
+    info.offset = PAGE_SIZE - 8;
+    same(HYPERVISOR_vcpu_op(VCPUOP_register_vcpu_info, 0, &info), -XEN_ENXIO, "vcpu_info over the end of a page");
+    info.offset = 0;
+    info.mfn = ~0ul >> 12;
+    same(HYPERVISOR_vcpu_op(VCPUOP_register_vcpu_info, 0, &info), -XEN_EINVAL, "in a frame that is not there");
+}
+
+static void flushes(void)
+{
+    static unsigned long mask = 1;
+    static char page[PAGE_SIZE] PAGE_ALIGNED;
+    struct mmuext_op op = {.cmd = MMUEXT_TLB_FLUSH_MULTI};
+#define EXT() HYPERVISOR_mmuext_op(&op, 1, NULL, DOMID_SELF)
+    set_xen_guest_handle(op.arg2.vcpumask, &mask);
+    same(EXT(), 0, "TLB_FLUSH_MULTI");
+    op.cmd = MMUEXT_INVLPG_MULTI, op.arg1.linear_addr = (unsigned long)page;
+    same(EXT(), 0, "INVLPG_MULTI");
+    op.arg1.linear_addr = HYPERVISOR_VIRT_START;
+    same(EXT(), 0, "of an address of Xen's");
+    op.cmd = MMUEXT_INVLPG_ALL;
+    same(EXT(), 0, "INVLPG_ALL");
+    set_xen_guest_handle(op.arg2.vcpumask, NOWHERE);
+    op.cmd = MMUEXT_TLB_FLUSH_MULTI;
+    same(EXT(), -XEN_EINVAL, "a mask that is not mapped: EINVAL");
+    op.cmd = MMUEXT_INVLPG_MULTI;
+    same(EXT(), -XEN_EINVAL, "for INVLPG_MULTI too");
+    op = (struct mmuext_op){.cmd = MMUEXT_MARK_SUPER};
+    same(EXT(), -XEN_EOPNOTSUPP, "MARK_SUPER");
+    op.cmd = MMUEXT_UNMARK_SUPER;
+    same(EXT(), -XEN_EOPNOTSUPP, "UNMARK_SUPER");
+    op.cmd = 99;
+    same(EXT(), -XEN_ENOSYS, "no such command of mmuext_op");
+    if (!is_initial_domain()) {
+        op.cmd = MMUEXT_FLUSH_CACHE;
+        same(EXT(), -XEN_EACCES, "FLUSH_CACHE without a device");
+    }
+}
+
+static void fifo(void)
+{
+    static char page[PAGE_SIZE] PAGE_ALIGNED;
+    struct evtchn_expand_array expand = {.array_gfn = virt_to_mfn(page)};
+    struct evtchn_init_control control = {.control_gfn = virt_to_mfn(page), .vcpu = 9999};
+    same(HYPERVISOR_event_channel_op(EVTCHNOP_expand_array, &expand), -XEN_EOPNOTSUPP, "expand_array with the 2-level ABI");
+    same(HYPERVISOR_event_channel_op(EVTCHNOP_init_control, &control), -XEN_ENOENT, "init_control of no vCPU");
+    control.vcpu = 0;
+    control.offset = 4;
+    same(HYPERVISOR_event_channel_op(EVTCHNOP_init_control, &control), -XEN_EINVAL, "a control block that is not aligned");
+    control.offset = PAGE_SIZE - 8;
+    same(HYPERVISOR_event_channel_op(EVTCHNOP_init_control, &control), -XEN_EINVAL, "one over the end of a page");
+    control.offset = 0;
+    control.control_gfn = ~0ul >> 12;
+    same(HYPERVISOR_event_channel_op(EVTCHNOP_init_control, &control), -XEN_EINVAL, "one in a frame that is not there");
+}
+
+static void swapped_grants(void)
+{
+    static char page[PAGE_SIZE] PAGE_ALIGNED;
+    xen_pfn_t frame = 0;
+    struct gnttab_setup_table table = {.dom = DOMID_SELF, .nr_frames = 1};
+    set_xen_guest_handle(table.frame_list, &frame);
+    same(HYPERVISOR_grant_table_op(GNTTABOP_setup_table, &table, 1), 0, "setup_table");
+    same(table.status, GNTST_okay, "is done");
+    same(set_pte(page, frame << PAGE_SHIFT | PTE_RW), 0, "the table is mapped");
+    volatile grant_entry_v1_t *entries = (void *)page;
+    entries[20].domid = 1, entries[20].frame = 0x111, entries[20].flags = GTF_permit_access;
+    entries[21].domid = 2, entries[21].frame = 0x222, entries[21].flags = 0;
+    struct gnttab_swap_grant_ref swap = {.ref_a = 20, .ref_b = 21};
+#define SWAP() HYPERVISOR_grant_table_op(GNTTABOP_swap_grant_ref, &swap, 1)
+    same(SWAP(), 0, "swap_grant_ref");
+    same(swap.status, GNTST_okay, "is done");
+    ok(entries[21].domid == 1 && entries[21].frame == 0x111 && entries[21].flags == GTF_permit_access, "one is the other");
+    ok(entries[20].domid == 2 && entries[20].frame == 0x222 && entries[20].flags == 0, "and the other way round");
+    swap.ref_a = 21;
+    same(SWAP(), 0, "one with itself");
+    same(swap.status, GNTST_okay, "is done");
+    swap.ref_b = 1u << 30;
+    same(SWAP(), 0, "one beyond the table");
+    same(swap.status, GNTST_bad_gntref, "bad_gntref");
+    same(HYPERVISOR_grant_table_op(GNTTABOP_swap_grant_ref, NOWHERE, 1), -XEN_EFAULT, "not mapped");
+    entries[21].flags = 0;
+    struct gnttab_cache_flush flush = {.offset = PAGE_SIZE, .op = GNTTAB_CACHE_CLEAN};
+#define FLUSH() HYPERVISOR_grant_table_op(GNTTABOP_cache_flush, &flush, 1)
+    same(FLUSH(), -XEN_EINVAL, "cache_flush behind the page");
+    flush.offset = 0, flush.length = 64, flush.op = 8;
+    same(FLUSH(), -XEN_EINVAL, "of a kind that is not there");
+    flush.op = 0;
+    same(FLUSH(), 0, "of no kind");
+    same(HYPERVISOR_grant_table_op(99, NOWHERE, 1), -XEN_ENOSYS, "no such command of grant_table_op");
+}
+
+static void trace(void)
+{
+    static struct xen_hvm_xentrace trace;
+    static struct xen_hvm_get_mem_type type = {.domid = DOMID_SELF};
+    same(HVM(HVMOP_xentrace, &trace), 0, "a record for xentrace, from a PV guest too");
+    trace.extra_bytes = sizeof(trace.extra) + 1;
+    same(HVM(HVMOP_xentrace, &trace), -XEN_EINVAL, "too long");
+    trace.extra_bytes = 0, trace.event = 0x1000;
+    same(HVM(HVMOP_xentrace, &trace), -XEN_EINVAL, "an event of more than twelve bits");
+    same(HVM(HVMOP_xentrace, NOWHERE), -XEN_EFAULT, "not mapped");
+    same(HVM(HVMOP_get_mem_type, &type), -XEN_EINVAL, "a PV guest's memory has no types");
+}
+
+static void segment_bases(void)
+{
+    same(HYPERVISOR_set_segment_base(SEGBASE_FS, NOT_CANONICAL), -XEN_EINVAL, "a base of FS that is not canonical");
+    same(HYPERVISOR_set_segment_base(SEGBASE_GS_USER, NOT_CANONICAL), -XEN_EINVAL, "of the user's GS");
+    same(HYPERVISOR_set_segment_base(SEGBASE_GS_KERNEL, NOT_CANONICAL), -XEN_EINVAL, "of the kernel's");
+    same(HYPERVISOR_set_segment_base(77, 0), -XEN_EINVAL, "no such base");
+    same(HYPERVISOR_set_segment_base(SEGBASE_GS_USER_SEL, 0), 0, "a null selector for the user's GS");
+    same(HYPERVISOR_set_segment_base(SEGBASE_GS_USER_SEL, 0xfff8), 0, "one that cannot be loaded is taken as null");
+}
+
 void program(void)
 {
     callbacks();
@@ -328,5 +513,13 @@ void program(void)
     compat();
     physdev();
     refused();
+    memory();
+    denied();
+    vcpus();
+    flushes();
+    fifo();
+    swapped_grants();
+    trace();
+    segment_bases();
     trap_table();
 }

@@ -242,10 +242,10 @@ class MemoryOps:
         if domain.p2m is not None:
             return call.reply(domain.p2m.max_gfn())
         if domain.shared_info is None:
-            return call.reply(-1)
+            return call.reply(0)
         offset = SHARED_INFO.offset("arch") + ARCH_SHARED_INFO.offset("max_pfn")
         pages = int.from_bytes(self._memory.read(domain.shared_info, offset, 8), "little")
-        return call.reply(min(pages, 1 << 52) - 1)  # written by the guest
+        return call.reply(max(min(pages, 1 << 52), 1) - 1)  # written by the guest
 
     # -- the physical map
     # -----------------------------------------------------------------------------------------
