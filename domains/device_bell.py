@@ -28,9 +28,9 @@ class DeviceBell:
         return bar == self._bar and self._offset <= offset and offset + size <= self._offset + self._length
 
     def put(self, offset: int, size: int, value: int) -> None:
-        """Write the register; 32 bits in one store."""
+        """Write the register; 32 bits that are aligned in one store."""
         start = offset - self._offset
-        if size == 4:
+        if size == 4 and start % 4 == 0:
             self._words[start >> 2] = value
         else:
             self._mapping[start : start + size] = value.to_bytes(size, "little")

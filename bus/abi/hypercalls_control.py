@@ -94,7 +94,11 @@ _CONSOLE: Final = (
 
 
 def _physdev(
-    name: str, argument: Layout[Any] | None, note: str, *errors: Error, privilege: Privilege = Privilege.HARDWARE
+    name: str,
+    argument: Layout[Any] | None,
+    note: str,
+    *errors: Error,
+    privilege: Privilege = Privilege.HARDWARE,
 ) -> Command:
     if privilege is Privilege.HARDWARE:
         errors = (Error(errno.XEN_EPERM, "the domain owns no such device"), *errors)
@@ -132,7 +136,11 @@ _PHYSDEV: Final = (
         "use PHYSDEVOP_irq_status_query",
     ),
     _physdev(
-        "irq_status_query", physdev.PHYSDEV_IRQ_STATUS_QUERY, "XENIRQSTAT_*", _NO_IRQ, privilege=Privilege.PIRQ
+        "irq_status_query",
+        physdev.PHYSDEV_IRQ_STATUS_QUERY,
+        "XENIRQSTAT_*",
+        _NO_IRQ,
+        privilege=Privilege.PIRQ,
     ),
     local(
         physdev.PHYSDEVOP_set_iopl,

@@ -121,15 +121,14 @@ class VbdServer:
         """The device is there: for the first time, or after a reset (its process died, or ours)."""
         if not self._port.unmask(VECTORS):
             return
-        if not self._msi:
-            try:
-                self._msi = [
-                    self._host.bind_msi(self.bdf, vector, lambda vector=vector: self.driver.interrupt(vector))  # type: ignore[misc]  # the default binds now
-                    for vector in range(VECTORS)
-                ]
-            except HypercallError as error:
-                self._log(f"its interrupts cannot be bound: {error}")
-                return
+        try:
+            for vector in range(len(self._msi), VECTORS):  # those that an earlier try bound are bound
+                self._msi.append(
+                    self._host.bind_msi(self.bdf, vector, partial(self.driver.interrupt, vector))
+                )
+        except HypercallError as error:
+            self._log(f"its interrupts cannot be bound: {error}")
+            return
         if self.driver.state is State.OFF:
             self.driver.start(time.monotonic_ns())
         else:

@@ -190,7 +190,9 @@ class OtherCalls:
                 raise GuestFault(where)
             cmd = int.from_bytes(memory.read_virtual(where, DM_OP_HEAD)[:4], "little")
             command = table.command(cmd)
-            size = DM_OP_HEAD + (command.payload.size if command is not None and command.payload is not None else 0)
+            size = DM_OP_HEAD + (
+                command.payload.size if command is not None and command.payload is not None else 0
+            )
             if room < size:
                 raise GuestFault(where)
             op = memory.read_virtual(where, size)

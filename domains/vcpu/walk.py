@@ -69,15 +69,15 @@ class GuestMemory:
 
     def read_physical(self, address: int, size: int) -> bytes:
         """Guest-physical memory; may cross regions. MMIO regions count as not mapped."""
-        out = b""
+        parts: list[bytes] = []
         while size:
             step = min(size, PAGE - address % PAGE)
             host = self.space.host_address(address, step)
             if host is None:
                 raise NotMapped(address)
-            out += ctypes.string_at(host, step)
+            parts.append(ctypes.string_at(host, step))
             address, size = address + step, size - step
-        return out
+        return b"".join(parts)
 
     def write_physical(self, address: int, data: bytes) -> None:
         """Write guest-physical memory and drop translations of it. Nothing is written if a part is

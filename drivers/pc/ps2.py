@@ -11,6 +11,8 @@ from typing import Final
 
 from drivers.pc.keys import scan_codes
 
+COUNTER_MAX: Final = 255
+"""Of a mouse that does not report: nine bits with their sign, and no overflow kept."""
 QUEUE: Final = 256
 ACK, RESEND, SELF_TEST, ECHO = 0xFA, 0xFE, 0xAA, 0xEE
 OVERRUN: Final = {1: 0xFF, 2: 0x00}
@@ -129,6 +131,9 @@ class Mouse(Device):
         else:
             changed = False
         self._x, self._y, self._wheel = self._x + dx, self._y + dy, self._wheel + wheel
+        if not self.reporting:  # the counters stand at their ends
+            self._x, self._y = (max(-COUNTER_MAX, min(n, COUNTER_MAX)) for n in (self._x, self._y))
+            self._wheel = max(-8, min(self._wheel, 7))
         if self.reporting and not self.remote and (changed or self._x or self._y or self._wheel):
             self._report(force=changed)
 

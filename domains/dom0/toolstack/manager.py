@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import traceback
@@ -399,6 +400,14 @@ class Manager:
             return
         guest.ending = True
         guest.unfinished = (reason, details)
+        if (
+            guest.model is not None
+        ):  # its last serial output; others are served meanwhile, and do not see to this end too
+            guest.finishing = True
+            try:
+                guest.model.drain()
+            finally:
+                guest.finishing = False
         guest.disconnect()
         self._forget(guest.domid, guest.model)
         del self.guests[guest.domid]
@@ -434,21 +443,27 @@ class Manager:
 
     def _forget(self, domid: DomId, model: DeviceModel | None = None) -> None:
         """Destroy a domain with its device model, and what the store knows of it."""
-        self.disks.domain_died(domid)
-        self.nics.domain_died(domid)
-        self.store.domain_died(domid)
         base = f"/local/domain/{domid}"
         vm = self.store.read(f"{base}/vm")
+        with (
+            contextlib.ExitStack() as steps
+        ):  # last first, all of them, whichever fails; the error comes after
+            if vm:
+                steps.callback(self.store.remove, vm)
+            steps.callback(self.store.remove, base)
+            if model is not None:
+                steps.callback(model.close)
+            steps.callback(self._destroy, domid)
+            steps.callback(self.store.domain_died, domid)
+            steps.callback(self.nics.domain_died, domid)
+            steps.callback(self.disks.domain_died, domid)
+
+    def _destroy(self, domid: DomId) -> None:
         try:
             self.xc.destroy(domid)
         except HypercallError as error:
             if error.errno != 3:  # ESRCH: gone already
                 raise
-        if model is not None:
-            model.close()
-        self.store.remove(base)
-        if vm:
-            self.store.remove(vm)
 
     def crash_details(self, domid: DomId) -> str:
         """What the hypervisor's log has of a domain's crash."""

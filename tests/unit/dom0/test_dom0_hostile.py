@@ -288,6 +288,23 @@ def test_one_guest_that_cannot_be_ended_does_not_keep_the_others(rig: Rig) -> No
     assert sorted(rig.xc.destroyed) == [3, 4]
 
 
+def test_what_fails_while_a_domain_is_forgotten_does_not_keep_the_rest(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disks cannot be taken away: it is destroyed all the same, and the store forgets it; the error is told."""
+    rig.guest(DomId(3), "mine")
+    rig.manager.store.write("/local/domain/3/name", "mine")
+
+    def fails(domid: DomId) -> None:
+        raise HypercallError(12, "no memory")
+
+    monkeypatch.setattr(rig.manager.disks, "domain_died", fails)
+    with pytest.raises(HypercallError, match="no memory"):
+        rig.manager._forget(DomId(3))
+    assert rig.xc.destroyed == [3]
+    assert rig.manager.store.read("/local/domain/3/name") is None
+
+
 def test_a_console_ring_that_is_never_empty_does_not_hold_dom0(rig: Rig) -> None:
     """The guest puts bytes in as fast as they are taken out."""
     guest = rig.guest()

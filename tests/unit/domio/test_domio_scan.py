@@ -9,8 +9,41 @@ import pytest
 
 from domains.domio import __main__ as domio
 from domains.domio.__main__ import DomIo
+from domains.domio.vbd import VbdServer
+from domains.native.domain import HypercallError
+from drivers.hw.nvme.driver import State
 
 PATH = "/local/domain/2/backend/vbd/3/51712"
+
+
+def test_interrupts_that_could_not_be_bound_are_bound_at_the_next_try() -> None:
+    """Those that were bound the first time stay as they are: binding them again is EBUSY."""
+    bound: list[int] = []
+
+    def bind(bdf: int, vector: int, handler: Any) -> int:
+        assert vector not in bound
+        if vector == 1 and not refused:
+            refused.append(vector)
+            raise HypercallError(12, "bind_pirq")
+        bound.append(vector)
+        return 10 + vector
+
+    refused: list[int] = []
+    started: list[int] = []
+    disk = SimpleNamespace(
+        _port=SimpleNamespace(unmask=lambda count: True),
+        _msi=[],
+        bdf=8,
+        closed=True,
+        _log=lambda text: None,
+        _starting=lambda: None,
+        _host=SimpleNamespace(bind_msi=bind, reactor=SimpleNamespace(after=lambda seconds, call: None)),
+        driver=SimpleNamespace(state=State.OFF, start=started.append, interrupt=lambda vector: None),
+    )
+    for expected in ([10], [10, 11]):
+        VbdServer.device_attached(cast(VbdServer, disk))
+        assert disk._msi == expected
+    assert len(started) == 1
 
 
 class Store:

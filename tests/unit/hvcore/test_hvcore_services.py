@@ -288,7 +288,9 @@ def test_interrupts_are_mapped_for_the_owner_of_the_device_only(machine: Machine
     assert machine.call(owner, *call).item.flags == 0
     assert machine.call(other, *call).item.flags == physdev.XENIRQSTAT_needs_eoi
     beyond = physdev.physdev_irq_status_query(core.config.max_pirqs, 0)
-    assert machine.call(other, HYPERVISOR_physdev_op, physdev.PHYSDEVOP_irq_status_query, beyond).rc == -EINVAL
+    assert (
+        machine.call(other, HYPERVISOR_physdev_op, physdev.PHYSDEVOP_irq_status_query, beyond).rc == -EINVAL
+    )
     machine.destroy(owner)
     assert remapping.entries == {}
 

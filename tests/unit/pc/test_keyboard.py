@@ -220,6 +220,18 @@ def test_the_mouse(keys: Keys) -> None:
     keys.read()
 
 
+def test_a_mouse_that_does_not_report_counts_to_its_ends(keys: Keys) -> None:
+    """However far it is moved meanwhile, one packet with the largest movement is what the host gets."""
+    keys.mouse(0xFF)
+    keys.read()
+    for _ in range(1000):
+        keys.controller.move_mouse(1000, -1000)
+    keys.mouse(0xF4)
+    assert keys.read() == [0xFA]
+    keys.controller.move_mouse(0, 0, buttons=1)
+    assert keys.read() == [0x29, 255, 1]
+
+
 def test_names() -> None:
     assert parse_combination("Ctrl-Alt-Delete") == ["ctrl", "alt", "delete"]
     assert parse_combination("enter") == ["ret"]
