@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -70,18 +71,17 @@ def test_every_request_is_answered_as_it_should_be(tmp_path: Path, domio: str) -
     assert untouched == list(range(8192))
 
 
-@pytest.mark.parametrize("domio", KINDS)
-def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
-    """DomIO and the device are killed with the ring full: each request is answered once, without error, and what was written is read."""
+def endure(tmp_path: Path, domio: str, deaths: Sequence[str], rounds: int) -> None:
+    """Kill the process of each role in turn, at random moments, while the ring is full."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(SECTORS * 512))
     seed = int(os.environ.get("DOMICILE_SEED", str(random.randrange(1 << 30))))
     print(f"DOMICILE_SEED={seed}")
     chance = random.Random(seed)
     with running_machine(domio=domio) as machine:
-        frontend(machine, image, f"endure={'pn'[seed & 1]}120")
+        frontend(machine, image, f"endure={'pn'[seed & 1]}{rounds}")
         machine.expect("front", "round 3:", 60.0)
-        for role in ("domio", "nvme", "domio"):
+        for role in deaths:
             until = time.monotonic() + chance.uniform(0.0, 0.3)
             while time.monotonic() < until:
                 machine.poll(0.01)
@@ -94,6 +94,20 @@ def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
                 machine.expect("front", r"round \d+:", 45.0)
         all_passed(machine, 180.0)
         machine.check()
+
+
+@pytest.mark.parametrize("domio", KINDS)
+def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
+    """DomIO and the device are killed with the ring full: each request is answered once, without error, and what was written is read."""
+    endure(tmp_path, domio, ("domio", "nvme", "domio"), 120)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("domio", KINDS)
+def test_requests_in_flight_survive_many_deaths(tmp_path: Path, domio: str) -> None:
+    """The same, forty times."""
+    endure(tmp_path, domio, ("domio", "nvme") * 20, 1000)
 
 
 @pytest.mark.parametrize("domio", KINDS)
