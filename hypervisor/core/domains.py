@@ -165,6 +165,11 @@ class Domain:
         return self.kind is Kind.NATIVE or self.spec.ssidref == DRIVER_GUEST
 
     @property
+    def serves(self) -> bool:
+        """Others depend on it although it owns no device: the driver domain of the network."""
+        return self.spec.role == "netio"
+
+    @property
     def translated(self) -> bool:
         """paging_mode_translate: the guest uses gfns, Xen keeps the p2m."""
         return self.p2m is not None

@@ -1,4 +1,4 @@
-"""Processes that stand but do not work: devices, and native domains that own one, are asked for a sign of life.
+"""Processes that stand but do not work: devices, native domains that own one, and NetIO are asked for a sign of life.
 
 Counted in beats, not in time: where the whole host stood still, nobody is late. Any message is a sign of life; one that has
 given none since the last beat is asked something small. A process that is stopped (SIGSTOP) is ended after a second; one that

@@ -140,12 +140,14 @@ class Server:
                     self._serve(peer, fd, events)
 
     def _beat(self, now: int) -> None:
-        """Ask devices, and the driver domains that own them, for a sign of life; end those that owe one."""
+        """Ask devices, the driver domains that own them, and the network's, for a sign of life; end those that owe one."""
         devices = self.devices.iommu.devices()
         owners = {device.domain for device in devices if device.domain is not None}
         watched = [peer_id(device.bdf) for device in devices]
         watched += [
-            domain.domid for domain in self.core.domains if domain.domid in owners and domain.restartable
+            domain.domid
+            for domain in self.core.domains
+            if domain.restartable and (domain.domid in owners or domain.serves)
         ]
         there = [peer for peer in watched if peer in self.peers]
         up = [peer for peer in there if self.peers[peer].connected]

@@ -26,6 +26,7 @@ QUICK = {
     ("kill", "xenbus:back:2"),
     ("kill", "step:net-begun"),
     ("segfault", "step:net-filled"),
+    ("freeze", "xenbus:back:2"),
 }
 PATIENCE_S = 45.0
 """A process that is stopped for ever is ended after 2 to 15 seconds without a sign of life (docs/limits.md)."""
