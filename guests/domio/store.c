@@ -7,14 +7,6 @@ void (*on_watch)(const char *path, const char *token);
 static uint32_t serial;
 static volatile bool rung;
 
-static const struct {
-    const char *name;
-    int value;
-} errors[] = {
-#define XEN_ERRNO(name, value) {#name, value},
-#include <xen/errno.h>
-};
-
 static struct xenstore_domain_interface *ring(void) { return mfn_to_virt(start_info->store_mfn); }
 
 static void ring_rung(evtchn_port_t port)
@@ -23,38 +15,24 @@ static void ring_rung(evtchn_port_t port)
     rung = work = true;
 }
 
-/* Until the other end has done something. xenstored that does not answer ends this program: it is built anew. */
-static void wait_for_ring(uint64_t deadline)
+static void wait_for_ring(uint64_t until)
 {
-    if (system_time() > deadline) {
-        say("domio: xenstored does not answer");
-        shutdown(SHUTDOWN_crash);
-    }
     if (!rung) {
         bool before = work;
         work = false;
-        idle(system_time() + 10 * NS_MS);
+        idle(until);
         work = work || before;
     }
     rung = false;
 }
 
-static void send(const void *data, size_t size, uint64_t deadline)
+/* xenstored that does not answer ends this program: it is built anew. */
+static void must(bool in_time)
 {
-    struct xenstore_domain_interface *intf = ring();
-    const char *from = data;
-    while (size) {
-        XENSTORE_RING_IDX cons = *(volatile XENSTORE_RING_IDX *)&intf->req_cons, prod = intf->req_prod;
-        if (prod - cons >= XENSTORE_RING_SIZE) {
-            wait_for_ring(deadline);
-            continue;
-        }
-        for (; size && prod - cons < XENSTORE_RING_SIZE; size--)
-            intf->req[MASK_XENSTORE_IDX(prod++)] = *from++;
-        barrier();
-        *(volatile XENSTORE_RING_IDX *)&intf->req_prod = prod;
-        notify(start_info->store_evtchn);
-    }
+    if (in_time)
+        return;
+    say("domio: xenstored does not answer");
+    shutdown(SHUTDOWN_crash);
 }
 
 static bool has_input(void)
@@ -63,33 +41,15 @@ static bool has_input(void)
     return *(volatile XENSTORE_RING_IDX *)&intf->rsp_prod != intf->rsp_cons;
 }
 
-static void receive(void *data, size_t size, uint64_t deadline)
-{
-    struct xenstore_domain_interface *intf = ring();
-    char *to = data;
-    while (size) {
-        XENSTORE_RING_IDX cons = intf->rsp_cons, prod = *(volatile XENSTORE_RING_IDX *)&intf->rsp_prod;
-        if (prod == cons) {
-            wait_for_ring(deadline);
-            continue;
-        }
-        for (; size && cons != prod; size--)
-            *to++ = intf->rsp[MASK_XENSTORE_IDX(cons++)];
-        barrier();
-        *(volatile XENSTORE_RING_IDX *)&intf->rsp_cons = cons;
-        notify(start_info->store_evtchn);
-    }
-}
-
 /* One message, closed with a zero. */
 static uint32_t message(struct xsd_sockmsg *head, char *body, uint64_t deadline)
 {
-    receive(head, sizeof(*head), deadline);
+    must(xenstore_receive(head, sizeof(*head), deadline));
     if (head->len > XENSTORE_PAYLOAD_MAX) {
         say("domio: xenstored sent %u bytes", head->len);
         shutdown(SHUTDOWN_crash);
     }
-    receive(body, head->len, deadline);
+    must(xenstore_receive(body, head->len, deadline));
     body[head->len] = 0;
     if (head->type == XS_WATCH_EVENT && on_watch) {
         const char *token = body + strlen(body) + 1;
@@ -115,19 +75,13 @@ static long request(unsigned type, const char *path, const char *second, bool cl
     struct xsd_sockmsg head = {.type = type, .req_id = ++serial, .len = strlen(path) + 1 + more};
     if (head.len > XENSTORE_PAYLOAD_MAX)
         return -XEN_E2BIG;
-    send(&head, sizeof(head), deadline);
-    send(path, strlen(path) + 1, deadline);
-    if (more)
-        send(second, more, deadline);
+    must(xenstore_send(&head, sizeof(head), deadline) && xenstore_send(path, strlen(path) + 1, deadline));
+    must(xenstore_send(second, more, deadline));
     do
         message(&head, body, deadline);
     while (head.type == XS_WATCH_EVENT || head.req_id != serial);
-    if (head.type == XS_ERROR) {
-        for (size_t i = 0; i < ARRAY_SIZE(errors); i++)
-            if (!strcmp(body, errors[i].name))
-                return -errors[i].value;
-        return -XEN_EINVAL;
-    }
+    if (head.type == XS_ERROR)
+        return -xenstore_error(body);
     if (head.type != type)
         return -XEN_EIO;
     if (reply) {
@@ -164,6 +118,7 @@ bool text_to(char *out, size_t room, const char *text, ...)
 void store_init(bool again)
 {
     struct xenstore_domain_interface *intf = ring();
+    xenstore_wait = wait_for_ring;
     on_port(start_info->store_evtchn, ring_rung);
     port_unmask(start_info->store_evtchn);
     if (!again)
@@ -176,6 +131,8 @@ void store_init(bool again)
     *connection = XENSTORE_RECONNECT;
     notify(start_info->store_evtchn);
     uint64_t deadline = system_time() + WAIT;
-    while (*connection != XENSTORE_CONNECTED)
-        wait_for_ring(deadline);
+    while (*connection != XENSTORE_CONNECTED) {
+        must(system_time() < deadline);
+        wait_for_ring(system_time() + 10 * NS_MS);
+    }
 }

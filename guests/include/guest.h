@@ -176,6 +176,12 @@ bool wait_for(volatile bool *flag, uint64_t ns);
 /* One request with its reply: the value's length, or a negative errno as xenstored named it. Waits at most a second. */
 long xenstore_read(const char *path, char *value, size_t room);
 long xenstore_write(const char *path, const char *value);
+/* For clients of their own: bytes through the ring (false: the deadline has passed), and the number of an error's name. */
+bool xenstore_send(const void *data, size_t size, uint64_t deadline);
+bool xenstore_receive(void *data, size_t size, uint64_t deadline);
+int xenstore_error(const char *name);
+/* How these wait for the other end, until that time at most. */
+extern void (*xenstore_wait)(uint64_t until);
 
 /* Each program has one. */
 extern const char program_name[];

@@ -22,7 +22,17 @@ static void pause_for(uint64_t until)
     HYPERVISOR_sched_op(SCHEDOP_poll, &poll);
 }
 
-static bool send_bytes(const void *data, size_t size, uint64_t deadline)
+void (*xenstore_wait)(uint64_t until) = pause_for;
+
+int xenstore_error(const char *name)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(errors); i++)
+        if (!strcmp(name, errors[i].name))
+            return errors[i].value;
+    return XEN_EINVAL;
+}
+
+bool xenstore_send(const void *data, size_t size, uint64_t deadline)
 {
     struct xenstore_domain_interface *intf = ring();
     const char *from = data;
@@ -31,7 +41,7 @@ static bool send_bytes(const void *data, size_t size, uint64_t deadline)
         if (prod - cons >= XENSTORE_RING_SIZE) {
             if (system_time() > deadline)
                 return false;
-            pause_for(system_time() + 10000000);
+            xenstore_wait(system_time() + 10000000);
             continue;
         }
         for (; size && prod - cons < XENSTORE_RING_SIZE; size--)
@@ -43,7 +53,7 @@ static bool send_bytes(const void *data, size_t size, uint64_t deadline)
     return true;
 }
 
-static bool receive_bytes(void *data, size_t size, uint64_t deadline)
+bool xenstore_receive(void *data, size_t size, uint64_t deadline)
 {
     struct xenstore_domain_interface *intf = ring();
     char *to = data;
@@ -52,7 +62,7 @@ static bool receive_bytes(void *data, size_t size, uint64_t deadline)
         if (prod == cons) {
             if (system_time() > deadline)
                 return false;
-            pause_for(system_time() + 10000000);
+            xenstore_wait(system_time() + 10000000);
             continue;
         }
         for (; size && cons != prod; size--)
@@ -74,22 +84,18 @@ static long request(unsigned type, const char *path, const char *value, char *re
     char body[XENSTORE_PAYLOAD_MAX];
     if (head.len > sizeof(body))
         return -XEN_E2BIG;
-    if (!send_bytes(&head, sizeof(head), deadline) || !send_bytes(path, strlen(path) + 1, deadline))
+    if (!xenstore_send(&head, sizeof(head), deadline) || !xenstore_send(path, strlen(path) + 1, deadline))
         return -XEN_ETIMEDOUT;
-    if (value && !send_bytes(value, strlen(value), deadline))
+    if (value && !xenstore_send(value, strlen(value), deadline))
         return -XEN_ETIMEDOUT;
-    if (!receive_bytes(&head, sizeof(head), deadline))
+    if (!xenstore_receive(&head, sizeof(head), deadline))
         return -XEN_ETIMEDOUT;
     if (head.len > sizeof(body) || head.req_id != number)
         return -XEN_EIO;
-    if (!receive_bytes(body, head.len, deadline))
+    if (!xenstore_receive(body, head.len, deadline))
         return -XEN_ETIMEDOUT;
-    if (head.type == XS_ERROR) {
-        for (size_t i = 0; i < ARRAY_SIZE(errors); i++)
-            if (head.len && !body[head.len - 1] && !strcmp(body, errors[i].name))
-                return -errors[i].value;
-        return -XEN_EINVAL;
-    }
+    if (head.type == XS_ERROR)
+        return -(head.len && !body[head.len - 1] ? xenstore_error(body) : XEN_EINVAL);
     if (head.type != type)
         return -XEN_EIO;
     if (reply && room) {
