@@ -26,6 +26,10 @@ EPOCH: Final = 1
 """Counts the grants and revocations."""
 END: Final = 2
 """CLOCK_MONOTONIC ns at which a GRANTED lease ends."""
+STALE: Final = 3
+"""Counts the times at which frames of the domain were written by others whose translated code is stale then: an order `drop_code`
+whose `seq` has reached it says which. The order goes by another way than what tells of the write (a doorbell, a ring in shared
+memory) and may come later: guest code must not run before it."""
 
 # written by the domain
 WANTS: Final = 8

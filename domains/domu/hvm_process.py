@@ -91,6 +91,7 @@ class GuestProcess(PvProcess):
         assert self.physmap is not None
         for mfn in order.body["frames"]:
             self.physmap.drop_code(mfn)
+        self._lease.dropped(order.body["seq"])
         return 0, b""
 
     # ------------------------------------------------------------------ start

@@ -19,6 +19,7 @@ class Lease:
         self._ours: Doorbell | None = None
         self._theirs: Doorbell | None = None
         self._asked = -1
+        self._dropped = 0
 
     def attach(self, fds: list[int]) -> int | None:
         """The page and the doorbells of the order `lease_page`, which are taken over. A descriptor to listen to, if any: `take`
@@ -35,6 +36,15 @@ class Lease:
             return False
         self._ours.take()
         return True
+
+    def dropped(self, number: int) -> None:
+        """Stale code is dropped up to that number."""
+        self._dropped = max(self._dropped, number)
+
+    @property
+    def stale(self) -> bool:
+        """Frames were written by others, and the order that says which has not come yet: no guest code may run."""
+        return self._page is not None and self._page.words[lp.STALE] > self._dropped
 
     def may_run(self) -> bool:
         """The domain holds a lease that is not over."""

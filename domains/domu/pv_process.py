@@ -42,6 +42,8 @@ from domains.vcpu.unicorn_vcpu import UnicornVcpu
 MAX_MFN: Final = 1 << 24
 """The machine-to-physical table covers this many frames (hypervisor.core.config.MachineConfig.mfn_limit)."""
 IDLE_S: Final = 60.0
+STALE_S: Final = 1.0
+"""So long at a time the order is waited for that says what code is stale."""
 YIELD_BOUND_NS: Final = 10_000_000
 Handler = Callable[[Order, list[int]], tuple[int, bytes]]
 
@@ -149,6 +151,10 @@ class PvProcess:
                     lease.sleeping()
                 if not lease.may_run():
                     self._wait(IDLE_S)
+                continue
+            if lease.stale:
+                self._ear.set_deadline(0)
+                self._wait(STALE_S)
                 continue
             self._ear.set_deadline(min((t for t in (deadline, lease.end) if t), default=0))
             self._ear.arm()
@@ -369,6 +375,7 @@ class PvProcess:
         if self.domain is not None:
             for mfn in order.body["frames"]:
                 self.domain.cpu.drop_code(Mfn(mfn))
+        self._lease.dropped(order.body["seq"])
         return 0, b""
 
     def counters(self) -> dict[str, Any]:

@@ -447,6 +447,39 @@ static void power(void)
     same(transfer(BLKIF_OP_READ, OWN, 1, 0, 7), BLKIF_RSP_OKAY, "read");
 }
 
+/* New code in pages that held other code runs as read, by whole pages, single sectors into the middle of a page, and indirect requests. */
+static void code(unsigned rounds)
+{
+    unsigned wrong = 0, failed = 0;
+    for (unsigned k = 0; k < PAGES; k++)
+        for (unsigned s = 0; s < PAGE_SIZE / SECTOR; s++) {
+            unsigned char *at = (unsigned char *)data[k] + s * SECTOR;
+            memset(at, 0x90, SECTOR);
+            at += k % 5; /* nop */
+            *at++ = 0xB8; /* mov eax, number; ret */
+            *(uint32_t *)at = 0x10000 + 8 * k + s;
+            at[4] = 0xC3;
+        }
+    same(indirect_transfer(BLKIF_OP_WRITE, OWN, PAGES, INDIRECT_REF), BLKIF_RSP_OKAY, "the code is written");
+    for (unsigned round = 0; round < rounds; round++) {
+        unsigned k = round * 7 % PAGES, s = round % 8, place = s;
+        int status;
+        if (round % 3 == 0)
+            status = transfer(BLKIF_OP_READ, OWN + 8 * k, 1, 0, 7);
+        else if (round % 3 == 1)
+            status = transfer(BLKIF_OP_READ, OWN + 8 * k + s, 1, place = 3, 3);
+        else
+            status = indirect_transfer(BLKIF_OP_READ, OWN + 8 * k, 1, INDIRECT_REF);
+        failed += status != BLKIF_RSP_OKAY;
+        const char *at = data[0] + place * SECTOR;
+        unsigned ran = ((unsigned (*)(void))(const void *)at)(), there = *(const uint32_t *)(at + k % 5 + 1);
+        if (ran != 0x10000 + 8 * k + s && !wrong++)
+            note("round %u: %x ran, %x is there, %x was read", round, ran, there, 0x10000 + 8 * k + s);
+    }
+    same(failed, 0, "%u reads of code", rounds);
+    same(wrong, 0, "it runs as read, each time");
+}
+
 void program(void)
 {
     const char *line = (const char *)start_info->cmd_line;
@@ -465,6 +498,12 @@ void program(void)
     if (!memcmp(line, "power", 5)) {
         connect(0, false);
         power();
+        disconnect();
+        return;
+    }
+    if (!memcmp(line, "code=", 5)) {
+        connect(0, line[5] == 'p');
+        code(value_of(line + 6));
         disconnect();
         return;
     }

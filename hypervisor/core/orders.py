@@ -120,7 +120,12 @@ _KINDS = (
     OrderKind(
         "msi", False, "bdf, entry", "a device of an HVM guest raised that MSI-X vector: deliver its message"
     ),
-    OrderKind("drop_code", False, "frames (MFNs)", "the hypervisor wrote to them: translated code is stale"),
+    OrderKind(
+        "drop_code",
+        False,
+        "frames (MFNs), seq (the lease page's STALE has at least that)",
+        "the hypervisor wrote to them: translated code is stale",
+    ),
 )
 
 ORDERS = {kind.name: kind for kind in _KINDS}

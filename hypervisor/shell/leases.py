@@ -50,6 +50,7 @@ class _Lease:
     stopped: bool = False
     enabled: bool = False
     offences: int = 0
+    stale: int = 0
     yields: int = 0
 
 
@@ -127,6 +128,17 @@ class Leases:
         for unit in self._scheduler:
             if unit.state is State.HOLDING:
                 self._trace.add(Kind.LEASE, unit.cpu, unit.domain, 1, unit.end or 0, time=now)
+
+    def stale(self, domain: DomId) -> int:
+        """Frames of the domain were written: an order that says which follows. Its number; 0: it has no page. Its vCPUs stop and look."""
+        lease = self._leases.get(domain)
+        if lease is None:
+            return 0
+        lease.stale += 1
+        lease.page.words[lp.STALE] = lease.stale
+        if lease.to_domain is not None:
+            lease.to_domain.ring()
+        return lease.stale
 
     def rang(self, fd: int) -> bool:
         """A descriptor was readable. False if it is none of a lease."""

@@ -98,6 +98,8 @@ class _Stale:
 
     def __init__(self) -> None:
         self.frames: dict[int, None] = {}
+        self.number = 0
+        """Of the lease page's STALE: with this order all is told up to there."""
 
 
 class Peer:
@@ -316,7 +318,9 @@ class Peer:
         if isinstance(item, _Stale):
             for frame in item.frames:
                 del self._stale[frame]
-            return encode(Order(order=0, what="drop_code", body={"frames": list(item.frames)}))
+            return encode(
+                Order(order=0, what="drop_code", body={"frames": list(item.frames), "seq": item.number})
+            )
         return item
 
     def raised(self, events: list[tuple[int, int]]) -> None:
@@ -332,8 +336,8 @@ class Peer:
             self._telling[event] = last
         self._send()
 
-    def drop_code(self, frames: Sequence[int]) -> None:
-        """Order `drop_code`: others wrote to these frames. They were written before this is called, so a message that waits already
+    def drop_code(self, frames: Sequence[int], number: int = 0) -> None:
+        """Order `drop_code`, of that number: others wrote to these frames. They were written before this is called, so a message that waits already
         may say it as well."""
         for frame in frames:
             if frame in self._stale:
@@ -344,6 +348,9 @@ class Peer:
                 self._backlog.append(last)
             last.frames[frame] = None
             self._stale[frame] = last
+        newest = next(reversed(self._stale.values()), None)
+        if newest is not None:
+            newest.number = number  # the last one that waits: those before it are taken before it
         self._send()
 
     @property

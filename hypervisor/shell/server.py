@@ -592,7 +592,7 @@ class Server:
 
     def _order(self, peer: Peer, order: fx.Order) -> None:
         if order.kind == "drop_code":
-            peer.drop_code(cast("list[int]", order.body["frames"]))
+            peer.drop_code(cast("list[int]", order.body["frames"]), self.leases.stale(order.domain))
             return
         body = order.body
         if order.windows:

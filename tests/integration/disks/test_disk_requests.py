@@ -126,3 +126,31 @@ def test_a_power_loss_of_the_disk_is_told_once(tmp_path: Path, domio: str) -> No
         subprocess.run(command, check=True, timeout=60)
         all_passed(machine, 120.0)
         machine.check()
+
+
+def run_code(tmp_path: Path, domio: str, rounds: int, timeout: float) -> None:
+    """The front end reads code into pages that held other code, and runs it: its grants mapped for each request, and persistent."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTORS * 512))
+    with running_machine(domio=domio) as machine:
+        for grants in "dp":
+            frontend(machine, image, f"code={grants}{rounds}")
+            all_passed(machine, timeout)
+            assert f"{rounds} reads of code" in machine.text["front"]
+            machine.text["front"] = ""
+            machine.ended.clear()
+        machine.check()
+
+
+@pytest.mark.parametrize("domio", KINDS)
+def test_code_that_is_read_runs_as_read(tmp_path: Path, domio: str) -> None:
+    """By whole pages, single sectors into the middle of a page, and indirect requests."""
+    run_code(tmp_path, domio, 150, 90.0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("domio", KINDS)
+def test_code_that_is_read_runs_as_read_ten_thousand_times(tmp_path: Path, domio: str) -> None:
+    """The same, often."""
+    run_code(tmp_path, domio, 10_000, 600.0)

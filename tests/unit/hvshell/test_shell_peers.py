@@ -17,15 +17,15 @@ import pytest
 from bus import credentials, packets
 from bus.addresses import DomId, Port, VcpuId
 from bus.doorbell import Doorbell
-from bus.messages.domain import Hello, Hypercall, HypercallReply, Report
-from bus.messages.envelope import encode
+from bus.messages.domain import Hello, Hypercall, HypercallReply, Order, Report
+from bus.messages.envelope import decode, encode, registry
 from hypervisor.core import effects as fx
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.domains import DomainSpec, Kind
 from hypervisor.shell import peers as module
 from hypervisor.shell.memory import MemfdMemory
-from hypervisor.shell.peers import Peer, PeerLost
+from hypervisor.shell.peers import MERGED, Peer, PeerLost
 from hypervisor.shell.server import Server
 from hypervisor.shell.trace_pages import TracePages
 from tests.support.raw_zmtp import RawClient
@@ -205,6 +205,19 @@ def test_events_that_waited_are_all_told_in_order(link: Link) -> None:
     assert b"\x93\x01\x02\x03" in waiting[3]
     link.peer.raised([(5, 0)])
     assert len(link.peer._backlog) == 1, "what was sent may be raised anew"
+
+
+def test_an_order_to_drop_code_tells_up_to_where_all_is_told(link: Link) -> None:
+    """Merged orders have the newest number; where frames fill several, only the last of them has it."""
+    link.peer.drop_code([1], 4)
+    link.peer.drop_code([1], 5)
+    link.peer.drop_code(range(100, 100 + MERGED), 6)
+    link.peer.drop_code([1], 7)
+    orders = []
+    while link.peer._backlog:
+        orders.append(cast(Order, decode(link.peer._next(), registry(Order))))
+    assert [order.body["seq"] for order in orders] == [5, 7]
+    assert [frame for order in orders for frame in order.body["frames"]] == [1, *range(100, 100 + MERGED)]
 
 
 def test_a_process_that_goes_while_much_waits_for_it(server: Server, link: Link) -> None:
