@@ -11,8 +11,9 @@ from bus.abi import event_channel as ec
 from bus.abi import features, vcpu
 from bus.abi import grant_table as gt
 from bus.abi import memory as mem
-from bus.abi.errno import XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO, XEN_EOPNOTSUPP
+from bus.abi.errno import XEN_EEXIST, XEN_EINVAL, XEN_ENOENT, XEN_ENOSYS, XEN_ENXIO, XEN_EOPNOTSUPP
 from bus.abi.hvm import hvm_op, params
+from bus.abi.hvm.hvm_vcpu import VCPU_HVM_CONTEXT
 from bus.abi.hypercalls_model import MAX_FRAMES, Command, Guests, State
 from bus.abi.xen import (
     DOMID_SELF,
@@ -24,6 +25,7 @@ from bus.abi.xen import (
 )
 from bus.addresses import PAGE_SIZE, DomId
 from domains.hvm.cpu import HvmCpu
+from domains.hvm.first_state import first_state
 from domains.hvm.state import HvmState
 from domains.pv.api import GuestFault
 from domains.pv.calls import LOW32, Handler, Result
@@ -89,11 +91,18 @@ class HvmVcpuCalls(VcpuCalls):
 
     asserted: Callable[[HvmState], None]
 
-    def vcpu_op(self, cmd: int, vcpuid: int, arg: int, a4: int, a5: int) -> Result:
-        """VCPUOP_initialise is not built: application processors start by INIT and SIPI."""
-        if cmd & LOW32 in (vcpu.VCPUOP_initialise, vcpu.VCPUOP_get_physid):
-            return -XEN_ENOSYS
-        return super().vcpu_op(cmd, vcpuid, arg, a4, a5)
+    def _initialise(self, state: VcpuState, arg: int) -> int:
+        assert isinstance(state, HvmState)
+        if state.info < 0:
+            return -XEN_EINVAL
+        data = self._cpu.mmu.read_virtual(arg, VCPU_HVM_CONTEXT.size)
+        if state.initialised:
+            return -XEN_EEXIST
+        first = first_state(data)
+        if first is None:
+            return -XEN_EINVAL
+        state.first, state.sipi, state.initialised = first, None, True
+        return 0
 
     def _register_info(self, state: VcpuState, arg: int) -> int:
         cpu = self._cpu

@@ -79,6 +79,8 @@ _SAME: Final = {
     xen.HYPERVISOR_console_io: frozenset((xen.CONSOLEIO_write, xen.CONSOLEIO_read)),
     xen.HYPERVISOR_vcpu_op: frozenset(
         (
+            vcpu.VCPUOP_initialise,
+            vcpu.VCPUOP_get_physid,
             vcpu.VCPUOP_up,
             vcpu.VCPUOP_down,
             vcpu.VCPUOP_is_up,

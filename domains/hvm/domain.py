@@ -375,7 +375,11 @@ class HvmDomain(Turns[HvmState]):
         if state.sipi is not None:
             self.vcpu.reset()
             self.vcpu.enter_startup(state.sipi)
-            state.sipi = state.armed = None
+            state.sipi = state.armed = state.first = None
+        elif state.first is not None:
+            self.vcpu.reset()
+            load_cpu(self.vcpu, state.first)
+            state.armed = state.first = None
 
     def context(self) -> bytes:
         """XEN_DOMCTL_gethvmcontext: the registers of each vCPU that was started. Between runs."""

@@ -213,7 +213,8 @@ class VcpuCalls:
         if not state.online:
             state.online = True
             self._time.set_runstate(state, idle_runstate(state))
-            self._time.update_time_info(self._cpu, state)
+            if state.info >= 0:
+                self._time.update_time_info(self._cpu, state)
             self._life.vcpu_changed(state.id, True)
         return 0
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from domains.dom0.builder.pvh import PvhBuilt
 from domains.dom0.toolstack import acpi
 from domains.dom0.toolstack.pvh import GuestFrames, first_context
 from domains.hvm.context import first_cpu
@@ -67,8 +66,7 @@ def test_a_guest_with_devices_has_a_pci_root() -> None:
 
 
 def test_the_first_state_is_the_pvh_entry() -> None:
-    built = PvhBuilt(0x1000850, 0x4B00000, (), {}, (), (), 0)  # type: ignore[arg-type]  # a plain number will do
-    cpu = first_cpu(first_context(built))
+    cpu = first_cpu(first_context(0x1000850, 0x4B00000))
     assert (cpu.rip, cpu.rbx, cpu.cr0, cpu.rflags) == (0x1000850, 0x4B00000, 0x11, 2)
     assert (cpu.cs_base, cpu.cs_limit, cpu.cs_arbytes) == (0, 0xFFFFFFFF, 0xC9B)
     assert cpu.tr_arbytes == 0x8B
