@@ -69,6 +69,11 @@ class Processes:
         """The running processes of a domain."""
         return self._by_domain.get(domain)
 
+    def started(self, domain: DomId) -> bool:
+        """The warden has started its process (in containers it may wait for one that is free)."""
+        running = self._by_domain.get(domain)
+        return running is not None and running.started
+
     def start(
         self,
         domain: DomId,

@@ -151,13 +151,7 @@ class Server:
         ]
         there = [peer for peer in watched if peer in self.peers]
         up = [peer for peer in there if self.peers[peer].connected]
-        starting = [
-            peer
-            for peer in there
-            if not self.peers[peer].connected
-            and (running := self.processes.of(peer)) is not None
-            and running.started
-        ]
+        starting = [p for p in there if not self.peers[p].connected and self.processes.started(p)]
         ask, late = self._heartbeats.beat(now, up, starting)
         for peer in ask:
             if is_device(peer):
