@@ -43,6 +43,8 @@ class DomainConfig(Message):
     firmware: Annotated[int, Field(ge=-1, le=63)] = -1
     """Of an HVM guest: SeaBIOS."""
     firmware_path: Text = ""
+    bios: Annotated[int, Field(ge=-1, le=63)] = -1
+    """Of an HVM guest whose firmware is an ELF program (hvmloader): the BIOS that it is given."""
     video_bios: Annotated[int, Field(ge=-1, le=63)] = -1
     boot: Annotated[str, Field(max_length=4, pattern=r"^[acdn]*$")] = "cd"
     """Of an HVM guest: c disk, d optical drive, in the order in which they are tried."""

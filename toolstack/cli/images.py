@@ -132,9 +132,12 @@ def make_config(fields: dict[str, Any], images: Images) -> DomainConfig:
     if fields.get("type") == "hvm":
         path = fields.get("firmware_path") or SEABIOS
         firmware = {"firmware": images.add(_firmware(path), "firmware"), "firmware_path": path}
+        bios = fields.get("bios_path") or SEABIOS
+        if is_elf(path) and (os.path.exists(bios) or fields.get("bios_path")):
+            firmware["bios"] = images.add(bios, "BIOS")
         if fields.get("vga", "stdvga") == "stdvga":
             firmware["video_bios"] = images.add(_firmware(VIDEO_BIOS), "video BIOS")
-    fields = dict(fields)
+    fields = {name: value for name, value in fields.items() if name != "bios_path"}
     if fields.pop("pvshim", False):
         shim = fields.get("shim_path") or find_shim()
         fields |= {"shim": images.add(shim, "shim"), "shim_path": shim}

@@ -61,6 +61,8 @@ class XlConfig(BaseModel):
     vga: Literal["stdvga", "none"] = "stdvga"
     firmware_path: str = ""
     """Of an HVM guest; "": Debian's SeaBIOS. An ELF program takes the place of hvmloader and BIOS."""
+    bios_path: str = ""
+    """What such a program is given as BIOS; "": Debian's SeaBIOS."""
     pvshim: bool = False
     """Of a PVH guest: `kernel` is a PV kernel, which runs in Xen's shim."""
     shim_path: str = ""
@@ -94,6 +96,7 @@ class XlConfig(BaseModel):
                 "serial": bool(self.serial) or self.serial_by_default,
                 "vga": self.vga,
                 "firmware_path": self.firmware_path,
+                "bios_path": self.bios_path,
                 "boot": self.boot,
             }
             if self.vnc is not None:
@@ -205,6 +208,7 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "hap": _hap(read),
         "serial_by_default": "serial" not in settings and "firmware_override" not in settings,
         "firmware_path": _path(read.string("firmware_override") or read.string("bios_path_override"), base),
+        "bios_path": _path(read.string("bios_path_override"), base),
         "serial": [text for text, _ in read.strings("serial")],
         "cpus": _cpus(read),
         **_shim(read, base),

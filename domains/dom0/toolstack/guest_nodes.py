@@ -45,6 +45,8 @@ def write_guest_nodes(store: XenstoreService, guest: Guest, console_mfn: int, co
         "control/platform-feature-multiprocessor-suspend": "1",
         "control/platform-feature-xs_reset_watches": "1",
     }
+    if config.bios >= 0:
+        readable["hvmloader/bios"] = "seabios"
     for vcpu in range(1, config.maxvcpus or config.vcpus):
         readable[f"cpu/{vcpu}/availability"] = "online" if vcpu < config.vcpus else "offline"
     for path, value in readable.items():

@@ -84,9 +84,10 @@ def build_hvm_domain(
     xenstore_port: Port,
     console_port: Port,
     kernel: Sequence[tuple[int, bytes]] = (),
+    module: bytes = b"",
 ) -> BuiltHvm:
     """Everything up to a domain that can be unpaused once it has its device model. `vcpus`: (most, at the start);
-    `kernel`: what lies in memory of one that is started directly. BuildError, ValueError, HypercallError."""
+    `kernel`: what lies in memory of one that is started directly; `module`: the BIOS that an ELF program as firmware gets. BuildError, ValueError, HypercallError."""
     most = HVM_BELOW_4G_RAM_END >> PAGE_SHIFT
     low, high = min(pages, most) << PAGE_SHIFT, max(pages - most, 0) << PAGE_SHIFT
     config = FirmwareConfig(
@@ -100,7 +101,7 @@ def build_hvm_domain(
     pieces: tuple[tuple[int, bytes | memoryview], ...]
     runs = [*ram_runs(pages), (int(special_pages()[0]), len(special_pages()))]
     if is_elf(bios):
-        program = build_program(config, bios)
+        program = build_program(config, bios, module)
         pieces, memory_map, context = (
             program.pieces,
             list(program.memory_map),

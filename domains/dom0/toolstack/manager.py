@@ -227,6 +227,7 @@ class Manager:
                 xenstore_port,
                 console_port,
                 images.pieces if images is not None else (),
+                read_file(files[config.bios], "BIOS") if config.bios in files else b"",
             ).console_gfn
         elif config.type == "pvh":
             ring = build_pvh_domain(

@@ -13,7 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "builder"))
 from elf_maker import Seg, elf32, notes
 
 from bus.abi.hvm.hvm_info_table import HVM_INFO_PADDR
-from bus.abi.hvm.start_info import HVM_MEMMAP_TABLE_ENTRY, HVM_START_INFO, XEN_HVM_START_MAGIC_VALUE
+from bus.abi.hvm.start_info import (
+    HVM_MEMMAP_TABLE_ENTRY,
+    HVM_MODLIST_ENTRY,
+    HVM_START_INFO,
+    XEN_HVM_START_MAGIC_VALUE,
+)
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.firmware.layout import FirmwareConfig
 from domains.dom0.builder.firmware.program import build_program
@@ -40,6 +45,23 @@ def test_where_it_lies_and_what_it_is_told() -> None:
     ranges = HVM_MEMMAP_TABLE_ENTRY.unpack_array(raw[: 2 * HVM_MEMMAP_TABLE_ENTRY.size], 2)
     assert [(r.addr, r.size, r.type) for r in ranges] == [(1 << 20, 63 << 20, 1), (1 << 32, 16 << 20, 1)]
     assert built.memory_map == ((1 << 20, 63 << 20, 1), (1 << 32, 16 << 20, 1))
+
+
+def test_a_bios_is_its_module() -> None:
+    """hvmloader looks for the module whose command line is "firmware"."""
+    bios = b"BIOS" * 0x4000
+    built = build_program(CONFIG, program(), bios)
+    pieces = {address: bytes(data) for address, data in built.pieces}
+    info = HVM_START_INFO.unpack(pieces[built.ebx][: HVM_START_INFO.size])
+    assert info.nr_modules == 1
+    raw = pieces[built.ebx]
+    module = HVM_MODLIST_ENTRY.unpack(raw[info.modlist_paddr - built.ebx :][: HVM_MODLIST_ENTRY.size])
+    assert pieces[module.paddr] == bios
+    assert module.size == len(bios)
+    assert raw[module.cmdline_paddr - built.ebx :].startswith(b"firmware\0")
+    assert module.paddr >= built.ebx + len(raw)
+    with pytest.raises(BuildError, match="is not all memory"):
+        build_program(CONFIG, program(), bytes(63 << 20))
 
 
 def test_the_note_of_a_pvh_kernel_names_the_entry() -> None:
