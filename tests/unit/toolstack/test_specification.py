@@ -41,3 +41,11 @@ def test_each_dependency_has_its_reason() -> None:
     page = (ROOT / "docs" / "decisions" / "0002-dependencies.md").read_text(encoding="utf-8")
     names = [re.split(r"[<>=\[ ]", requirement)[0] for requirement in wanted]
     assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", page)] == []
+
+
+def test_each_decision_is_in_the_index_under_a_number_of_its_own() -> None:
+    """docs/decisions/index.md names every record, and no two have one number."""
+    records = sorted(path.name for path in (ROOT / "docs/decisions").glob("0*.md"))
+    index = (ROOT / "docs/decisions/index.md").read_text(encoding="utf-8")
+    assert [name for name in records if f"]({name})" not in index] == []
+    assert len({name[:4] for name in records}) == len(records)
