@@ -170,6 +170,7 @@ def test_dma_of_a_compromised_device(tmp_path: Path) -> None:
         attack.machine.check()
 
 
+@pytest.mark.long
 def test_dma_of_a_compromised_device_of_a_guest_program(tmp_path: Path) -> None:
     """The same where DomIO is a PV guest, whose I/O page tables hold machine frames at their own numbers: its own, and no others but those
     that it has mapped by grants."""

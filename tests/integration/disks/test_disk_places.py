@@ -24,6 +24,7 @@ def test_more_disks_in_a_machines_life_than_there_are_places(tmp_path: Path) -> 
     image.write_bytes(os.urandom(1 << 20))
     with running_machine() as machine:
         machine.create("g", fetch("grub").kernel, memory_mb=64)
+        machine.expect("g", "grub> ", 60.0)  # a starting GRUB would connect to the first one
         disk = parse_disk(f"{image},raw,xvdb,r", "test")
         for number in range(ROUNDS):
             with image.open("rb") as file:

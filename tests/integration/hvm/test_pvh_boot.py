@@ -50,7 +50,9 @@ def test_grub_reaches_its_prompt_takes_commands_and_halts() -> None:
     assert "GNU GRUB" in console
 
 
-@pytest.mark.parametrize(("vcpus", "paging"), [(1, "--hap"), (2, "--hap"), (2, "--no-hap")])
+@pytest.mark.parametrize(
+    ("vcpus", "paging"), [pytest.param(1, "--hap", marks=pytest.mark.long), (2, "--hap"), (2, "--no-hap")]
+)
 def test_debian_reaches_init_with_hvc0(vcpus: int, paging: str) -> None:
     """With two-level paging, and with shadow page tables."""
     debian = guest("debian")
