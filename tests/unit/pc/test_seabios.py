@@ -43,7 +43,7 @@ def test_post_finds_nothing_to_boot() -> None:
     log = machine.log.decode("latin-1")
     assert "PS2 keyboard initialized" in log
     assert "Found 1 serial ports" in log
-    assert "No bootable device." in machine.text()
+    assert "No bootable device" in machine.text()  # the log is ahead of the screen
     assert machine.vga.plain_ranges()[0].gpa == 0xB8000
     picture = render(machine.vga)
     assert (picture.width, picture.height) == (720, 400)
