@@ -169,7 +169,9 @@ class Machine:
             self._plug(message)
             process.post(HypercallReply(token=message.token, rc=0, data=b""))
         else:
-            raise NotImplementedError(f"message {message.KIND} of domain {domid}")
+            raise AssertionError(
+                f"message {message.KIND} of domain {domid}: no program of the simulation sends that"
+            )
         self.apply()
 
     def from_device(self, device: Device, message: Message) -> None:
