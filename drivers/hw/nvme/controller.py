@@ -38,16 +38,6 @@ ONES: Final = (1 << 64) - 1
 NO_COMMAND: Final = 0xFFFF
 """An identifier that no command has (NVMe 1.4, 5.21.1.12): in trace records."""
 
-_MAY_RETRY: Final = frozenset(
-    (
-        Status.DATA_TRANSFER_ERROR,
-        Status.INTERNAL_ERROR,
-        Status.ABORT_REQUESTED,
-        Status.SQ_DELETED,
-        Status.WRITE_FAULT,
-    )
-)
-
 
 class Controller:
     """One controller in one epoch: a new assignment begins with a new object."""
@@ -468,7 +458,7 @@ class Controller:
         if task.status == Status.SUCCESS:
             return phase
         field = task.status << 1 | phase | spec.STATUS_MORE
-        if task.status not in _MAY_RETRY:
+        if task.status not in spec.MAY_RETRY:
             field |= spec.STATUS_DNR
         self._admin.record_error(task, field)
         return field

@@ -521,3 +521,15 @@ assert IDENTIFY_CONTROLLER.offset("oacs") == 256
 assert IDENTIFY_CONTROLLER.offset("sqes") == 512
 assert IDENTIFY_CONTROLLER.offset("psd0") == 2048
 assert IDENTIFY_NAMESPACE.offset("lbaf") == 128
+
+
+MAY_RETRY: Final = frozenset(
+    (
+        Status.DATA_TRANSFER_ERROR,
+        Status.INTERNAL_ERROR,
+        Status.ABORT_REQUESTED,
+        Status.SQ_DELETED,
+        Status.WRITE_FAULT,
+    )
+)
+"""A host that tries the command again may have success (DNR is 0)."""
