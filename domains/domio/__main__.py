@@ -18,10 +18,12 @@ from domains.domio.hardware import DmaPages
 from domains.domio.vbd import LEDGER_PAGES, VbdServer
 from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
+from domains.native.repeated import Repeated
 from domains.native.xenstore import XenstoreClient
 
 LOG: Final = Logger("domio")
 MAX_DISKS = 31
+LOOKS_AT_ONCE: Final = 16
 LEDGERS = range(MAX_DISKS * LEDGER_PAGES)
 """Guest frames of the ledgers: each disk's place follows from its PCI address, so that a new process finds it."""
 LAST_NODE = "discard-enable"
@@ -40,7 +42,7 @@ class DomIo:
         self.store: XenstoreClient
         self.pages: DmaPages
         self.servers: dict[str, VbdServer] = {}
-        self._scanning = self._changed = False
+        self._looks: Final = Repeated(host.reactor, self._look, LOOKS_AT_ONCE)
 
     def start(self) -> None:
         """The domain is built: find what there is to serve."""
@@ -62,16 +64,7 @@ class DomIo:
         node = path.partition("backend/vbd/")[2].split("/")[2:]
         if node and node != [LAST_NODE]:
             return  # within a disk's directory: neither new nor gone
-        self._changed = True
-        if self._scanning:
-            return  # the store is waited for, and this is served meanwhile: the one who waits looks again
-        self._scanning = True
-        try:
-            while self._changed:
-                self._changed = False
-                self._look()
-        finally:
-            self._scanning = False
+        self._looks.ask()
 
     def _look(self) -> None:
         base = f"/local/domain/{self.host.domid}/backend/vbd"

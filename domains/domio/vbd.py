@@ -16,6 +16,7 @@ from bus.trace import Trace
 from bus.trace_page import Counters
 from domains.domio.hardware import DmaPages, FrontendFrames, NvmePort
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
+from domains.native.repeated import Repeated
 from domains.native.xenstore import XenstoreClient
 from drivers.block.backend import Backend
 from drivers.block.ledger import Ledger, LedgerError
@@ -106,8 +107,7 @@ class VbdServer:
         self._remote: list[int] = []
         self._msi: list[Port] = []
         self._adopted = False
-        self._running = False
-        self._again = False
+        self._follows: Final = Repeated(host.reactor, self._follow, CHANGES_AT_ONCE)
         self.closed = False
         self._tick()
 
@@ -206,28 +206,21 @@ class VbdServer:
     # ------------------------------------------------------------------ xenbus
 
     def _changed(self, _path: str) -> None:
-        """Run `BackDevice.changed`, one at a time."""
+        self._follows.ask()
+
+    def _follow(self) -> None:
+        """What the frontend or the toolstack wrote: `BackDevice.changed`."""
         if self._device is None or self.closed:
             return
-        if self._running:
-            self._again = True
-            return
-        self._running = True
         try:
-            for _ in range(CHANGES_AT_ONCE):
-                self._again = False
-                self._store.run(self._device.changed())
-                if not self._again or self.closed:
-                    break
-            else:  # a frontend that writes its state all the time waits with the others
-                self._host.reactor.soon(lambda: self._changed(""))
+            self._store.run(self._device.changed())
         except (XenstoreError, TimeoutError) as error:
             self._log(f"xenstore: {error}")
-        finally:
-            self._running = False
 
     def connect(self, link: FrontLink, disk: Disk) -> None:
         """See BackPort."""
+        if self.closed:  # while its frontend's nodes were read
+            raise ConnectError("the disk is gone")
         self._attach(link, disk, None)
 
     def _attach(self, link: FrontLink, disk: Disk, found: dict[int, Port] | None) -> None:

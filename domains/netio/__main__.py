@@ -18,6 +18,7 @@ from bus.process import begin
 from bus.trace_page import Counters
 from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
+from domains.native.repeated import Repeated
 from domains.native.xenstore import XenstoreClient
 from domains.netio.bridges import Bridges
 from domains.netio.copies import STAGE_PAGES, Stage
@@ -28,6 +29,7 @@ from drivers.xenbus.client import XenstoreError
 from drivers.xenbus.nodes import NodeError
 
 LOG: Final = Logger("netio")
+LOOKS_AT_ONCE: Final = 16
 LAST_NODE: Final = "trusted"
 """The last node that the toolstack writes into an interface's directory: from then on it is complete."""
 
@@ -44,7 +46,7 @@ class NetIo:
         self._counters: Final = counters
         self.bridges: Final = Bridges(host.reactor.after)
         self.servers: Final[dict[str, VifServer]] = {}
-        self._scanning = self._changed = False
+        self._looks: Final = Repeated(host.reactor, self._look, LOOKS_AT_ONCE)
         self.store: XenstoreClient
         self.stage: Stage
         self.journals: Journals
@@ -64,20 +66,11 @@ class NetIo:
         self.store.watch("backend/vif", self._scan)
 
     def _scan(self, path: str) -> None:
-        """Which interfaces are there? Others are called back while the store is waited for: they leave it to the one who waits."""
+        """Which interfaces are there?"""
         node = path.partition("backend/vif/")[2].split("/")[2:]
         if node and node != [LAST_NODE]:
             return  # within an interface's directory: neither new nor gone
-        self._changed = True
-        if self._scanning:
-            return
-        self._scanning = True
-        try:
-            while self._changed:
-                self._changed = False
-                self._look()
-        finally:
-            self._scanning = False
+        self._looks.ask()
 
     def _look(self) -> None:
         base = f"/local/domain/{self.host.domid}/backend/vif"

@@ -14,6 +14,7 @@ from bus.addresses import Port as EventPort
 from bus.log import Logger
 from bus.trace_page import Counters
 from domains.native.domain import GrantError, GrantMapping, HypercallError, NativeDomain
+from domains.native.repeated import Repeated
 from domains.native.xenstore import XenstoreClient
 from domains.netio.bridges import Bridges
 from domains.netio.copies import FrontendPages, Stage
@@ -84,8 +85,7 @@ class VifServer:
         self._rings: list[PagedRing] = []
         self._channels: list[EventPort] = []
         self._watches: list[tuple[str, str]] = []
-        self._running = False
-        self._again = False
+        self._follows: Final = Repeated(host.reactor, self._follow, CHANGES_AT_ONCE)
         self._waits = False
         self.closed = False
         self._device: Final = BackDevice(path, frontend, self, max_queues=MAX_QUEUES)
@@ -113,25 +113,16 @@ class VifServer:
     # ------------------------------------------------------------------ xenbus
 
     def _changed(self, _path: str) -> None:
-        """Run `BackDevice.changed`, one at a time."""
+        self._follows.ask()
+
+    def _follow(self) -> None:
+        """What the frontend or the toolstack wrote: `BackDevice.changed`."""
         if self.closed:
             return
-        if self._running:
-            self._again = True
-            return
-        self._running = True
         try:
-            for _ in range(CHANGES_AT_ONCE):
-                self._again = False
-                self._store.run(self._device.changed())
-                if not self._again or self.closed:
-                    break
-            else:  # a frontend that writes its state all the time waits with the others
-                self._host.reactor.soon(lambda: self._changed(""))
+            self._store.run(self._device.changed())
         except (XenstoreError, TimeoutError) as error:
             self._log(f"xenstore: {error}")
-        finally:
-            self._running = False
 
     def connect(self, link: FrontLink) -> None:
         """See BackPort."""

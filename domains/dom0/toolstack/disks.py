@@ -21,7 +21,7 @@ from bus.messages.domain import Order
 from bus.messages.warden import Deposit, Deposited
 from bus.packets import PacketLink
 from domains.dom0.builder.errors import BuildError
-from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain, Restarts
+from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain, DriverDomainBusy, Restarts
 from domains.dom0.toolstack.driver_guest import DriverGuest
 from domains.dom0.toolstack.vdev import number_of
 from domains.dom0.xc import ControlInterface
@@ -186,18 +186,18 @@ class Disks:
             number = number_of(vdev)
         except ValueError as error:
             raise DiskError(str(error)) from None
-        if any(disk.domid == domid and disk.number == number for disk in self.disks.values()):
-            raise DiskError(f"domain {domid} has a disk {vdev} already")
+        self._expect_new(domid, vdev, number)
         served = str(config.get("backend") or "")
         if served and served != "DomIO":
             return self._attach_foreign(domid, vdev, number, config, served)
         if fd is None:
             raise DiskError(f"disk {vdev}: no file was given (an empty drive is not served)")
+        if self.domio is None:
+            self._start_domio()  # others are served while it starts: what they took is looked at below
+            self._expect_new(domid, vdev, number)
+        backend = self.domio
+        assert backend is not None
         bdf = self._free_place()
-        try:
-            backend = self.domio if self.domio is not None else self.driver.start()
-        except BuildError as error:
-            raise DiskError(f"DomIO: {error}") from None
         self._serial += 1
         readonly = bool(config.get("readonly")) or bool(config.get("cdrom"))
         settings = {
@@ -215,6 +215,19 @@ class Disks:
             self._pull_out(disk)
             raise
         return disk
+
+    def _expect_new(self, domid: DomId, vdev: str, number: int) -> None:
+        if any(disk.domid == domid and disk.number == number for disk in self.disks.values()):
+            raise DiskError(f"domain {domid} has a disk {vdev} already")
+
+    def _start_domio(self) -> None:
+        try:
+            with self.driver.being_started():
+                self.driver.start()
+        except DriverDomainBusy as error:
+            raise DiskError(str(error)) from None
+        except BuildError as error:
+            raise DiskError(f"DomIO: {error}") from None
 
     def _free_place(self) -> int:
         """The PCI address of a new disk's controller, on bus 0. They are taken in turn, so that one that became free rests before it is

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -36,6 +37,10 @@ class Restarts:
         return len(self.times) <= FAST_RESTARTS
 
 
+class DriverDomainBusy(Exception):
+    """It is being started, by one who is waited for below: what needs it cannot be served before that."""
+
+
 class DriverDomain:
     """One driver domain, if it was needed yet."""
 
@@ -62,10 +67,22 @@ class DriverDomain:
         self._model: Final = model
         self._restarts = Restarts()
         self.domid: DomId | None = None
+        self._starting = False
         self.program: DriverGuest | None = None
         """What it is built from, where it is a guest program instead of a native domain."""
         self.give_up: Callable[[], None] = lambda: None
         """Its process ends again and again: take it and what it serves away."""
+
+    @contextmanager
+    def being_started(self) -> Iterator[None]:
+        """Others are served while a start waits: none of them may start a second one. DriverDomainBusy."""
+        if self._starting:
+            raise DriverDomainBusy(f"{self.name} is being started: try again")
+        self._starting = True
+        try:
+            yield
+        finally:
+            self._starting = False
 
     def start(self, wanted: DomId = DomId(0)) -> DomId:  # noqa: B008  # a number
         """Create and start it, with that number, or one of the hypervisor's choice. HypercallError, GrantError; BuildError for a guest
@@ -77,8 +94,18 @@ class DriverDomain:
         return self.domid
 
     def _start_native(self, wanted: DomId) -> DomId:
-        xc, host = self._xc, self._host
+        xc = self._xc
         domid = xc.create_domain(uuid=os.urandom(16), max_vcpus=1, ssidref=self._role, domid=wanted)
+        try:
+            self._build_native(domid)
+        except BaseException:
+            xc.destroy(domid)
+            raise
+        xc.unpause(domid)
+        return domid
+
+    def _build_native(self, domid: DomId) -> None:
+        xc, host = self._xc, self._host
         xc.max_vcpus(domid, 1)
         xc.max_mem(domid, self._pages << 2)
         xc.populate(domid, range(self._pages))
@@ -95,11 +122,18 @@ class DriverDomain:
         finally:
             memory.close()
         self._make_known(domid, port, self._pages)
-        xc.unpause(domid)
-        return domid
 
     def _make_known(self, domid: DomId, port: Port, pages: int) -> None:
-        """Its nodes, and its connection to xenstored."""
+        """Its nodes, and its connection to xenstored: both, or nothing of it stays."""
+        try:
+            self._write_nodes(domid, pages)
+            self._introduce(domid, port)
+        except BaseException:
+            self._store.domain_died(domid)
+            self._store.remove(f"/local/domain/{domid}")
+            raise
+
+    def _write_nodes(self, domid: DomId, pages: int) -> None:
         store, base = self._store, f"/local/domain/{domid}"
         store.mkdir(base)
         store.permit(base, "n0", f"r{domid}")
@@ -115,7 +149,6 @@ class DriverDomain:
             store.permit(f"{base}/{path}", f"n{domid}")
         store.mkdir(f"{base}/backend")
         store.permit(f"{base}/backend", f"n{domid}")
-        self._introduce(domid, port)
 
     def _introduce(self, domid: DomId, port: Port) -> None:
         """Connect it to xenstored. Its ring is a grant, which its process must answer for: on a busy host that may still be

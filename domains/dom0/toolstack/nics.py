@@ -20,7 +20,7 @@ from bus.messages.envelope import BadMessage, Message
 from bus.messages.net import FROM_NETIO, MAX_PORTS, NetHello, NetHost, NetLink, NetPort, NetPortGone
 from bus.packets import LinkClosed, LinkFull, PacketLink, pair
 from domains.dom0.toolstack.disks import number_in
-from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain
+from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain, DriverDomainBusy
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import NativeDomain
@@ -120,7 +120,6 @@ class Nics:
         """Ports of programs outside, and NetIO's end of their sockets."""
         self._links: Final[dict[tuple[str, str], NetLink]] = {}
         self._hosts: Final[dict[str, NetHost]] = {}
-        self._starting = False
         self._started = 0
         self._serial = 0
 
@@ -134,15 +133,11 @@ class Nics:
         """NetIO's domain, started where there is none."""
         if self.driver.domid is not None:
             return self.driver.domid
-        if (
-            self._starting
-        ):  # it is waited for below us: whoever asks meanwhile cannot be served before it is there
-            raise NicError("NetIO is being started: try again")
-        self._starting = True
         try:
-            return self._start_netio()
-        finally:
-            self._starting = False
+            with self.driver.being_started():
+                return self._start_netio()
+        except DriverDomainBusy as error:
+            raise NicError(str(error)) from None
 
     def _start_netio(self) -> DomId:
         domid = DomId(FIRST_DOMID + self._started % 0x100)

@@ -91,7 +91,7 @@ made: list[Server] = []
 def disks(monkeypatch: pytest.MonkeyPatch) -> DomIo:
     made.clear()
     monkeypatch.setattr(domio, "VbdServer", Server)
-    host = cast(Any, SimpleNamespace(domid=2, devices=set(), pages=lambda first, count: None))
+    host = cast(Any, SimpleNamespace(domid=2, reactor=None, devices=set(), pages=lambda first, count: None))
     found = DomIo(host)
     found.store, found.pages = cast(Any, Store(found)), cast(Any, None)
     return found
