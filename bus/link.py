@@ -105,10 +105,14 @@ class _Link:
         count = 0
         while (message := self.receive()) is not None:
             count += 1
-            if isinstance(message, Refused):
-                self.refused = message.count
-            self.on_message(message)
+            self._dispatched(message)
         return count
+
+    def _dispatched(self, message: Message) -> None:
+        """One that `dispatch` took."""
+        if isinstance(message, Refused):
+            self.refused = message.count
+        self.on_message(message)
 
     def _bundle(self, number: int, count: int, what: str, timeout: float) -> list[int]:
         """The descriptors of a bundle; the caller owns them. HypervisorGone if they do not come."""
@@ -144,6 +148,10 @@ class DomainLink(_Link):
         """Connects to the endpoint of `keys`; `descriptors` is this domain's end of its descriptor socket."""
         super().__init__(keys, descriptors, TO_DOMAIN)
         self._token = 0
+        self._waiting: set[int] = set()
+        """Tokens whose answers are waited for: more than one, where a handler makes an exchange while another one waits."""
+        self._answers: dict[int, HypercallReply] = {}
+        """Answers that an inner exchange, or a `dispatch` within a handler, took for an outer one. At most one for each of `_waiting`."""
         self.calls = 0
         self.trace: Trace = off()
         """Of a native domain: a guest's process notes its guest's hypercalls itself."""
@@ -167,24 +175,39 @@ class DomainLink(_Link):
         return self._token
 
     def exchange(self, message: Message, token: int) -> tuple[int, bytes]:
-        """Send a request that carries `token`, and wait for its answer as `call` does."""
-        self.send(message)
-        deadline = time.monotonic() + CALL_TIMEOUT_S
-        while True:
-            try:
-                answer = decode(self._socket.recv(), self._kinds)
-            except zmq.Again:
-                raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s") from None
-            if isinstance(answer, HypercallReply):
-                if answer.token == token:
-                    return answer.rc, answer.data
-            elif isinstance(answer, Refused):
-                self.refused = answer.count
-                raise BadMessage(f"the hypervisor refused a message: {answer.why}")
-            else:
-                self.on_message(answer)
-            if time.monotonic() > deadline:  # others keep sending, and it is not among them
-                raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s")
+        """Send a request that carries `token`, and wait for its answer as `call` does. `on_message` may make exchanges of its own
+        meanwhile; the answers find those who wait for them, in whatever order they come. BadMessage: the hypervisor refused a message."""
+        self._waiting.add(token)
+        try:
+            self.send(message)
+            deadline = time.monotonic() + CALL_TIMEOUT_S
+            while (found := self._answers.pop(token, None)) is None:
+                if time.monotonic() > deadline:  # others keep sending, and it is not among them
+                    raise zmq.Again
+                self._take(decode(self._socket.recv(), self._kinds))
+        except zmq.Again:
+            raise HypervisorGone(f"no answer to {message.KIND} within {CALL_TIMEOUT_S:.0f} s") from None
+        finally:
+            self._waiting.discard(token)
+            self._answers.pop(token, None)
+        return found.rc, found.data
+
+    def _dispatched(self, message: Message) -> None:
+        if isinstance(message, HypercallReply) and message.token in self._waiting:
+            self._answers[message.token] = message  # a handler looks, while an exchange waits
+        else:
+            super()._dispatched(message)
+
+    def _take(self, message: Message) -> None:
+        """One that came while an exchange waits."""
+        if isinstance(message, HypercallReply):
+            if message.token in self._waiting:  # else it is late: who asked has given up
+                self._answers[message.token] = message
+        elif isinstance(message, Refused):
+            self.refused = message.count
+            raise BadMessage(f"the hypervisor refused a message: {message.why}")
+        else:
+            self.on_message(message)
 
     def answer(self, order: Order, rc: int = 0, data: bytes = b"") -> None:
         """Report an order done (those of number 0 want no answer)."""

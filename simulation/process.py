@@ -158,8 +158,8 @@ class SimLink(DomainLink):
         while token not in self._replies:
             if machine.scheduler.now >= deadline:
                 raise HypervisorGone(f"no answer to {message.KIND}")
+            self._awaited = token  # an exchange within this one has set it otherwise
             process.park()
-            self._awaited = token
         self._awaited = -1
         reply = self._replies.pop(token)
         process.check()

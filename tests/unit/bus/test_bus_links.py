@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import select
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
-from bus import credentials, sealed
+from bus import credentials, link, sealed
 from bus.doorbell import Doorbell
-from bus.messages.envelope import MAX_MESSAGE, BadMessage
+from bus.link import DomainLink
+from bus.messages.domain import FROM_DOMAIN, Hypercall, HypercallReply, Raised
+from bus.messages.envelope import MAX_MESSAGE, BadMessage, Message, decode, encode
 from bus.messages.warden import TO_WARDEN, Halt, Signal, Spawn
 from bus.packets import LinkClosed, LinkFull, PacketLink, pair
 
@@ -203,3 +209,85 @@ def test_credentials_travel_in_a_sealed_descriptor() -> None:
     assert credentials.from_descriptor(fd) == client
     assert len(server.secret) == 32
     assert server.client_public != server.secret
+
+
+class NestingHypervisor(threading.Thread):
+    """Answers calls in the order in which they came, but only once `depth` of them wait, and tells of an event after each but the last."""
+
+    def __init__(self, path: Path, depth: int) -> None:
+        super().__init__(daemon=True)
+        self.depth, self.waiting = depth, list[Hypercall]()
+        server, self.keys = credentials.make(f"ipc://{path}")
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVTIMEO, 10_000)
+        self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, zmq.utils.z85.encode(server.secret))
+        self.socket.bind(f"ipc://{path}")
+
+    def run(self) -> None:
+        while len(self.waiting) < self.depth:
+            message = decode(self.socket.recv(), FROM_DOMAIN)
+            assert isinstance(message, Hypercall)
+            self.waiting.append(message)
+            if len(self.waiting) < self.depth:
+                self.socket.send(encode(Raised(events=[(len(self.waiting), 0)])))
+        for call in self.waiting:
+            with contextlib.suppress(zmq.Again):  # it has what it waited for, and is gone
+                self.socket.send(encode(HypercallReply(token=call.token, rc=call.cmd * 10)), zmq.NOBLOCK)
+        self.socket.close()
+        self.context.term()
+
+
+@pytest.fixture
+def nesting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[NestingHypervisor, DomainLink]]:
+    monkeypatch.setattr(link, "CALL_TIMEOUT_S", 5.0)
+    hypervisor = NestingHypervisor(tmp_path / "h", 3)
+    mine, theirs = pair()
+    domain = DomainLink(hypervisor.keys, mine)
+    hypervisor.start()
+    yield hypervisor, domain
+    domain.close()
+    theirs.close()
+    hypervisor.join(15)
+    assert not hypervisor.is_alive()
+
+
+def test_calls_made_by_handlers_of_calls(nesting: tuple[NestingHypervisor, DomainLink]) -> None:
+    """A handler makes a call while another one waits, whose answer comes first: each gets its own, and nothing is kept."""
+    _, domain = nesting
+    seen: list[int] = []
+
+    def handle(message: Message) -> None:
+        assert isinstance(message, Raised)
+        inner = message.events[0][0] + 1
+        seen.append(domain.call(1, inner)[0])
+
+    domain.on_message = handle
+    assert domain.call(1, 1) == (10, b"")
+    assert seen == [30, 20]
+    assert (domain._answers, domain._waiting) == ({}, set())
+
+
+def test_a_handler_that_looks_for_messages_takes_no_answer_from_a_call(
+    nesting: tuple[NestingHypervisor, DomainLink],
+) -> None:
+    """`dispatch` within a handler finds the answer of the call that waits: the call has it all the same."""
+    _, domain = nesting
+    events: list[int] = []
+
+    def handle(message: Message) -> None:
+        if not isinstance(message, Raised):
+            return  # of a call that nobody waits for
+        events.append(message.events[0][0])
+        domain.send(Hypercall(token=100 + len(events), vcpu=0, nr=1, cmd=9))
+        while not domain._answers:
+            assert domain._socket.poll(5000)
+            domain.dispatch()
+
+    domain.on_message = handle
+    assert domain.call(1, 1) == (10, b"")
+    assert events == [1, 2]
