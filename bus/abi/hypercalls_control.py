@@ -465,7 +465,11 @@ def _dm(
 
 _NO_SERVER: Final = "-ENOENT for an unknown server"
 _DM: Final = (
-    _dm("create_ioreq_server", dm_op.XEN_DM_OP_CREATE_IOREQ_SERVER, note="-ENOSPC: 8 servers a domain"),
+    _dm(
+        "create_ioreq_server",
+        dm_op.XEN_DM_OP_CREATE_IOREQ_SERVER,
+        note="-ENOSPC: 8 servers a domain, 32 in its life",
+    ),
     _dm("get_ioreq_server_info", dm_op.XEN_DM_OP_GET_IOREQ_SERVER_INFO, note=_NO_SERVER),
     _dm("map_io_range_to_ioreq_server", dm_op.XEN_DM_OP_IOREQ_SERVER_RANGE, note=_NO_SERVER + ", -EEXIST"),
     _dm("unmap_io_range_from_ioreq_server", dm_op.XEN_DM_OP_IOREQ_SERVER_RANGE, note=_NO_SERVER),

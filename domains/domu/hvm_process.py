@@ -194,13 +194,18 @@ class GuestProcess(PvProcess):
         if self.hvm is None or self.hvm.board is None:
             close_all(fds)
             return -XEN_EINVAL, b""
+        if self.hvm.model is not None:
+            self._ear.remove(self.hvm.model.note.fd)
         model = self.hvm.join_model(order.body["id"], fds, self._duties)
         self._ear.add(model.note.fd)
         return 0, b""
 
     def _ioreq_server(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        model = self.hvm.model if self.hvm is not None else None
         if self.hvm is None or not self.hvm.model_changed(order.body):
             return -XEN_EINVAL, b""
+        if model is not None and self.hvm.model is None:
+            self._ear.remove(model.note.fd)
         return 0, b""
 
     def _model_interrupt(self, order: Order, fds: list[int]) -> tuple[int, bytes]:

@@ -47,7 +47,7 @@ from domains.pv.cpuid import SIGNATURE
 from domains.pv.hypercalls import Hypercalls
 from domains.pv.life import Life
 from domains.pv.time import TSC_HZ, WALL_CLOCK_OFFSET, Timekeeper, count_nanoseconds, idle_runstate, timer_due
-from domains.pv.turns import SLICE_BLOCKS, Turns
+from domains.pv.turns import SLICE_BLOCKS, Slice, Turns
 from domains.pv.upstream import Upstream
 from domains.pv.wire import Remote
 from domains.vcpu.api import StopReason, VcpuError
@@ -135,6 +135,7 @@ class HvmDomain(Turns[HvmState]):
         self.exits.board = self.board
         self.root: PciRoot | None = None
         self.model: Model | None = None
+        self._retired: list[Model] = []
         self.crash_text: str | None = None
         super().__init__(self.cpu, self.states, self.time, self.life, self.events)
 
@@ -192,19 +193,34 @@ class HvmDomain(Turns[HvmState]):
         """A device model has an ioreq server: its memory and doorbells. VcpuError if this guest has no board for it."""
         if self.board is None:
             raise VcpuError("a guest without a board has no device model")
-        if self.model is not None:
-            self.model.give_up("another device model takes its place")
+        self.retire_model("another device model takes its place")
         model = Model(
             number, fds, self.board, self.cpu, idle, lambda: self.paused and self.life.shutdown_code is None
         )
         self.model = model
         return model
 
+    def retire_model(self, why: str) -> None:
+        """The device model's server, if there is one, is no more. An access may be under way: the rest is for before the next run."""
+        if self.model is not None:
+            self.model.retire(why)
+            self._retired.append(self.model)
+            self.model, self.vcpu.string_ports = None, frozenset()
+
+    def run_slice(self) -> Slice:
+        """See Turns; what is not needed any more is closed first."""
+        while self._retired:
+            self._retired.pop().close()
+        return super().run_slice()
+
     def model_changed(self, body: Mapping[str, Any]) -> bool:
         """An order `ioreq_server`. False if there is no such server, or a range cannot be."""
         model = self.model
         if model is None or model.number != body["id"]:
             return False
+        if body.get("gone"):
+            self.retire_model("its device model is gone")
+            return True
         done = model.change(body)
         vcpu = self.vcpu
         vcpu.string_ports = frozenset(port for port in STRING_PORTS if model.owns_port(port))

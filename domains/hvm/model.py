@@ -80,9 +80,7 @@ class Model:
 
     def change(self, body: Mapping[str, Any]) -> bool:
         """An order `ioreq_server`. False: a range that overlaps another server's, or a device of the board."""
-        if body.get("gone"):
-            self.give_up("its device model is gone")
-        elif "enabled" in body:
+        if "enabled" in body:
             self._enabled = bool(body["enabled"])
         elif "add" in body:
             return self._add(tuple(body["add"]))
@@ -140,6 +138,13 @@ class Model:
     def give_up(self, why: str) -> None:
         """There will be no answers any more."""
         self._gone = self._gone or why
+
+    def retire(self, why: str) -> None:
+        """It is no more: give up, and leave its ranges to who comes next. `close` is for later, when no access is under way."""
+        self.give_up(why)
+        for (kind, _, _), each in self._ranges.items():
+            self._space(kind).remove(each)
+        self._ranges.clear()
 
     # --- accesses
 
@@ -317,8 +322,10 @@ class Model:
         return physmap.map_device_memory(note.address >> PAGE_SHIFT, self._vram + note.place, pages)
 
     def close(self) -> None:
-        """Close what can be; the memory stays mapped, since the vCPU may have it."""
+        """Close and unmap, once it is retired: the vCPU does not run, and does not reach for the frame buffer any more."""
+        self._cpu.physmap.forget_device_memory(self._vram, area.VRAM_SIZE)
         self._quick.close()
+        self._area.close()
         for bell in (self._request, self._response, self.note, self._done):
             bell.close()
 

@@ -56,7 +56,8 @@ class PhysicalMap:
         self._vcpu: Mapper | None = None
         self._granted: dict[int, tuple[int, bool]] = {}
         self._touched: set[int] = set()
-        self._device_memory: list[range] = []
+        self._device_memory: dict[range, int] = {}
+        """Guest frames -> host address."""
 
     def attach(self, vcpu: Mapper) -> None:
         """Build the vCPU's memory map from all that is known; it is kept up to date from now on."""
@@ -136,22 +137,36 @@ class PhysicalMap:
             return False
         if any(self.mfn(g) is not None or g in self._granted for g in range(gfn, gfn + count)):
             return False
+        for run in [r for r in self._device_memory if r.start < gfn + count and gfn < r.stop]:
+            self.unmap_device_memory(
+                run.start, len(run)
+            )  # wholly: what stuck out of the new one would be nobody's to unmap
         self._forget(gfn, count)
         if self._vcpu is not None:
             self._vcpu.map(MachineAddr(gfn << PAGE_SHIFT), host_address, count << PAGE_SHIFT)
-        self._device_memory = [r for r in self._device_memory if r.stop <= gfn or r.start >= gfn + count]
-        self._device_memory.append(range(gfn, gfn + count))
+        self._device_memory[range(gfn, gfn + count)] = host_address
         return True
 
     def unmap_device_memory(self, gfn: int, count: int) -> bool:
         """It goes. False if nothing of the kind is there."""
-        wanted = range(gfn, gfn + count)
-        if wanted not in self._device_memory:
+        if self._device_memory.pop(range(gfn, gfn + count), None) is None:
             return False
-        self._device_memory.remove(wanted)
         if self._vcpu is not None:
             self._vcpu.unmap(MachineAddr(gfn << PAGE_SHIFT), count << PAGE_SHIFT)
+            for each in range(gfn, gfn + count):  # what the guest got there meanwhile is its own
+                mfn, granted = self.mfn(each), self._granted.get(each)
+                if mfn is not None:
+                    self._map(each, mfn, 1)
+                elif granted is not None:
+                    address, writable = granted
+                    self._vcpu.map(MachineAddr(each << PAGE_SHIFT), address, PAGE_SIZE, writable=writable)
         return True
+
+    def forget_device_memory(self, host_address: int, size: int) -> None:
+        """Before [host_address, host_address + size) of this process is unmapped: no guest frame leads there any more."""
+        for run, host in list(self._device_memory.items()):
+            if host_address <= host < host_address + size:
+                self.unmap_device_memory(run.start, len(run))
 
     def _map(self, gfn: int, mfn: int, count: int) -> None:
         assert self._vcpu is not None

@@ -25,6 +25,8 @@ from hypervisor.core.lifecycle import Lifecycle
 from hypervisor.core.outbox import Outbox
 
 MAX_SERVERS: Final = 8
+MAX_CREATED: Final = 32
+"""Servers of a guest in its life. A device model needs one; each costs the host 18 MiB, which a hostile one could keep."""
 MAX_RANGES: Final = 256
 RANGE_ENDS: Final = {
     abi.XEN_DMOP_IO_RANGE_PORT: 0x10000,
@@ -62,6 +64,7 @@ class IoreqServers(DomainHooks):
         self._outbox = outbox
         self._config = config
         self._servers: dict[DomId, dict[int, IoreqServer]] = {}
+        self._created: dict[DomId, int] = {}
         for cmd, handler in (
             (abi.XEN_DMOP_create_ioreq_server, self._create),
             (abi.XEN_DMOP_get_ioreq_server_info, self._info),
@@ -108,8 +111,10 @@ class IoreqServers(DomainHooks):
             raise XenError(EINVAL)  # writes are never buffered: there is nothing to ask for
         servers = self._servers.setdefault(domain.domid, {})
         free = next((number for number in range(MAX_SERVERS) if number not in servers), None)
-        if free is None:
+        created = self._created.get(domain.domid, 0)
+        if free is None or created >= MAX_CREATED:
             raise XenError(ENOSPC)
+        self._created[domain.domid] = created + 1
         servers[free] = IoreqServer(free, call.domain.domid)
         self._outbox.emit(JoinModel(domain.domid, call.domain.domid, free))
         return call.reply(0, payload=call.payload._replace(id=free))
@@ -248,3 +253,4 @@ class IoreqServers(DomainHooks):
 
     def gone(self, now: int, domain: Domain) -> None:
         self._servers.pop(domain.domid, None)
+        self._created.pop(domain.domid, None)

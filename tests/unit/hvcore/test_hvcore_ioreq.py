@@ -15,6 +15,7 @@ from bus.abi.sched import SHUTDOWN_poweroff
 from bus.abi.xen import HYPERVISOR_dm_op
 from bus.addresses import DomId
 from hypervisor.core.effects import JoinModel, KillProcess, Order
+from hypervisor.core.ioreq import MAX_CREATED
 
 
 class Rig:
@@ -136,6 +137,18 @@ def test_servers_and_ranges_are_bounded(rig: Rig) -> None:
         == 0
     )
     assert rig.create() == servers[3]
+
+
+def test_servers_that_are_made_and_destroyed_are_bounded_in_a_guests_life(rig: Rig) -> None:
+    """Each costs the host memory that a hostile device model can keep. Another guest's are its own."""
+    for _ in range(MAX_CREATED):
+        destroy = abi.xen_dm_op_destroy_ioreq_server(rig.create(), 0)
+        assert rig.op(rig.model, rig.guest, abi.XEN_DMOP_destroy_ioreq_server, destroy).rc == 0
+    value = abi.xen_dm_op_create_ioreq_server(0, bytes(3), 0)
+    before = len(rig.machine.effects)
+    assert rig.op(rig.model, rig.guest, abi.XEN_DMOP_create_ioreq_server, value).rc == -ENOSPC
+    assert len(rig.machine.effects) == before + 1, "the reply, and no memory"
+    assert rig.op(0, rig.stranger, abi.XEN_DMOP_create_ioreq_server, value).rc == 0
 
 
 def test_another_device_model_has_no_say_over_a_server(rig: Rig) -> None:

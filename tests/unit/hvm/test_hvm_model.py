@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,7 +95,8 @@ class Pair:
         if self.serving:
             self.thread.join(5)
         self.guest.close()
-        self.model.close()
+        self.rig.domain.retire_model("the test is over")
+        self.rig.domain.run_slice()
 
 
 @pytest.fixture
@@ -325,6 +327,83 @@ def test_ranges_that_overlap_the_board_are_refused(pairs: Callable[..., Pair]) -
     assert not domain.model_changed({"id": 1, "add": [port, 0x900, 0x900]})
     assert domain.model_changed({"id": 0, "remove": [port, PORT, PORT + 7]})
     assert domain.model_changed({"id": 0, "add": [port, PORT, PORT]})
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("domicile-ioreq")
+
+
+def test_servers_that_are_replaced_or_destroyed_leave_nothing(pairs: Callable[..., Pair]) -> None:
+    """Memory, descriptors, ranges and frame buffers of a hundred servers, each replaced by the next or destroyed first."""
+    pair = pairs("ebfe", lambda offset, size, value: 0)
+    pair.serving = False
+    domain, physmap = pair.rig.domain, pair.rig.physmap
+    vram = 0xF0000000 >> 12
+
+    def another(number: int, *, destroyed: bool) -> None:
+        memory = area.create()
+        guest, model = area.bells()
+        if destroyed:
+            assert domain.model_changed({"id": number, "gone": True})
+            assert domain.model is None
+        fresh = domain.join_model(
+            number + 1, [os.dup(memory), *(os.dup(bell.fd) for bell in guest)], pair._idle
+        )
+        for bell in (*guest, *model):
+            bell.close()
+        assert domain.model_changed({"id": number + 1, "add": [0, PORT, PORT + 7]})
+        os.close(memory)
+        assert fresh._show(Note(area.MAP, 0, 0, 0xF0000000 + number * 0x1000, 0x4000, 0)), (
+            "over the last one's"
+        )
+        pair.rig.run(1)
+
+    another(0, destroyed=False)
+    before, maps = len(os.listdir("/proc/self/fd")), mappings()
+    for number in range(1, 101):
+        another(number, destroyed=bool(number & 1))
+    assert (len(os.listdir("/proc/self/fd")), mappings()) == (before, maps)
+    assert list(physmap._device_memory) == [range(vram + 100, vram + 104)]
+    assert domain.model_changed({"id": 101, "gone": True})
+    pair.rig.run(1)
+    assert (len(os.listdir("/proc/self/fd")), mappings()) == (before - 6, maps - 1)
+    assert not physmap._device_memory
+
+
+def test_a_server_that_is_replaced_during_an_access_ends_it_first(pairs: Callable[..., Pair]) -> None:
+    """The order comes while the access waits; the guest reads ones and goes on, and then the memory goes."""
+    pair = pairs(in8(PORT) + HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    old = pair.model
+
+    def idle() -> None:
+        if pair.rig.domain.model is old:
+            assert pair.rig.domain.model_changed({"id": 0, "gone": True})
+            assert old._area.word(area.PRODUCED) == 0, "still there"
+
+    old._idle = idle  # type: ignore[misc]
+    rig = pair.run()
+    assert rig.regs.rax & 0xFF == 0xFF
+    assert rig.domain.crash_text is None
+    assert rig.domain.model is None
+    rig.domain.run_slice()
+    with pytest.raises(ValueError, match="released"):
+        old._area.word(area.PRODUCED)
+
+
+def test_memory_of_the_guests_own_where_a_frame_buffer_was(pairs: Callable[..., Pair]) -> None:
+    """It was put there later, and stays when the frame buffer goes."""
+    pair = pairs(HLT, lambda offset, size, value: 0)
+    pair.serving = False
+    physmap, space = pair.rig.physmap, pair.rig.domain.vcpu.memory.space
+    gfn = 0xF0000
+    assert pair.model._show(Note(area.MAP, 0, 0, gfn << 12, 0x4000, 0))
+    mfn = physmap.mfn(5)
+    assert mfn is not None
+    physmap.changed(gfn + 1, mfn, 1, 1)
+    assert pair.model._show(Note(area.UNMAP, 0, 0, gfn << 12, 0x4000, 0))
+    wanted = physmap.host + (mfn - physmap.base << 12)
+    assert [space.host_address(gfn + page << 12) for page in range(4)] == [None, wanted, None, None]
 
 
 def test_a_request_that_makes_no_sense_reads_as_ones(pairs: Callable[..., Pair]) -> None:
