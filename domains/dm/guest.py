@@ -108,6 +108,7 @@ class Guest:
         self._take_posts()
         for vcpu in range(self.vcpus):
             if self._area.ready(vcpu):
+                self._take_posts()  # those that came after the first look, and before the access
                 access = self._area.take_access(vcpu)
                 self.accesses += 1
                 self._serving = True

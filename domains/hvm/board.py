@@ -14,7 +14,7 @@ from bus.abi.hvm.ioreq import ACPI_PM1A_EVT_BLK_ADDRESS_V1
 from domains.hvm.interrupts import Interrupts
 from drivers.pc.acpi_pm import S5, SCI_IRQ, AcpiRegisters
 from drivers.pc.bus import Clock, Line, MmioSpace, PortSpace, Timed, earliest
-from drivers.pc.fabric import GSIS, LINKS, Fabric
+from drivers.pc.fabric import LINKS, Fabric
 from drivers.pc.hpet import Hpet
 from drivers.pc.ioapic import IoApic, Message, decode_msi
 from drivers.pc.pci_setup import ELCR
@@ -134,12 +134,10 @@ class Board:
         self.ioapic.end_of_interrupt(vector)
 
     def gsi_line(self, number: int, level: bool) -> None:
-        """Drive an interrupt by its global number: an ISA line, or an input of the I/O APIC alone. Others than these: nothing."""
-        if number < ISA_LINES:
-            self.isa_line(number, level)
-        elif number < GSIS:
-            self._interrupts.changed = True
-            self.ioapic.set_input(number, level)
+        """Drive an interrupt by its global number, beside its devices: an ISA line, or an input of the I/O APIC alone. Others than
+        these: nothing."""
+        self._interrupts.changed = True
+        self.fabric.set_gsi(number, level)
 
     def callback_pin(self, device: int, pin: int, level: bool) -> None:
         """Drive a PCI pin beside what the device itself does there."""

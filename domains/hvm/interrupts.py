@@ -42,6 +42,7 @@ class Interrupts:
         self.callback_vector = 0
         """HVM_PARAM_CALLBACK_IRQ by vector; 0: none."""
         self._callback_line: Callable[[bool], None] | None = None
+        self._callback_up = False
         self.pic: InterruptController | None = None
         """The 8259 pair of a guest that has one."""
         self.changed = False
@@ -71,17 +72,24 @@ class Interrupts:
         return not apic.hardware_enabled or apic.lvt[LVT_LINT0] & (MASKED | 0x700) == EXTINT << 8
 
     def set_callback_line(self, line: Callable[[bool], None] | None) -> None:
-        """HVM_PARAM_CALLBACK_IRQ by a line, which is high while the upcall flag of vCPU 0 is up; the old one goes low."""
-        if self._callback_line is not None:
+        """HVM_PARAM_CALLBACK_IRQ by a line, which goes up with the upcall flag of vCPU 0, unless that has an upcall vector, and down
+        with the flag; the old one goes low."""
+        if self._callback_line is not None and self._callback_up:
             self._callback_line(False)
-        self._callback_line = line
+        self._callback_line, self._callback_up = line, False
         self.follow_upcall()
 
     def follow_upcall(self) -> None:
         """The guest may have cleared its upcall flag: before a controller looks at the line again, it has the level of now."""
         if self._callback_line is not None:
             state = self.states[0]
-            self._callback_line(state.info >= 0 and bool(self._octets[state.info]))
+            # As Xen's hvm_assert_evtchn_irq: an upcall vector of the vCPU's own goes before the line. Linux sets both, the line to
+            # GSI 1 only so that tools see a guest with PV drivers: raised, it would be the keyboard's interrupt with each event.
+            flag = state.info >= 0 and bool(self._octets[state.info])
+            level = flag and (self._callback_up or not state.upcall_vector)
+            if level != self._callback_up:
+                self._callback_up = level
+                self._callback_line(level)
 
     def has_work(self, state: HvmState) -> bool:
         """Something would interrupt the vCPU (or does as soon as it lets it)."""

@@ -38,6 +38,7 @@ class Fabric:
         self._pic: Final = pic
         self._ioapic: Final = ioapic
         self._isa_devices = 0
+        self._others = 0  # GSIs that no device pulls (`set_gsi`)
         self._pins: Final = [0] * GSIS  # set of (device, pin) as bits of device * 4 + pin, by GSI
         self._links: Final = [0] * LINKS
         self._routes: Final = [NO_ROUTE] * LINKS
@@ -55,13 +56,25 @@ class Fabric:
         self._isa_devices = self._isa_devices | bit if level else self._isa_devices & ~bit
         self._settle(number)
 
+    def set_gsi(self, number: int, level: bool) -> None:
+        """Somebody who is no device (Xen: HVM_PARAM_CALLBACK_IRQ) drives an interrupt by its global number, beside the devices there.
+        The cascade, and what is no interrupt: nothing."""
+        if not 0 <= number < GSIS or number == CASCADE:
+            return
+        bit = 1 << number
+        self._others = self._others | bit if level else self._others & ~bit
+        if number < LINES:
+            self._settle(number)
+        elif not self._pins[number]:
+            self._ioapic(number, level)
+
     def set_intx(self, device: int, pin: int, level: bool) -> None:
         """A PCI function drives a pin (XEN_DMOP_set_pci_intx_level)."""
         bit, gsi, link = 1 << (device << 2 | pin), gsi_of(device, pin), link_of(device, pin)
         before = self._pins[gsi]
         self._pins[gsi] = before | bit if level else before & ~bit
         self._links[link] = self._links[link] | bit if level else self._links[link] & ~bit
-        if bool(before) != bool(self._pins[gsi]):
+        if bool(before) != bool(self._pins[gsi]) and not self._others >> gsi & 1:
             self._ioapic(gsi, level)
         if self._routes[link] != NO_ROUTE:
             self._settle(self._routes[link])
@@ -75,7 +88,7 @@ class Fabric:
             self._settle(changed)
 
     def _settle(self, number: int) -> None:
-        level = bool(self._isa_devices & 1 << number) or any(
+        level = bool((self._isa_devices | self._others) & 1 << number) or any(
             route == number and pulling
             for route, pulling in zip(self._routes, self._links, strict=True)
             if route != NO_ROUTE

@@ -90,6 +90,64 @@ def test_the_upcall_vector_goes_through_the_local_apic() -> None:
     assert guest.word(COUNT) == 2
 
 
+def with_keyboard_input() -> Rig:
+    """A full HVM guest whose callback is GSI 1, input 1 of its I/O APIC an edge with vector 0x41, as Linux programs it."""
+    guest = Rig("90ebfd", board=True)
+    board = guest.domain.board
+    assert board is not None
+    board.ioapic.write(0, 1, 0x12)
+    board.ioapic.write(0x10, 4, 0x41)
+    guest.domain.states[0].apic.svr = 0x1FF
+    return guest
+
+
+def test_the_upcall_vector_goes_before_the_callback_by_a_line() -> None:
+    """Linux from 6.0 on asks for both, and GSI 1 is the keyboard's: that interrupt is not raised."""
+    guest = with_keyboard_input()
+    state = guest.domain.states[0]
+    state.upcall_vector = VECTOR
+    guest.domain.set_callback(1)
+    guest.domain.deliver(Port(5), VcpuId(0))
+    guest.run(2)
+    assert state.apic.irr == 1 << VECTOR
+    state.upcall_vector = 0
+    guest.domain.interrupts.follow_upcall()
+    assert state.apic.irr == 1 << VECTOR | 1 << 0x41  # without it, the line is the only way
+
+
+def test_a_callback_by_a_line_that_is_up_falls_with_the_flag_only() -> None:
+    guest = with_keyboard_input()
+    board, state = guest.domain.board, guest.domain.states[0]
+    assert board is not None
+    levels: list[bool] = []
+    guest.domain.interrupts.set_callback_line(levels.append)
+    guest.domain.deliver(Port(5), VcpuId(0))
+    state.upcall_vector = VECTOR
+    guest.domain.interrupts.follow_upcall()
+    assert levels == [True]
+    guest.buffer[guest.shared] = 0
+    guest.domain.interrupts.follow_upcall()
+    guest.domain.interrupts.follow_upcall()
+    assert levels == [True, False]
+
+
+def test_the_callback_leaves_a_devices_line_alone() -> None:
+    """The keyboard holds its line up; events come and go on the same GSI."""
+    guest = with_keyboard_input()
+    board, state = guest.domain.board, guest.domain.states[0]
+    assert board is not None
+    guest.domain.set_callback(1)
+    board.isa_line(1, True)
+    state.apic.irr = 0
+    guest.domain.deliver(Port(5), VcpuId(0))
+    guest.buffer[guest.shared] = 0
+    guest.run(2)
+    assert state.apic.irr == 0  # no new edge: the line never fell
+    board.isa_line(1, False)
+    board.isa_line(1, True)
+    assert state.apic.irr == 1 << 0x41
+
+
 def test_eoi_at_the_apics_page() -> None:
     guest = rig("90ebfd", flags=IF | 2)
     state = guest.domain.states[0]

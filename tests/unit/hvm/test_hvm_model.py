@@ -18,7 +18,8 @@ from hvm_rig import DATA, Rig, mov
 
 from bus import ioreq_area as area
 from bus.abi.hvm import dm_op
-from bus.ioreq_area import Note
+from bus.abi.hvm.ioreq import IOREQ_TYPE_PIO
+from bus.ioreq_area import Access, Note
 from domains.dm import guest as guest_module
 from domains.dm.guest import Guest, GuestGone
 from domains.hvm import model as model_module
@@ -439,6 +440,25 @@ def test_posted_writes_are_no_exits_and_come_before_the_next_access(pairs: Calla
     assert seen == [*((0x3F8, (1000 - index) & 0xFF) for index in range(1000)), (-1, None)]
     assert pair.model.accesses == 1
     assert pair.model.posts == 1000
+
+
+def test_a_write_that_is_posted_just_before_an_access_comes_before_it(pairs: Callable[..., Pair]) -> None:
+    """Both come between the device model's look at the ring and its look at the vCPU's slot."""
+    seen: list[int | None] = []
+    pair = pairs(HLT, lambda offset, size, value: seen.append(value) or 0)
+    pair.serving = False
+    area_, look = pair.guest._area, pair.guest._take_posts
+
+    def late() -> None:
+        look()
+        if not seen and not area_.word(area.POSTED):
+            area_.put_post(0, Access(PORT, 7, 1, 1, IOREQ_TYPE_PIO, False, False))
+            area_.set_word(area.POSTED, 1)
+            area_.put_access(0, Access(PORT, 0, 1, 1, IOREQ_TYPE_PIO, True, False))
+
+    pair.guest._take_posts = late  # type: ignore[method-assign]
+    pair.guest._answer()
+    assert seen == [7, None]
 
 
 def test_a_write_that_is_posted_while_others_are_carried_out_is_not_forgotten(

@@ -277,6 +277,16 @@ def test_the_fabric_joins_sources_of_a_line() -> None:
     assert pic[11] is False
     fabric.set_isa(0, True)
     assert (pic[0], apic[2]) == (True, True)
+    fabric.set_gsi(28, True)
+    fabric.set_intx(3, 0, True)
+    fabric.set_intx(3, 0, False)
+    assert apic[28] is True
+    fabric.set_gsi(28, False)
+    assert apic[28] is False
+    for nowhere in (-1, 2, 48):
+        fabric.set_gsi(nowhere, True)
+    assert not {-1, 2, 48} & pic.keys()
+    assert not {-1, 48} & apic.keys()
     for bad in (2, 16):
         with pytest.raises(IndexError):
             fabric.isa_line(bad)
