@@ -29,6 +29,7 @@ from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from bus.process import Start
 from domains.dm.board import Board, Settings
 from domains.dm.guest import Guest
+from domains.dm.outbox import Outbox
 from domains.dm.server import IoreqServer, Spaces
 from domains.dm.vnc import VncError, VncServer
 from domains.native.domain import NativeDomain
@@ -39,8 +40,6 @@ from drivers.pc.vga_render import Picture
 OUTPUT_CHUNK: Final = 4096
 OUTPUT_DELAY_S: Final = 0.01
 """Serial output is sent when so much of it has come together, or after so long."""
-MAX_OUTPUT: Final = 1 << 20
-"""Serial output that Dom0 did not take yet; more is lost, as on a line without flow control."""
 
 
 class ModelProcess:
@@ -51,6 +50,8 @@ class ModelProcess:
         self.reactor: Final = reactor
         self._settings: Final = Settings.from_start(start)
         self._dom0: Final = PacketLink(socket.socket(fileno=start.fds["control"]), TO_MODEL)
+        self._outbox: Final = Outbox(self._dom0, reactor)
+        self._tell: Final = self._outbox.tell
         self._host: Final = NativeDomain(start, reactor)
         self._host.on_order["ioreq_area"] = self._area
         self._host.on_order["ping"] = lambda order, fds: b""
@@ -90,13 +91,6 @@ class ModelProcess:
             close_all(fds)
             self._handlers.get(type(message), lambda message: None)(message)
         self._follow()
-
-    def _tell(self, message: Message, descriptors: tuple[int, ...] = ()) -> bool:
-        try:
-            self._dom0.send(message, descriptors)
-        except LinkFull:
-            return False
-        return True
 
     def _go(self, go: ModelGo) -> None:
         server = self._server = IoreqServer(self._host, go.guest)
@@ -194,8 +188,7 @@ class ModelProcess:
         self._follow()
 
     def _transmit(self, byte: int) -> None:
-        if len(self._output) < MAX_OUTPUT:
-            self._output.append(byte)
+        self._output.append(byte)
         if len(self._output) >= OUTPUT_CHUNK:
             self._flush()
         elif not self._output_due:
@@ -207,14 +200,10 @@ class ModelProcess:
         self._flush()
 
     def _flush(self) -> None:
-        while self._output:
-            chunk = bytes(self._output[:OUTPUT_CHUNK])
-            if not self._tell(ModelOutput(data=chunk)):
-                if not self._output_due:
-                    self._output_due = True
-                    self.reactor.after(OUTPUT_DELAY_S, self._output_timer)
-                return
-            del self._output[: len(chunk)]
+        """At most a chunk has come together."""
+        if self._output:
+            self._tell(ModelOutput(data=bytes(self._output)))
+            self._output.clear()
 
     # --- time
 

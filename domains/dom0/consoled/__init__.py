@@ -178,7 +178,7 @@ class SerialLine(Terminal):
         """Input waits until `send` is set."""
         super().__init__(reactor, name, directory / f"guest-{file_name(name)}-serial.log")
         self.send: Callable[[bytes], bool] | None = None
-        """Takes input for the guest; False: not now."""
+        """Takes input for the guest; False: not now, and `poll` is called when it can."""
 
     def poll(self) -> None:
         """See Terminal."""

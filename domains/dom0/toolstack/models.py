@@ -162,6 +162,7 @@ class DeviceModel:
                 raise ModelError(f"the device model does not come up: {self._why or 'it says nothing'}")
             self._reactor.once(0.05)
         self._serial.send = self._input
+        self._serial.poll()  # what was typed before
 
     # --- the link
 
@@ -179,7 +180,17 @@ class DeviceModel:
         return True
 
     def _input(self, data: bytes) -> bool:
-        return self._send(ModelInput(data=data))
+        if self._send(ModelInput(data=data)):
+            return True
+        if self._link is not None:
+            self._reactor.writer(self._link.fileno(), self._room)
+        return False
+
+    def _room(self) -> None:
+        """The link takes something again: what waits on the serial line goes on."""
+        if self._link is not None:
+            self._reactor.writer(self._link.fileno(), None)
+            self._serial.poll()
 
     def _receive(self) -> None:
         for _ in range(BURST):

@@ -17,7 +17,7 @@ import pytest
 from bus import sealed
 from bus.addresses import DomId, Port
 from bus.messages.control import DomainConfig
-from bus.messages.model import TO_MODEL, ModelDone, ModelPicture, ModelUnplugged
+from bus.messages.model import TO_MODEL, ModelDone, ModelInput, ModelPicture, ModelReady, ModelUnplugged
 from bus.packets import PacketLink
 from domains.dom0.consoled import Console, SerialLine
 from domains.dom0.toolstack import models
@@ -157,6 +157,30 @@ def test_a_second_answer_to_one_request_costs_no_descriptor(rig: Rig) -> None:
     model.drain()
     assert descriptors() == before
     os.close(fd)
+
+
+def test_what_is_typed_while_a_device_model_does_not_read_comes_to_it_later(rig: Rig) -> None:
+    """Nobody types anything further that would send it: the link does, when there is room."""
+    guest = rig.guest()
+    serial, theirs = guest.serial, rig.theirs
+    assert serial is not None
+    assert theirs is not None
+    assert guest.model is not None
+    early, late = b"typed before it was up;", bytes(range(256)) * 3072
+    serial.type(early)
+    rig.xc.set_target = lambda domid, guest: None  # type: ignore[attr-defined]
+    theirs.send(ModelReady())
+    guest.model.start()
+    assert serial.type(late) == len(late)
+    assert serial._input, "the link is full"
+    got = b""
+    deadline = time.monotonic() + 20.0
+    while len(got) < len(early + late) and time.monotonic() < deadline:
+        while (packet := theirs.receive()) is not None:
+            got += packet[0].data if isinstance(packet[0], ModelInput) else b""
+        rig.reactor.once(0.05)
+    assert got == early + late
+    assert not rig.reactor._writers
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "short", "open to change"])
