@@ -1,10 +1,11 @@
-"""The guest: the product's block frontend, which does random I/O and holds every answer against the model."""
+"""What every guest of the simulation has: memory to grant, xenstore, one device of the driver domain whose way up and down it goes."""
 
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from bus.abi.grant_table import (
     GRANT_ENTRY_V1,
@@ -17,11 +18,7 @@ from bus.abi.grant_table import (
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId, Mfn, Port
 from domains.native.xenstore import XenstoreClient
-from drivers.block.frontend import DiskError, Features, Frontend
-from drivers.block.nodes import QueueLink
-from drivers.block.wire import X86_64
-from drivers.block.xenbus_front import FrontDevice, Wish
-from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.front import FrontEnd
 from drivers.xenbus.pages import Page
 from drivers.xenbus.states import XenbusState
 from simulation.process import SimDomain
@@ -30,6 +27,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 IN_FLIGHT: Final = 6
+"""Requests, or frames, under way at most."""
 FIRST_REF: Final = 8
 
 
@@ -78,28 +76,49 @@ class Pages:
         return ended
 
 
-class Guest:
-    """One life of the guest. Implements `drivers.block.xenbus_front.FrontPort`."""
+class Front(Protocol):
+    """A frontend's rings."""
 
-    def __init__(self, world: World, host: SimDomain) -> None:
+    error: str | None
+    """The rule that the back end broke."""
+    leaked: int
+    """Pages that it would not let go of."""
+
+    @property
+    def pending(self) -> int:
+        """Requests, or slots, that are not answered yet."""
+
+    def poll(self) -> object:
+        """Take the answers."""
+
+    def disconnect(self) -> None:
+        """The rings are gone."""
+
+
+class Guest(ABC):
+    """One life of the guest. Of a `FrontPort` (drivers.*.xenbus_front) it has what block and network share."""
+
+    DEVICE: ClassVar[str]
+    """For the trace."""
+    front: Front
+    device: FrontEnd
+
+    def __init__(self, world: World, host: SimDomain, gfns: range) -> None:
+        """`gfns`: its memory for I/O."""
         self.world = world
         self.host = host
         self.rng = world.guest_rng
         self.store = XenstoreClient(host)
-        self.pages = Pages(host, world.guest_table, range(1, 62), world.backend_id)
-        self.front = Frontend(self.pages)
-        base = f"/local/domain/{host.domid}/device/vbd/768"
-        backend = f"/local/domain/{world.backend_id}/backend/vbd/{host.domid}/768"
-        wish = Wish(queues=self.rng.choice((1, 1, 2)), order=0, persistent=self.rng.random() < 0.5)
-        self.device = FrontDevice(base, backend, self, wish)
-        self.rings: list[PagedRing] = []
-        self._ring_refs: list[int] = []
-        self._ring_pages: list[Page] = []
-        self.ports: list[Port] = []
+        self.pages = Pages(host, world.guest_table, gfns, world.backend_id)
         self.issued = self.done = 0
-        self._running = self._again = False
-        self._closing = False
-        self.store.watch(f"{backend}/state", self._changed)
+        self._ports: list[Port] = []
+        self._held: list[tuple[Page, int]] = []
+        """Ring pages and their grants."""
+        self._running = self._again = self._closing = False
+
+    def begin(self) -> None:
+        """Look at the back end's state, now and whenever it changes."""
+        self.store.watch(f"{self.world.back}/state", self._changed)
 
     # ------------------------------------------------------------------ xenbus
 
@@ -119,120 +138,68 @@ class Guest:
         self.world.front_state = self.device.state
         self._work()
 
-    def publish(self, queues: int, pages: int) -> list[QueueLink]:
-        links = []
-        for _ in range(queues):
-            mine = self.pages.allocate(pages)
-            refs = self.pages.grant(mine, False)
-            ring = PagedRing([page.data for page in mine], X86_64.slot)
-            ring.init()
-            port = self.host.alloc_unbound(DOMID_SELF, self.world.backend_id)
-            self.host.on_event(port, self._kicked)
-            self.rings.append(ring)
-            self.ports.append(port)
-            self._ring_refs += refs
-            self._ring_pages += mine
-            links.append(QueueLink(tuple(refs), port))
-        return links
+    def _ring_pages(self, count: int) -> tuple[list[Page], list[int]]:
+        """Pages for rings, and their grants."""
+        pages = self.pages.allocate(count)
+        refs = self.pages.grant(pages, False)
+        self._held += zip(pages, refs, strict=True)
+        return pages, refs
 
-    def connected(self, features: Features) -> None:
-        self.front.connect(self.rings, [self._notify(port) for port in self.ports], features)
+    def _channel(self) -> Port:
+        """An event channel that the back end may bind."""
+        port = self.host.alloc_unbound(DOMID_SELF, self.world.backend_id)
+        self.host.on_event(port, self._kicked)
+        self._ports.append(port)
+        return port
 
     def _notify(self, port: Port) -> Callable[[], None]:
         return lambda: self.host.notify(port)
 
     def disconnect(self) -> None:
+        """See FrontPort."""
         self.front.disconnect()
-        self.rings = []
-        ended = self.pages.end(self._ring_refs)
+        ended = self.pages.end([ref for _, ref in self._held])
         if not all(ended):
             self.world.violation("the back end kept ring pages mapped after it let go")
-        self.pages.free([page for page, fine in zip(self._ring_pages, ended, strict=True) if fine])
-        for port in self.ports:
+        self.pages.free([page for (page, _), fine in zip(self._held, ended, strict=True) if fine])
+        for port in self._ports:
             self.host.close_port(port)
-        self._ring_refs, self._ring_pages, self.ports = [], [], []
+        self._held, self._ports = [], []
 
-    def removed(self) -> None:
+    def removed(self) -> None:  # noqa: B027  # nothing is to be done, in any scenario
         """The back end is gone for good."""
 
-    # ------------------------------------------------------------------ I/O
+    # ------------------------------------------------------------------ what it does
+
+    @property
+    @abstractmethod
+    def waits(self) -> str:
+        """What it waits for: "3 requests wait for an answer"."""
 
     def _kicked(self) -> None:
+        """A channel was notified: look at the answers, and at what the back end did wrong."""
         self.front.poll()
         if self.front.leaked:
-            self.world.violation(f"{self.front.leaked} pages stay mapped by the back end after its answer")
+            self.world.violation(f"{self.front.leaked} pages stay in use by the back end after its answer")
             self.front.leaked = 0
         if self.front.error:
             self.world.violation(f"the frontend found: {self.front.error}")
         self._work()
 
+    @abstractmethod
     def _work(self) -> None:
-        if self.device.state is not XenbusState.Connected or self.front.error:
-            return
-        while self.issued < self.world.operations and self.issued - self.done < IN_FLIGHT:
-            if not self._one():
-                break
-        if self.issued == self.done == self.world.operations and not self._closing:
+        """Ask for more, or close when all is done."""
+
+    @property
+    def _ready(self) -> bool:
+        return self.device.state is XenbusState.Connected and not self.front.error
+
+    def _close_soon(self) -> None:
+        if not self._closing:
             self._closing = True
             self.host.reactor.soon(self._close)
 
-    def _one(self) -> bool:
-        model, rng = self.world.model, self.rng
-        draw = rng.random()
-        if self.issued == self.world.operations - 1 or draw < 0.15:
-            number = model.flush()
-
-            def flushed(status: int, _: bytes) -> None:
-                self._finished("flush", status)
-                if wrong := model.flushed(number, status == 0):
-                    self.world.violation(wrong)
-
-            return self._ask("flush", lambda: self.front.flush(flushed))
-        count = rng.choice((1, 2, 8, 16, 40))
-        start = rng.randrange(self.world.sectors - count)
-        sectors = range(start, start + count)
-        if model.busy.intersection(sectors):
-            return False
-        model.busy.update(sectors)
-        if draw < 0.4:
-
-            def was_read(status: int, data: bytes) -> None:
-                model.busy.difference_update(sectors)
-                self._finished("read", status)
-                if status == 0 and (wrong := model.read(start, data)):
-                    self.world.violation(wrong)
-
-            return self._ask(f"read {start}+{count}", lambda: self.front.read(start, count, was_read))
-        data = rng.randbytes(512 * count)
-        model.write(start, data)
-
-        def written(status: int, _: bytes) -> None:
-            model.busy.difference_update(sectors)
-            self._finished("write", status)
-            model.written(start, data, status == 0)
-
-        return self._ask(f"write {start}+{count}", lambda: self.front.write(start, data, written))
-
-    def _ask(self, what: str, action: Callable[[], None]) -> bool:
-        self.issued += 1
-        self.world.machine.trace(f"guest {what}")
-        try:
-            action()
-        except DiskError as error:
-            self.world.violation(f"{what}: {error}")
-            return False
-        self.world.machine.injector.happen("ring:request")
-        self.host.process.check()
-        return True
-
-    def _finished(self, what: str, status: int) -> None:
-        self.done += 1
-        self.world.machine.trace(f"guest {what} answered {status}")
-        if status and not self.world.excused(what):
-            self.world.violation(f"a {what} failed with {status} though nothing that fails was planned")
-        self.host.reactor.soon(self._work)
-
     def _close(self) -> None:
-        self.world.machine.trace("guest closes the disk")
+        self.world.machine.trace(f"guest closes {self.DEVICE}")
         self.store.run(self.device.close())
         self.world.front_state = self.device.state

@@ -6,14 +6,9 @@ changed, the frontend finds no broken rule, and after the end nothing of the gue
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
-from bus.addresses import Port
-from domains.dom0.xc import ControlInterface
-from domains.dom0.xenstore_service import XenstoreService
-from domains.native.xenstore import XenstoreClient
 from domains.netio.__main__ import NetIo
 from domains.netio.copies import STAGE_PAGES
 from drivers.net.frames import Frame
@@ -25,12 +20,11 @@ from drivers.net.switch import Port as BridgePort
 from drivers.net.transmit import SLOT as TX_SLOT
 from drivers.net.xenbus_front import FrontDevice, Wish
 from drivers.xenbus.paged_ring import PagedRing
-from drivers.xenbus.pages import Page
 from drivers.xenbus.states import XenbusState
-from simulation.guest import Pages
-from simulation.plan import NET_STEPS, Fault, Plan, What
+from simulation.guest import IN_FLIGHT, Guest
+from simulation.plan import NET_STEPS, Fault, What
 from simulation.process import SimDomain
-from simulation.world import RUN_LIMIT, World
+from simulation.world import World
 
 if TYPE_CHECKING:
     from domains.netio.bridges import Bridges
@@ -39,7 +33,6 @@ GUEST_PAGES: Final = 256
 STATION: Final = bytes.fromhex("020000000001")
 GUEST: Final = bytes.fromhex("00163e000002")
 TYPE: Final = b"\x88\xb5"
-IN_FLIGHT: Final = 6
 AGAIN_S: Final = 0.02
 
 
@@ -85,103 +78,61 @@ class Station:
         self._bridges.forward(self._port, back)
 
 
-class NetGuest:
+class NetGuest(Guest):
     """One life of the guest. Implements `drivers.net.xenbus_front.FrontPort`."""
 
-    def __init__(self, world: NetWorld, host: SimDomain) -> None:
-        self.world = world
-        self.host = host
-        rng = self.rng = world.guest_rng
-        self.store = XenstoreClient(host)
-        self.pages = Pages(host, world.guest_table, range(1, GUEST_PAGES - 2), world.backend_id)
-        self.front = Frontend(self.pages, self._received)
-        backend = f"/local/domain/{world.backend_id}/backend/vif/{host.domid}/0"
+    DEVICE = "the interface"
+
+    def __init__(self, world: World, host: SimDomain) -> None:
+        super().__init__(world, host, range(1, GUEST_PAGES - 2))
+        self.front: Frontend = Frontend(self.pages, self._received)
+        rng = self.rng
         able = Abilities(scatter=rng.random() < 0.7, multicast_control=rng.random() < 0.3)
         self.limit = 9000 if able.scatter else 1500
         wish = Wish(queues=rng.choice((1, 1, 2)), split=rng.random() < 0.5, abilities=able)
-        self.device = FrontDevice(f"/local/domain/{host.domid}/device/vif/0", backend, self, wish)
-        self._rings: list[tuple[PagedRing, PagedRing]] = []
-        self._held: list[tuple[Page, int]] = []
-        self._ports: list[Port] = []
+        self.device = FrontDevice(world.front, world.back, self, wish)
         self._queues: list[FrontQueue] = []
-        self.waits: dict[int, bytes] = {}
-        self.issued = self.done = 0
-        self._running = self._again = self._closing = False
-        self.store.watch(f"{backend}/state", self._changed)
+        self.sent: dict[int, bytes] = {}
+        """Payloads that have not come back, by number."""
+        self.begin()
 
     # ------------------------------------------------------------------ xenbus
 
-    def _changed(self, _path: str) -> None:
-        if self._running:
-            self._again = True
-            return
-        self._running = True
-        try:
-            while True:
-                self._again = False
-                self.store.run(self.device.changed())
-                if not self._again:
-                    break
-        finally:
-            self._running = False
-        self.world.front_state = self.device.state
-        self._work()
-
-    def _port(self) -> Port:
-        port = self.host.alloc_unbound(DOMID_SELF, self.world.backend_id)
-        self.host.on_event(port, self._kicked)
-        self._ports.append(port)
-        return port
-
     def publish(self, queues: int, split: bool) -> list[QueueLink]:
+        """See FrontPort."""
         links = []
         for _ in range(queues):
-            pages = self.pages.allocate(2)
-            refs = self.pages.grant(pages, False)
-            self._held += zip(pages, refs, strict=True)
+            pages, refs = self._ring_pages(2)
             tx, rx = PagedRing([pages[0].data], TX_SLOT), PagedRing([pages[1].data], RX_SLOT)
             tx.init()
             rx.init()
-            first = self._port()
-            second = self._port() if split else first
+            first = self._channel()
+            second = self._channel() if split else first
             self._queues.append(FrontQueue(tx, rx, self._notify(first), self._notify(second)))
             links.append(QueueLink(refs[0], refs[1], first, second))
         self.front.connect(self._queues)
         return links
 
-    def _notify(self, port: Port) -> Callable[[], None]:
-        return lambda: self.host.notify(port)
-
     def connected(self) -> None:
+        """See FrontPort."""
         self.host.reactor.after(AGAIN_S, self._resend)
 
     def disconnect(self) -> None:
-        self.front.disconnect()
+        """See FrontPort."""
+        super().disconnect()
         self._queues = []
-        ended = self.pages.end([ref for _, ref in self._held])
-        if not all(ended):
-            self.world.violation("the back end kept ring pages mapped after it let go")
-        self.pages.free([page for (page, _), fine in zip(self._held, ended, strict=True) if fine])
-        for port in self._ports:
-            self.host.close_port(port)
-        self._held, self._ports = [], []
-
-    def removed(self) -> None:
-        """The back end is gone for good."""
 
     # ------------------------------------------------------------------ frames
 
+    @property
+    def waits(self) -> str:
+        return f"{len(self.sent)} frames did not come back"
+
     def _kicked(self) -> None:
-        self.front.poll()
-        if self.front.leaked:
-            self.world.violation(f"{self.front.leaked} pages stay in use by the back end after its answer")
-            self.front.leaked = 0
+        super()._kicked()
         if self.front.refused:
             self.world.violation(f"{self.front.refused} good packets were answered with an error")
             self.front.refused = 0
-        if self.front.error:
-            self.world.violation(f"the frontend found: {self.front.error}")
-        self._work()
 
     def _received(self, frame: Frame) -> None:
         data = frame.data
@@ -189,7 +140,7 @@ class NetGuest:
             self.world.violation(f"a frame from {data[6:12].hex()} to {data[:6].hex()}")
             return
         number = int.from_bytes(data[14:18], "big")
-        wanted = self.waits.pop(number, None)
+        wanted = self.sent.pop(number, None)
         if wanted is None:
             return  # it came before: it was sent twice
         self.done += 1
@@ -200,20 +151,19 @@ class NetGuest:
             )
 
     def _work(self) -> None:
-        if self.device.state is not XenbusState.Connected or self.front.error:
+        if not self._ready:
             return
-        while self.issued < self.world.operations and len(self.waits) < IN_FLIGHT:
+        while self.issued < self.world.operations and len(self.sent) < IN_FLIGHT:
             size = self.rng.choice((46, 46, 500, 1486, self.limit - 14))
-            self.waits[self.issued] = self.issued.to_bytes(4, "big") + self.rng.randbytes(size - 4)
+            self.sent[self.issued] = self.issued.to_bytes(4, "big") + self.rng.randbytes(size - 4)
             self.issued += 1
             self._send(self.issued - 1)
-        if self.done == self.world.operations and not self._closing:
-            self._closing = True
-            self.host.reactor.soon(self._close)
+        if self.done == self.world.operations:
+            self._close_soon()
 
     def _send(self, number: int) -> None:
         cuts = [self.rng.randint(1, 4096) for _ in range(self.rng.choice((0, 0, 1, 3)))]
-        if self.front.send(Frame(STATION + GUEST + TYPE + self.waits[number]), cuts):
+        if self.front.send(Frame(STATION + GUEST + TYPE + self.sent[number]), cuts):
             self.world.machine.trace(f"guest sends {number}")
             self.world.machine.injector.happen("ring:request")
             self.host.process.check()
@@ -225,80 +175,36 @@ class NetGuest:
         self._kicked()
         for queue in self._queues:
             queue.notify_tx()
-        for number in list(self.waits):
+        for number in list(self.sent):
             self._send(number)
         self._work()
         self.host.reactor.after(AGAIN_S, self._resend)
-
-    def _close(self) -> None:
-        self.world.machine.trace("guest closes the interface")
-        self.store.run(self.device.close())
-        self.world.front_state = self.device.state
 
 
 class NetWorld(World):
     """A seed and a plan with `scenario = "network"`, run once by `run`."""
 
-    def __init__(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
-        drawn = network_faults(random.Random(seed), plan.random_faults)
-        own = plan.model_copy(update={"fault": plan.fault + drawn, "random_faults": 0})
-        super().__init__(seed, own, keep_trace=keep_trace)
-        self.net_guest: NetGuest | None = None
+    BACKEND = "NetIO"
+    KIND = "vif"
+    NUMBER = 0
 
-    def _dom0(self, host: SimDomain) -> None:
-        """What domains/dom0/toolstack does, for NetIO, one interface and one guest."""
-        store = self.store = XenstoreService(host)
-        xc = self.xc = ControlInterface(host)
-        host.bind_virq(VIRQ_DOM_EXC, self._check_domains)
-        self._build(host, self.backend_id, list(range(STAGE_PAGES + 8)), "NetIO")
-        base = f"/local/domain/{self.backend_id}"
-        store.mkdir(f"{base}/backend")
-        store.permit(f"{base}/backend", f"n{self.backend_id}")
-        self._build(host, self.guest_id, list(range(GUEST_PAGES)), "guest")
-        xc.unpause(self.backend_id)
-        self.machine.injector.arm()
-        self._write_nodes()
-        xc.unpause(self.guest_id)
-        self.ready = True
+    draw = staticmethod(network_faults)
 
-    def _write_nodes(self) -> None:
-        back_id, front_id = self.backend_id, self.guest_id
-        back = f"/local/domain/{back_id}/backend/vif/{front_id}/0"
-        front = f"/local/domain/{front_id}/device/vif/0"
-        self._write_pair(back, front, [
-            ("frontend", front), ("frontend-id", str(front_id)), ("online", "1"), ("state", "1"),
-            ("mac", GUEST.hex(":")), ("bridge", "xenbr0"), ("handle", "0"), ("type", "vif"), ("trusted", "1"),
-        ])  # fmt: skip
+    def _memory(self) -> tuple[list[int], list[int]]:
+        return list(range(STAGE_PAGES + 8)), list(range(GUEST_PAGES))
+
+    def _hardware(self, host: SimDomain) -> None:
+        """None: the bridge is in its process."""
+
+    def _nodes(self) -> list[tuple[str, str]]:
+        return [
+            ("state", "1"), ("mac", GUEST.hex(":")), ("bridge", "xenbr0"), ("handle", "0"), ("type", "vif"), ("trusted", "1"),
+        ]  # fmt: skip
 
     def _domio(self, host: SimDomain) -> None:
         netio = NetIo(host, None)
         Station(netio.bridges)
         netio.start()
 
-    def _guest(self, host: SimDomain) -> None:
-        self.net_guest = NetGuest(self, host)
-
-    @property
-    def answered(self) -> int:
-        return self.net_guest.done if self.net_guest is not None else 0
-
-    def _judge(self) -> None:
-        machine, guest = self.machine, self.net_guest
-        if self.violations:
-            return
-        if not self.over:
-            state = self.front_state.name
-            if self._errors and state in ("Closing", "Closed"):
-                return  # it failed cleanly, as planned
-            waits = len(guest.waits) if guest is not None else 0
-            self.violation(
-                f"hang: after {RUN_LIMIT // 1_000_000_000} s {waits} frames did not come back (frontend {state})"
-            )
-            return
-        machine.scheduler.run(machine.now + 1_000_000_000, lambda: False)  # what is under way comes to rest
-        for problem in machine.problems():
-            self.violation(f"hypervisor: {problem}")
-        granter = self.guest_id
-        mapped = [m for m in machine.grants.mappings(self.backend_id) if m.granter == granter]
-        if mapped:
-            self.violation(f"{len(mapped)} grants of the guest are mapped by NetIO after close")
+    def _start_guest(self, host: SimDomain) -> Guest:
+        return NetGuest(self, host)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from simulation.disk import DiskWorld
 from simulation.mutants import applied
 from simulation.network import NetWorld
 from simulation.plan import Plan
-from simulation.world import Outcome, World
+from simulation.world import Outcome
 
 DEFAULT_PLAN: Final = Plan(random_faults=3)
 MAX_SHRINK_RUNS: Final = 60
@@ -20,7 +21,9 @@ Try = Callable[[Plan], bool]
 def run_seed(seed: int, plan: Plan = DEFAULT_PLAN, *, mutant: str = "", keep_trace: bool = False) -> Outcome:
     """One run. KeyError for a mutant that there is not."""
     with applied(mutant):
-        return (NetWorld if plan.scenario == "network" else World)(seed, plan, keep_trace=keep_trace).run()
+        return (NetWorld if plan.scenario == "network" else DiskWorld)(
+            seed, plan, keep_trace=keep_trace
+        ).run()
 
 
 @dataclass(frozen=True, slots=True)

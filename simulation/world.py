@@ -1,10 +1,11 @@
-"""One scenario: the control plane boots, a guest uses its disk, things break, and in the end everything must be as promised."""
+"""One scenario: the control plane boots, a guest uses its device, things break, and in the end everything must be as promised."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
 from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
@@ -12,27 +13,19 @@ from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from bus.addresses import DomId, Mfn
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
-from domains.domio.__main__ import BOUNCES, DomIo
-from domains.domio.vbd import LEDGER_PAGES
 from drivers.xenbus.states import XenbusState
 from simulation.guest import Guest
 from simulation.machine import Body, Machine
-from simulation.model import DiskModel
-from simulation.plan import Plan, random_faults
+from simulation.plan import Fault, Plan
 from simulation.process import SimDomain
 from simulation.scheduler import Livelock
 from simulation.seams import joined
 
 SECTORS: Final = 256
-BDF: Final = 8
-VDEV: Final = 768
-GUEST_PAGES: Final = 64
-DEVICE_PAGES: Final = 192
-"""DomIO's memory for the driver's queues."""
+"""Of the disk."""
 BOOT_LIMIT: Final = 20_000_000_000
 RUN_LIMIT: Final = 60_000_000_000
 """Nobody may wait longer, whatever breaks (simulated ns)."""
-RESTART_S: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -57,36 +50,41 @@ class Outcome:
         return bool(self.violations)
 
 
-class World:
-    """A seed and a plan, run once by `run`."""
+class World(ABC):
+    """A seed and a plan, run once by `run`: Dom0, one driver domain (role `domio`), one guest with one device of it."""
+
+    BACKEND: ClassVar[str]
+    """The driver domain's name."""
+    KIND: ClassVar[str]
+    NUMBER: ClassVar[int]
+    """Of the device, as in its paths in xenstore."""
 
     def __init__(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
         """`plan.random_faults` more faults are drawn from the seed."""
         rng = random.Random(seed)
-        drawn = random_faults(rng, plan.random_faults)
+        drawn = self.draw(rng, plan.random_faults)
         self.seed: Final = seed
         self.plan: Final = plan.model_copy(update={"fault": plan.fault + drawn, "random_faults": 0})
         self.operations: Final = plan.operations
-        self.sectors: Final = SECTORS
         self.guest_rng: Final = random.Random(seed ^ 0x6E57)
-        self.model: Final = DiskModel(SECTORS)
         self.violations: list[str] = []
-        self.backend_id = DomId(1)
-        self.guest_id = DomId(2)
+        self.backend_id: Final = DomId(1)
+        self.guest_id: Final = DomId(2)
+        self.back: Final = (
+            f"/local/domain/{self.backend_id}/backend/{self.KIND}/{self.guest_id}/{self.NUMBER}"
+        )
+        self.front: Final = f"/local/domain/{self.guest_id}/device/{self.KIND}/{self.NUMBER}"
+        """The device's directories at both ends."""
         self.guest_table = Mfn(0)
         self.front_state = XenbusState.Unknown
         self.guest: Guest | None = None
         self.ready = False
         self.over = False
         self.guest_killed = False
-        self._resets = 0
         self._errors = self.plan.errors_expected
         bodies: dict[str, Body] = {"dom0": self._dom0, "domio": self._domio, "guest": self._guest}
         self.machine: Final = Machine(seed, self.plan.fault, SECTORS, bodies)
         self.machine.keep_trace = keep_trace
-        self._told: Final = {"flush": 0, "write": 0}
-        """Requests of a kind that failed to tell of a power cut."""
-        self.machine.on_power_cut.append(self.model.power_cut)
 
     def violation(self, text: str) -> None:
         """A promise was broken."""
@@ -94,37 +92,22 @@ class World:
         if len(self.violations) < 20:
             self.violations.append(text)
 
-    def excused(self, what: str) -> bool:
-        """A request failed: whether it may. The plan makes requests fail; or a flush and a write, one each, have to say that a power cut
-        undid what was written before."""
-        if self._errors:
-            return True
-        if self._told.get(what, self.model.cuts) >= self.model.cuts:
-            return False
-        self._told[what] += 1
-        return True
-
     # ------------------------------------------------------------------ Dom0
 
     def _dom0(self, host: SimDomain) -> None:
-        """What domains/dom0/toolstack does, for one driver domain, one disk and one guest."""
-        machine = self.machine
+        """What domains/dom0/toolstack does, for one driver domain, one device and one guest."""
         store = self.store = XenstoreService(host)
         xc = self.xc = ControlInterface(host)
         host.bind_virq(VIRQ_DOM_EXC, self._check_domains)
-        gfns = [*range(LEDGER_PAGES), BOUNCES[BDF >> 3], *range(BOUNCES.stop, BOUNCES.stop + DEVICE_PAGES)]
-        self._build(host, self.backend_id, gfns, "DomIO")
+        backend_gfns, guest_gfns = self._memory()
+        self._build(host, self.backend_id, backend_gfns, self.BACKEND)
         base = f"/local/domain/{self.backend_id}"
         store.mkdir(f"{base}/backend")
         store.permit(f"{base}/backend", f"n{self.backend_id}")
-        self._build(host, self.guest_id, list(range(GUEST_PAGES)), "guest")
-        xc.plug(BDF, "nvme", "disk1")
-        xc.assign_device(self.backend_id, BDF)
-        machine.on_device_ended = lambda bdf: host.reactor.after(
-            RESTART_S, lambda: xc.plug(bdf, "nvme", "disk1")
-        )
+        self._build(host, self.guest_id, guest_gfns, "guest")
+        self._hardware(host)
         xc.unpause(self.backend_id)
-        machine.injector.arm()
+        self.machine.injector.arm()
         self._write_nodes()
         xc.unpause(self.guest_id)
         self.ready = True
@@ -153,22 +136,14 @@ class World:
         store.introduce(domid, port)
 
     def _write_nodes(self) -> None:
-        back_id, front_id = self.backend_id, self.guest_id
-        back = f"/local/domain/{back_id}/backend/vbd/{front_id}/{VDEV}"
-        front = f"/local/domain/{front_id}/device/vbd/{VDEV}"
-        self._write_pair(back, front, [
-            ("frontend", front), ("frontend-id", str(front_id)), ("online", "1"), ("removable", "0"), ("state", "1"),
-            ("mode", "w"), ("device-type", "disk"), ("params", f"nvme:{BDF:x}"), ("discard-enable", "1"),
-        ])  # fmt: skip
-
-    def _write_pair(self, back: str, front: str, nodes: list[tuple[str, str]]) -> None:
-        """A device's directories at both ends, and what is seen of its states."""
+        """The device's directories at both ends, and what is seen of its states."""
         store, back_id, front_id = self.store, self.backend_id, self.guest_id
-        self._back, self._front = back, front
+        back, front = self.back, self.front
         store.mkdir(back)
         store.permit(back, f"n{back_id}", f"r{front_id}")
         store.mkdir(front)
         store.permit(front, f"n{front_id}", f"r{back_id}")
+        nodes = [("frontend", front), ("frontend-id", str(front_id)), ("online", "1"), *self._nodes()]
         for name, value in nodes:
             store.write(f"{back}/{name}", value)
         for name, value in [("backend", back), ("backend-id", str(back_id)), ("state", "1")]:
@@ -181,14 +156,14 @@ class World:
         if value is None:
             return
         self.machine.injector.happen(f"xenbus:{which}:{value}")
-        if which == "back" and value == "6" and self.store.read(f"{self._front}/state") == "6":
+        if which == "back" and value == "6" and self.store.read(f"{self.front}/state") == "6":
             self.over = True
 
     def _check_domains(self) -> None:
-        """VIRQ_DOM_EXC. DomIO is restarted in place; a guest that ended is destroyed."""
+        """VIRQ_DOM_EXC. The driver domain is restarted in place; a guest that ended is destroyed."""
         info = self.xc.domain_info(self.backend_id)
         if info is not None and info.flags & 4:
-            self.machine.trace("dom0 restarts DomIO")
+            self.machine.trace(f"dom0 restarts {self.BACKEND}")
             self.xc.resume(self.backend_id)
         info = self.xc.domain_info(self.guest_id)
         if info is not None and info.flags & 4 and not self.guest_killed:
@@ -196,18 +171,44 @@ class World:
             self.machine.trace("dom0 destroys the guest")
             self.xc.destroy(self.guest_id)
             self.store.domain_died(self.guest_id)
-            self.store.remove(self._back)
-            self.store.remove(self._front)
+            self.store.remove(self.back)
+            self.store.remove(self.front)
         if self.guest_killed and self.machine.core.domains.get(self.guest_id) is None:
             self.over = True
 
-    # ------------------------------------------------------------------ the others
-
-    def _domio(self, host: SimDomain) -> None:
-        DomIo(host).start()
-
     def _guest(self, host: SimDomain) -> None:
-        self.guest = Guest(self, host)
+        self.guest = self._start_guest(host)
+
+    # ------------------------------------------------------------------ what is different in each scenario
+
+    @staticmethod
+    @abstractmethod
+    def draw(rng: random.Random, most: int) -> tuple[Fault, ...]:
+        """Up to `most` faults that the scenario must survive."""
+
+    @abstractmethod
+    def _memory(self) -> tuple[list[int], list[int]]:
+        """The frames (gfns) of the driver domain, and of the guest; the last is the page of its xenstore ring."""
+
+    @abstractmethod
+    def _hardware(self, host: SimDomain) -> None:
+        """Devices of the driver domain."""
+
+    @abstractmethod
+    def _nodes(self) -> list[tuple[str, str]]:
+        """What else is in the back end's directory."""
+
+    @abstractmethod
+    def _domio(self, host: SimDomain) -> None:
+        """The driver domain's process."""
+
+    @abstractmethod
+    def _start_guest(self, host: SimDomain) -> Guest:
+        """The guest's process."""
+
+    def _settled(self) -> list[str]:
+        """All is closed and at rest: what else is not as promised."""
+        return []
 
     # ------------------------------------------------------------------ running
 
@@ -243,13 +244,11 @@ class World:
         if self.violations:
             return
         if not self.over:
-            waits = guest.front.pending if guest is not None else 0
             state = self.front_state.name
             if self._errors and state in ("Closing", "Closed"):
                 return  # it failed cleanly, as planned
-            self.violation(
-                f"hang: after {RUN_LIMIT // 1_000_000_000} s {waits} requests wait for an answer (frontend {state})"
-            )
+            waits = guest.waits if guest is not None else "the guest has not begun"
+            self.violation(f"hang: after {RUN_LIMIT // 1_000_000_000} s {waits} (frontend {state})")
             return
         machine.scheduler.run(machine.now + 1_000_000_000, lambda: False)  # what is under way comes to rest
         for problem in machine.problems():
@@ -257,10 +256,6 @@ class World:
         granter = self.guest_id
         mapped = [m for m in machine.grants.mappings(self.backend_id) if m.granter == granter]
         if mapped:
-            self.violation(f"{len(mapped)} grants of the guest are mapped by DomIO after close")
-        # What a planned refusal kept a successor from taking up is lost with its connection, and the disk is Closed: cleanly failed.
-        if not self.guest_killed and not self._errors and guest is not None and guest.front.pending:
-            self.violation(f"{guest.front.pending} requests were never answered")
-        machine.media.power_cut()
-        for problem in self.model.check_medium(machine.media.stable):
+            self.violation(f"{len(mapped)} grants of the guest are mapped by {self.BACKEND} after close")
+        for problem in self._settled():
             self.violation(problem)

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
+from simulation.disk import DiskWorld
 from simulation.mutants import MUTANTS, applied
 from simulation.plan import Fault, Plan, PlanError, What, load_plan, parse_plan
 from simulation.runner import run_seed, shrink
-from simulation.world import World
 
 PROGRAM = """
 from simulation.runner import run_seed
@@ -74,7 +74,7 @@ def test_the_product_survives_a_fixed_set_of_seeds() -> None:
 
 def test_errors_after_a_power_cut_are_one_flush_and_one_write() -> None:
     """The oracle's allowance is used up: a second failure of a kind needs a second cut."""
-    world = World(1, Plan())
+    world = DiskWorld(1, Plan())
     assert not world.excused("flush")
     world.machine.power_cut()
     assert [world.excused(what) for what in ("flush", "flush", "write", "write", "read")] == [
@@ -121,7 +121,7 @@ def test_the_driver_domain_may_die_at_each_xenbus_state(end: str, state: int) ->
 def test_a_lost_notification_hangs_the_guest_and_is_seen() -> None:
     """The oracle sees a hang: the block protocol tolerates no lost doorbell."""
     faults = tuple(Fault(what=What.LOSE, event="notify:front", n=n) for n in range(3, 40))
-    outcome = World(1, Plan(fault=faults)).run()
+    outcome = DiskWorld(1, Plan(fault=faults)).run()
     assert outcome.fired
     assert any("hang" in text for text in outcome.violations)
 
@@ -245,5 +245,5 @@ def test_a_plan_file_that_is_not_there_is_one_line(tmp_path: object) -> None:
 def test_a_plan_written_out_is_the_plan_read_back() -> None:
     """Of drawn faults too."""
     for seed in range(30):
-        plan = World(seed, Plan(random_faults=5)).plan
+        plan = DiskWorld(seed, Plan(random_faults=5)).plan
         assert parse_plan(plan.toml()) == plan
