@@ -1,13 +1,12 @@
 """Deliberately broken copies of drivers and of the hypervisor: what the shipped scenarios must find.
 
-Each replaces one method for the time of a run. `bound`: within so many seeds (0, 1, 2 ...) of the default plan it is found.
+Each replaces one method, or two, for the time of a run.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from bus.abi.io.blkif import BLKIF_RSP_OKAY
@@ -17,24 +16,8 @@ from drivers.block.ports import Op
 from drivers.block.requests import Request
 from drivers.hw.nvme.io import MediaOp, MediaResult
 from drivers.xenbus.paged_ring import PagedRing
-
-Undo = tuple[type, str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One defect."""
-
-    name: str
-    what: str
-    bound: int
-    patches: Callable[[], list[Undo]]
-
-
-def _set(owner: type, name: str, value: Any) -> list[Undo]:
-    old = owner.__dict__[name]
-    setattr(owner, name, value)
-    return [(owner, name, old)]
+from simulation.mutant import Mutant, Undo, patched
+from simulation.net_mutants import NETWORK_MUTANTS
 
 
 def _flush_not_forwarded() -> list[Undo]:
@@ -47,7 +30,7 @@ def _flush_not_forwarded() -> list[Undo]:
             return MediaResult.OK
         return real(self, request, staging)
 
-    return _set(model.Disks, "perform", perform)
+    return patched(model.Disks, "perform", perform)
 
 
 def _response_before_flush() -> list[Undo]:
@@ -63,7 +46,7 @@ def _response_before_flush() -> list[Undo]:
         )  # the device has the command, and will surely do it
         return refused
 
-    return _set(Backend, "_submit", submit)
+    return patched(Backend, "_submit", submit)
 
 
 def _unmap_before_dma() -> list[Undo]:
@@ -74,7 +57,7 @@ def _unmap_before_dma() -> list[Undo]:
         queue.pool.release([request for request in ready if request not in refused])
         return refused
 
-    return _set(Backend, "_submit", submit)
+    return patched(Backend, "_submit", submit)
 
 
 def _lost_ledger_write() -> list[Undo]:
@@ -82,7 +65,7 @@ def _lost_ledger_write() -> list[Undo]:
         for slot in slots:
             self._states[slot] = 0  # FREE: a successor does not know of it
 
-    return _set(QueueLedger, "submitted", submitted)
+    return patched(QueueLedger, "submitted", submitted)
 
 
 def _no_recovery() -> list[Undo]:
@@ -92,7 +75,7 @@ def _no_recovery() -> list[Undo]:
         found = real(self, ring)
         return found._replace(redo=found.redo[:-1]) if found.redo else found
 
-    return _set(QueueLedger, "recover", recover)
+    return patched(QueueLedger, "recover", recover)
 
 
 def _double_response() -> list[Undo]:
@@ -102,7 +85,7 @@ def _double_response() -> list[Undo]:
         found = real(self, ring)
         return found._replace(rsp_prod=(found.rsp_prod - 1) & 0xFFFFFFFF) if found.rsp_prod else found
 
-    return _set(QueueLedger, "recover", recover)
+    return patched(QueueLedger, "recover", recover)
 
 
 def _silent_resume() -> list[Undo]:
@@ -117,7 +100,7 @@ def _silent_resume() -> list[Undo]:
             self._step("resumed")
             # Neither a look at the ring nor a notification: the old process may have died between publishing and notifying.
 
-    return _set(Backend, "resume", resume)
+    return patched(Backend, "resume", resume)
 
 
 def _missing_recheck() -> list[Undo]:
@@ -134,7 +117,7 @@ def _missing_recheck() -> list[Undo]:
             self._take(queue, count)
         return bool(count)
 
-    return _set(PagedRing, "ask_for_requests", ask) + _set(Backend, "_poll", poll)
+    return patched(PagedRing, "ask_for_requests", ask) + patched(Backend, "_poll", poll)
 
 
 def _error_as_success() -> list[Undo]:
@@ -143,7 +126,7 @@ def _error_as_success() -> list[Undo]:
     def complete(self: Backend, results: Sequence[tuple[int, bool]]) -> None:
         real(self, [(token, True) for token, _ in results])
 
-    return _set(Backend, "complete", complete)
+    return patched(Backend, "complete", complete)
 
 
 def _reset_forgets() -> list[Undo]:
@@ -161,7 +144,7 @@ def _reset_forgets() -> list[Undo]:
                 self._answer(queue, mine)
                 self._start(queue)
 
-    return _set(Backend, "storage_reset", storage_reset)
+    return patched(Backend, "storage_reset", storage_reset)
 
 
 def _pages_not_unmapped_at_death() -> list[Undo]:
@@ -170,16 +153,16 @@ def _pages_not_unmapped_at_death() -> list[Undo]:
         for queue in self.queues:
             queue.clear()
 
-    return _set(Ledger, "begin", begin)
+    return patched(Ledger, "begin", begin)
 
 
 def _power_loss_untold() -> list[Undo]:
-    return _set(Ledger, "saw_power_losses", lambda self, count: None)
+    return patched(Ledger, "saw_power_losses", lambda self, count: None)
 
 
 def _debt_never_paid() -> list[Undo]:
     real = Ledger.set_lost
-    return _set(Ledger, "set_lost", lambda self, lost: real(self, self.lost | lost))
+    return patched(Ledger, "set_lost", lambda self, lost: real(self, self.lost | lost))
 
 
 MUTANTS: Final = {
@@ -233,6 +216,7 @@ MUTANTS: Final = {
             _debt_never_paid,
         ),
         Mutant("ledger-without-head", "the ledger's head is not written", 20, _pages_not_unmapped_at_death),
+        *NETWORK_MUTANTS,
     )
 }
 

@@ -7,19 +7,26 @@ from dataclasses import dataclass
 from typing import Final
 
 from simulation.disk import DiskWorld
-from simulation.mutants import applied
+from simulation.mutants import MUTANTS, applied
 from simulation.network import NetWorld
 from simulation.plan import Plan
 from simulation.world import Outcome
 
 DEFAULT_PLAN: Final = Plan(random_faults=3)
+NETWORK_PLAN: Final = Plan(random_faults=3, scenario="network")
 MAX_SHRINK_RUNS: Final = 60
 Try = Callable[[Plan], bool]
 """Whether a plan fails."""
 
 
-def run_seed(seed: int, plan: Plan = DEFAULT_PLAN, *, mutant: str = "", keep_trace: bool = False) -> Outcome:
-    """One run. KeyError for a mutant that there is not."""
+def default_plan(mutant: str = "") -> Plan:
+    """The plan that finds a mutant: its scenario with up to three faults; '' is the disk's. KeyError for a mutant that there is not."""
+    return NETWORK_PLAN if mutant and MUTANTS[mutant].scenario == "network" else DEFAULT_PLAN
+
+
+def run_seed(seed: int, plan: Plan | None = None, *, mutant: str = "", keep_trace: bool = False) -> Outcome:
+    """One run, of the default plan if none is given. KeyError for a mutant that there is not."""
+    plan = plan or default_plan(mutant)
     with applied(mutant):
         return (NetWorld if plan.scenario == "network" else DiskWorld)(
             seed, plan, keep_trace=keep_trace

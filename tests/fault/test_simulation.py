@@ -12,7 +12,7 @@ import pytest
 from simulation.disk import DiskWorld
 from simulation.mutants import MUTANTS, applied
 from simulation.plan import Fault, Plan, PlanError, What, load_plan, parse_plan
-from simulation.runner import run_seed, shrink
+from simulation.runner import default_plan, run_seed, shrink
 
 PROGRAM = """
 from simulation.runner import run_seed
@@ -42,11 +42,11 @@ def test_the_trace_of_a_seed_is_the_same_in_another_process() -> None:
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))
 def test_a_broken_copy_is_found_within_its_bound(name: str) -> None:
-    """By the default plan; and the same seed without the defect holds."""
+    """By its scenario's default plan; and the same seed without the defect holds."""
     for seed in range(MUTANTS[name].bound):
         outcome = run_seed(seed, mutant=name)
         if outcome.failed:
-            assert not run_seed(seed).failed
+            assert not run_seed(seed, default_plan(name)).failed
             # By what it breaks, not because the copy itself does not run.
             assert not re.match(r"\w*(Error|Exception)\b", outcome.violations[0]), outcome.violations
             return

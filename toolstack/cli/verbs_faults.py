@@ -21,24 +21,22 @@ MAX_SEED: Final = (1 << 63) - 1
 MAX_RUNS: Final = 10_000_000
 
 
-def _plan(path: str) -> Plan:
+def _plan(path: str, mutant: str = "") -> Plan:
+    from simulation.mutants import MUTANTS
     from simulation.plan import PlanError, load_plan
-    from simulation.runner import DEFAULT_PLAN
+    from simulation.runner import default_plan
 
+    if mutant and mutant not in MUTANTS:
+        raise InputError(f"--mutant {mutant}: there are {', '.join(MUTANTS)}")
     if not path:
-        return DEFAULT_PLAN
+        return default_plan(mutant)
     try:
-        return load_plan(Path(path))
+        plan = load_plan(Path(path))
     except PlanError as error:
         raise InputError(str(error)) from None
-
-
-def _mutant(name: str) -> str:
-    from simulation.mutants import MUTANTS
-
-    if name and name not in MUTANTS:
-        raise InputError(f"--mutant {name}: there are {', '.join(MUTANTS)}")
-    return name
+    if mutant and MUTANTS[mutant].scenario != plan.scenario:
+        raise InputError(f'--mutant {mutant}: the plan needs scenario = "{MUTANTS[mutant].scenario}"')
+    return plan
 
 
 def simulate(
@@ -73,18 +71,18 @@ def simulate(
 
     if list_mutants:
         for one in MUTANTS.values():
-            say(f"{one.name:<22} {one.what} (found within {one.bound} seeds)")
+            say(f"{one.name:<22} {one.what} ({one.scenario}; found within {one.bound} seeds)")
         return
-    chosen, name = _plan(plan), _mutant(mutant)
+    chosen = _plan(plan, mutant)
     started = time.monotonic()
     for number in range(seed, seed + runs):
-        outcome = run_seed(number, chosen, mutant=name, keep_trace=trace)
+        outcome = run_seed(number, chosen, mutant=mutant, keep_trace=trace)
         if json_:
             say(json.dumps(_record(outcome)))
         if outcome.failed:
             if trace:
                 say("\n".join(outcome.trace))
-            _tell(outcome, name, json_)
+            _tell(outcome, mutant, json_)
             raise typer.Exit(EXIT_FAILED)
     if trace:
         say("\n".join(outcome.trace))
@@ -158,7 +156,7 @@ def campaign(
     """
     from simulation import campaign as work
 
-    chosen, name, wanted = _plan(plan), _mutant(mutant), _seeds(seeds)
+    chosen, wanted = _plan(plan, mutant), _seeds(seeds)
     started = time.monotonic()
     live = sys.stderr.isatty()
 
@@ -175,7 +173,7 @@ def campaign(
 
     try:
         records = work.campaign(
-            work.Processes(workers), chosen, wanted, name, progress, Path(lines) if lines else None
+            work.Processes(workers), chosen, wanted, mutant, progress, Path(lines) if lines else None
         )
         seconds = time.monotonic() - started
         if junit:
