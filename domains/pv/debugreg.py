@@ -1,5 +1,5 @@
-"""Virtual debug registers: what HYPERVISOR_set/get_debugreg and MOV DR check. Execution breakpoints fire
-(`domains.vcpu.breakpoints`); data breakpoints are kept and read back, and are never hit.
+"""Virtual debug registers: what HYPERVISOR_set/get_debugreg and MOV DR check. The vCPU's breakpoints
+are armed with them (`domains.vcpu.breakpoints`).
 
 Sources: Intel SDM volume 3, chapter 18; the checks are those of Xen 4.17.
 """

@@ -253,7 +253,7 @@ class PvVcpu(Vcpu, Protocol):
         """`set_breakpoints` enabled any."""
 
     def set_breakpoints(self, addresses: Sequence[int], control: int) -> None:
-        """Arm the execution breakpoints of DR0 to DR3 that DR7 enables; data breakpoints are never hit. Between runs, and none may be
+        """Arm the breakpoints of DR0 to DR3 that DR7 enables. Between runs, and none may be
         armed while contexts change."""
 
     def debug_status(self) -> int:

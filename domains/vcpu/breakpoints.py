@@ -1,8 +1,9 @@
-"""Execution breakpoints of a PV guest: its debug registers given to QEMU's own breakpoints.
+"""Breakpoints: a guest's debug registers given to QEMU's own breakpoints and watchpoints.
 
-QEMU's `cpu_x86_update_dr7` sets a breakpoint for each of DR0 to DR3 that DR7 enables and drops all translations; code translated from
-then on raises #DB in front of the instruction unless RFLAGS.RF is set, and DR6 says which it was. Data breakpoints are functions
-without a body in Unicorn: they are never hit. The breakpoints belong to the instance, not to a context: who changes vCPUs disarms first.
+QEMU's `cpu_x86_update_dr7` sets one for each of DR0 to DR3 that DR7 enables. For execution it drops all translations; code translated from
+then on raises #DB in front of the instruction unless RFLAGS.RF is set. Data breakpoints are in `watchpoints.py`: #DB behind the
+instruction. DR6 says which it was. The lists belong to the instance, not to a context: a PV guest's are set before each run and disarmed
+by who changes vCPUs; an HVM guest writes its registers itself, and they are taken up with its context.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _BACK: Final = 6 * 8
 
 
 class Breakpoints:
-    """Of one instance, between runs. UnknownUnicorn if the library does not show where its debug registers are."""
+    """Of one instance, between runs. DR0 to DR7 are eight words of the CPU state, and behind them four pointers to what was set for
+    them. UnknownUnicorn if the library does not show where its debug registers are."""
 
     def __init__(self, machine: object, env: int) -> None:
         lib = insides.library()
@@ -40,6 +42,7 @@ class Breakpoints:
         self._env: Final = env
         first = env + int.from_bytes(found.group(1), "little") - _BACK
         self._registers: Final = (ctypes.c_uint64 * 8).from_address(first)
+        self._set: Final = (ctypes.c_uint64 * 4).from_address(first + 8 * 8)
         self._registers[2] = 0x1357_9BDF_2468
         seen = machine.reg_read(x86_const.UC_X86_REG_DR2)  # type: ignore[attr-defined]  # unicorn has no types
         self._registers[2] = 0
@@ -63,6 +66,19 @@ class Breakpoints:
         self._armed = wanted
         if wanted:
             self._registers[0:4] = list(wanted[:4])
+            self._update(self._env, control)
+
+    def put_away(self) -> None:
+        """Another vCPU's registers are to come: what these have set goes."""
+        if self._registers[7] & ENABLED:
+            self._update(self._env, DR7_RESET)
+
+    def take_up(self) -> None:
+        """These registers came with a context: set what they say."""
+        control = self._registers[7]
+        if control & ENABLED:
+            self._set[0:4] = [0] * 4
+            self._registers[7] = DR7_RESET
             self._update(self._env, control)
 
     def status(self) -> int:

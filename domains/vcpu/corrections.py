@@ -20,8 +20,8 @@ from domains.vcpu.api import Registers
 from domains.vcpu.stack_fault import by_stack_segment
 
 DB, UD, NM, TS, NP, SS, GP = 1, 6, 7, 10, 11, 12, 13
-ALWAYS: Final = 1 << NM | 1 << NP | 1 << GP
-"""Vectors that are looked at even where nothing is being delivered."""
+ALWAYS: Final = 1 << DB | 1 << NM | 1 << NP | 1 << GP
+"""Vectors that are looked at even where nothing is being delivered; #DB only to know of it (`watchpoints.py`)."""
 HARDWARE, SOFTWARE = 1, 2
 """What is being delivered: an exception; INT n, INT3 or INTO."""
 SEGMENT_FAULTS: Final = frozenset((TS, NP, SS, GP))

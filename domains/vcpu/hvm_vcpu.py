@@ -152,8 +152,10 @@ class UnicornHvmVcpu(Machine):
         self._a20(self._cpu, enabled)
 
     def load_context(self, context: bytes) -> None:
-        """As `Machine.load_context`; a write of DR7 that armed a breakpoint does not follow the context."""
+        """As `Machine.load_context`; breakpoints follow the context."""
+        self._breakpoints.put_away()
         super().load_context(context)
+        self._breakpoints.take_up()
         self._arm()
 
     # ---- interrupts
@@ -427,6 +429,8 @@ class UnicornHvmVcpu(Machine):
         """An exception on its way to the IDT that QEMU may have got wrong: the right vector."""
         try:
             words = self._control.d
+            if vector == DB:
+                self._watchpoints.forget()
             vector, self.regs.error_code = self._corrections.correct(
                 vector,
                 self.regs.error_code,

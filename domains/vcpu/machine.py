@@ -17,8 +17,9 @@ from typing import Any, Final, NoReturn
 from unicorn import UC_ERR_OK, UC_HOOK_BLOCK, UC_HOOK_INSN, UC_HOOK_MEM_INVALID, unicorn_const
 
 from bus.addresses import MachineAddr
-from domains.vcpu import insides, thunks
+from domains.vcpu import insides, thunks, watchpoints
 from domains.vcpu.api import BadAccess, GuestFault, StopReason, VcpuError
+from domains.vcpu.breakpoints import Breakpoints
 from domains.vcpu.extended import ExtendedState
 from domains.vcpu.features import usable
 from domains.vcpu.memory import PhysicalMap, Region
@@ -73,6 +74,7 @@ class Machine(ABC):
         with _patched:
             thunks.make_barriers_real()
             make_stores_fast(found.uc_cpu)
+            watchpoints.fill(found.cpu_interrupt_request)
         self._machine: Final = insides.open_machine()
         self._uc: Final = insides.uc_address(self._machine)
         self._cpu: Final = insides.cpu_address(self._machine, found)
@@ -89,6 +91,9 @@ class Machine(ABC):
         self._halted: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_halted)
         self._interrupts: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_interrupt_request)
         self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
+        self._watchpoints: Final = watchpoints.Watchpoints(self._cpu, found.cpu_interrupt_request)
+        self._watch_hit: Final = self._watchpoints.hit
+        self._breakpoints: Final = Breakpoints(self._machine, self._env)
         self._memory.undisturbed = self._undisturbed
         self._memory.map_device = self._map_device
         self._mmio: tuple[int, int] | None = None
@@ -146,6 +151,8 @@ class Machine(ABC):
             error = self._start(self._uc, self.regs.rip, 0, 0, 0)
         finally:
             self._running = False
+            if self._watch_hit.value:
+                self._watchpoints.between_runs()
         return self._reason(error)
 
     def _reason(self, error: int) -> StopReason:
@@ -320,6 +327,7 @@ class Machine(ABC):
         for number, cell in enumerate((self._halted, self._interrupts, self._exception_index)):
             at = size + 4 * number
             cell.value = int.from_bytes(context[at : at + 4], "little", signed=cell is self._exception_index)
+        self._watchpoints.forget()
         self._flush(self._cpu)
 
     def _between_runs(self, what: str) -> None:

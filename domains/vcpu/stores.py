@@ -147,7 +147,7 @@ def _protect_thunk(lib: Library, uc_cpu: int) -> Code:
     )
 
 
-def _lead(address: int, old: bytes, target: int) -> None:
+def lead(address: int, old: bytes, target: int) -> None:
     """Write `mov rax, target; jmp rax` over `old`. No vCPU runs yet in this process."""
     if ctypes.string_at(address, len(old)) != old:
         raise VcpuError("the library's code changed under the patch")
@@ -178,8 +178,8 @@ def make_stores_fast(uc_cpu: int) -> CodePage:
     protect_thunk = page.add(_protect_thunk(lib, uc_cpu))
     page.seal()
     # First the mark comes back where it must, then it may go.
-    _lead(protect_code, lib.code("tlb_protect_code_x86_64", _JUMP_BYTES), protect_thunk)
-    _lead(entry, _MOVED, notdirty)
+    lead(protect_code, lib.code("tlb_protect_code_x86_64", _JUMP_BYTES), protect_thunk)
+    lead(entry, _MOVED, notdirty)
     return page
 
 

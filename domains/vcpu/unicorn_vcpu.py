@@ -14,7 +14,6 @@ from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from domains.vcpu import thunks
 from domains.vcpu.api import GuestFault, PvMmio, PvSysenter, PvTraps, Trap
-from domains.vcpu.breakpoints import Breakpoints
 from domains.vcpu.machine import Machine
 from domains.vcpu.state import RAX, RBX, RCX, RDX
 
@@ -61,7 +60,6 @@ class UnicornVcpu(Machine):
         self._known_traps: Final[dict[tuple[int, int, int], Trap]] = {}
         super().__init__()
         machine = self._machine
-        self._breakpoints: Final = Breakpoints(machine, self._env)
         machine.reg_write(x86_const.UC_X86_REG_MSR, (0xC0000080, PV_EFER))
         machine.reg_write(x86_const.UC_X86_REG_CR4, PV_CR4)
         machine.reg_write(x86_const.UC_X86_REG_CR0, PV_CR0)
@@ -85,6 +83,7 @@ class UnicornVcpu(Machine):
 
     def debug_status(self) -> int:
         """See `Vcpu`."""
+        self._watchpoints.forget()
         return self._breakpoints.status()
 
     def set_breakpoints(self, addresses: Sequence[int], control: int) -> None:

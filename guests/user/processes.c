@@ -182,6 +182,11 @@ static long debug_register(pid_t child, int number, long value)
     return ptrace(PTRACE_POKEUSER, child, offsetof(struct user, u_debugreg[number]), value);
 }
 
+static int variable_of(pid_t child)
+{
+    return (int)ptrace(PTRACE_PEEKDATA, child, &variable, 0);
+}
+
 static void debugger(void)
 {
     int status, steps = 0;
@@ -223,6 +228,17 @@ static void debugger(void)
         ptrace(PTRACE_GETREGS, child, 0, &regs);
         long cause = ptrace(PTRACE_PEEKUSER, child, offsetof(struct user, u_debugreg[6]), 0);
         ok(WIFSTOPPED(status) && (long)regs.rip == start && cause & 1, "and stops the process there");
+        debug_register(child, 6, 0);
+    }
+    debug_register(child, 7, 0);
+    debug_register(child, 0, (long)&variable);
+    ok(!debug_register(child, 7, 1 | 0xd << 16), "a watchpoint on four bytes is accepted");
+    int last = variable_of(child);
+    for (int hit = 1; hit <= 3; hit++) {
+        ptrace(PTRACE_CONT, child, 0, 0);
+        waitpid(child, &status, 0);
+        long cause = ptrace(PTRACE_PEEKUSER, child, offsetof(struct user, u_debugreg[6]), 0);
+        ok(WIFSTOPPED(status) && cause & 1 && variable_of(child) == last + hit, "and stops it behind each write");
         debug_register(child, 6, 0);
     }
     debug_register(child, 7, 0);

@@ -1,4 +1,4 @@
-"""Debug registers of a PV guest: execution breakpoints fire in kernel and user mode, for the vCPU that set them alone."""
+"""Debug registers of a PV guest: breakpoints fire in kernel and user mode, for the vCPU that set them alone."""
 
 from __future__ import annotations
 
@@ -97,6 +97,22 @@ def test_a_step_onto_a_breakpoint_shows_both(with_user: Rig) -> None:
     resume(rig, USER_CODE + 1, 0x302 | RF, user=True)
     assert frame(rig)[2] == USER_CODE + 2
     assert rig.state.dr6 & 0x400F == 0x4000
+
+
+def test_a_data_breakpoint_in_the_kernel_fires_behind_the_store(rig: Rig) -> None:
+    """Set by hypercall, as Linux sets it: write, four bytes."""
+    code = hypercall(HYPERVISOR_set_debugreg, 1, DATA + 8) + hypercall(
+        HYPERVISOR_set_debugreg, 7, ENABLE_1 | 0xD << 20
+    )
+    store = (
+        b"\x48\xb8" + struct.pack("<Q", DATA) + b"\xc7\x40\x08\x55\x00\x00\x00"
+    )  # mov dword [rax + 8], 0x55
+    rig.put(CODE + 0x100, store + b"\xeb\xfe")
+    rig.run(code + b"\xe9" + struct.pack("<i", 0x100 - len(code) - 5))
+    assert frame(rig)[2] == CODE + 0x100 + len(store)
+    assert rig.state.dr6 & 0x400F == 2
+    assert rig.domain.traps.exceptions[1] == 1
+    assert rig.qwords(DATA + 8, 1)[0] == 0x55
 
 
 def test_breakpoints_follow_the_vcpu() -> None:
