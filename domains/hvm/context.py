@@ -8,11 +8,13 @@ that was started, and nothing else: it is for those who look at a guest, not for
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from bus.abi.hvm import save
 from bus.abi.hvm.save import HVM_HW_CPU, HVM_SAVE_DESCRIPTOR, HVM_SAVE_HEADER, TYPECODES, hvm_hw_cpu
 from bus.abi.layout import LayoutError
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
+from domains.vcpu.state import EnvRegisters
 
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr")
 REGISTERS = (
@@ -91,8 +93,22 @@ def load_cpu(vcpu: UnicornHvmVcpu, cpu: hvm_hw_cpu) -> None:
         vcpu.load_extended(cpu.fpu_regs)
 
 
-def save_cpu(vcpu: UnicornHvmVcpu) -> hvm_hw_cpu:
-    """The state of the vCPU as a CPU record."""
+class Readable(Protocol):
+    """A vCPU's state: the vCPU, or a context of it that is held by a reader."""
+
+    @property
+    def regs(self) -> EnvRegisters:
+        """General registers, control registers, MSRs."""
+
+    def save_extended(self) -> bytes:
+        """x87 and SSE, as FXSAVE64 has them."""
+
+    def debug_registers(self) -> tuple[int, ...]:
+        """DR0 to DR3, DR6, DR7."""
+
+
+def save_cpu(vcpu: Readable, tsc: int) -> hvm_hw_cpu:
+    """The state of the vCPU as a CPU record, with that time stamp counter."""
     regs = vcpu.regs
     fields: dict[str, int] = {name: getattr(regs, name) for name in REGISTERS}
     for name in SEGMENTS:
@@ -122,7 +138,7 @@ def save_cpu(vcpu: UnicornHvmVcpu) -> hvm_hw_cpu:
         msr_syscall_mask=regs.fmask,
         msr_efer=regs.efer,
         msr_tsc_aux=regs.tsc_aux,
-        tsc=vcpu.guest_tsc(),
+        tsc=tsc,
         flags=FPU_INITIALISED,
         **fields,
     )

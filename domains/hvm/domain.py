@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bus.abi.hvm import params
+from bus.abi.hvm.save import hvm_hw_cpu
 from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.vcpu import RUNSTATE_running
@@ -27,7 +28,7 @@ from domains.hvm.calls import (
     HvmVersionCalls,
 )
 from domains.hvm.compat import hypercall_page
-from domains.hvm.context import BadContext, context_of, first_cpu, load_cpu, save_cpu
+from domains.hvm.context import FPU_INITIALISED, BadContext, context_of, first_cpu, load_cpu, save_cpu
 from domains.hvm.cpu import HvmCpu
 from domains.hvm.cpuid import HvmCpuid
 from domains.hvm.dump import register_dump
@@ -51,6 +52,7 @@ from domains.pv.turns import SLICE_BLOCKS, Slice, Turns
 from domains.pv.upstream import Upstream
 from domains.pv.wire import Remote
 from domains.vcpu.api import StopReason, VcpuError
+from domains.vcpu.context_reader import ContextReader
 from domains.vcpu.hvm_thunks import HF_CS64
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from domains.vcpu.shadow_mmu import ShadowMmu
@@ -136,6 +138,8 @@ class HvmDomain(Turns[HvmState]):
         self.root: PciRoot | None = None
         self.model: Model | None = None
         self._retired: list[Model] = []
+        self._reader: ContextReader | None = None
+        self._reset_state: Final = save_cpu(self.vcpu, 0)
         self.crash_text: str | None = None
         super().__init__(self.cpu, self.states, self.time, self.life, self.events)
 
@@ -398,17 +402,35 @@ class HvmDomain(Turns[HvmState]):
             state.armed = state.first = None
 
     def context(self) -> bytes:
-        """XEN_DOMCTL_gethvmcontext: the registers of each vCPU that was started. Between runs."""
-        cpus = []
+        """XEN_DOMCTL_gethvmcontext: the registers of each vCPU that was started. At any time, also while one of them waits for the device
+        model or for the hypervisor in the middle of an instruction (it is shown as it was before that): nothing is touched."""
         current = self.cpu.current
-        for state in self.states:
-            if state.initialised or state is current:
-                assert isinstance(state, HvmState)
-                self._switch(state)
-                cpus.append((state.id, save_cpu(self.vcpu)))
-        assert isinstance(current, HvmState)
-        self._switch(current)
+        cpus = [
+            (state.id, self._record(state)) for state in self.states if state.initialised or state is current
+        ]
         return context_of(cpus, SIGNATURE, TSC_HZ // 1000)
+
+    def _record(self, state: HvmState) -> hvm_hw_cpu:
+        """Of one vCPU, as its next run would find it (`_switch`)."""
+        tsc = self.vcpu.guest_tsc()
+        if state.sipi is not None:
+            vector = state.sipi
+            return self._reset_state._replace(cs_sel=vector << 8, cs_base=vector << 12, rip=0, tsc=tsc)
+        if state.first is not None:
+            first = state.first._replace(rflags=state.first.rflags | 2, tsc=tsc, flags=FPU_INITIALISED)
+            return (
+                first
+                if state.first.flags & FPU_INITIALISED
+                else first._replace(fpu_regs=self._reset_state.fpu_regs)
+            )
+        if state is self.cpu.current:
+            return save_cpu(self.vcpu, tsc)
+        if state.context is None:
+            return self._reset_state._replace(tsc=tsc)
+        if self._reader is None:
+            self._reader = ContextReader()
+        with self._reader.holding(state.context) as held:
+            return save_cpu(held, tsc)
 
     def _run(self, state: HvmState) -> bool:
         self._switch(state)

@@ -17,6 +17,7 @@ from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 from bus.addresses import MachineAddr
 from domains.vcpu import hvm_msrs, hvm_thunks, strings, thunks
 from domains.vcpu.api import GuestFault, StopReason, VcpuError
+from domains.vcpu.context_reader import debug_registers
 from domains.vcpu.corrections import Corrections, general_registers
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
@@ -233,16 +234,7 @@ class UnicornHvmVcpu(Machine):
 
     def debug_registers(self) -> tuple[int, ...]:
         """DR0 to DR3, DR6, DR7."""
-        c = x86_const
-        numbers = (
-            c.UC_X86_REG_DR0,
-            c.UC_X86_REG_DR1,
-            c.UC_X86_REG_DR2,
-            c.UC_X86_REG_DR3,
-            c.UC_X86_REG_DR6,
-            c.UC_X86_REG_DR7,
-        )
-        return tuple(int(self._machine.reg_read(number)) for number in numbers)
+        return debug_registers(self._machine)
 
     def trap_control_writes(self, *registers: int) -> None:
         """Send writes of these of CR0, CR3, CR4 to `on_cr_write`; of no other."""

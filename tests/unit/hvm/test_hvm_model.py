@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hvm_rig import DATA, Rig, mov
+from hvm_rig import CODE, DATA, Rig, mov
 
 from bus import ioreq_area as area
-from bus.abi.hvm import dm_op
+from bus.abi.hvm import dm_op, save
 from bus.abi.hvm.ioreq import IOREQ_TYPE_PIO
+from bus.abi.hvm.save import hvm_hw_cpu
 from bus.ioreq_area import Access, Note
 from domains.dm import guest as guest_module
 from domains.dm.guest import Guest, GuestGone
 from domains.hvm import model as model_module
+from domains.hvm.context import first_cpu
 from domains.hvm.model import Model
 from drivers.pc.bus import GuestMemoryError, MmioSpace, PortSpace, Range
 
@@ -330,6 +332,18 @@ def test_ranges_that_overlap_the_board_are_refused(pairs: Callable[..., Pair]) -
     assert domain.model_changed({"id": 0, "add": [port, PORT, PORT]})
 
 
+def cpu_records(context: bytes, **replace: int) -> list[hvm_hw_cpu]:
+    """The CPU records of an HVM context."""
+    found, at = [], 0
+    while at < len(context):
+        descriptor = save.HVM_SAVE_DESCRIPTOR.unpack(context, at)
+        at += save.HVM_SAVE_DESCRIPTOR.size
+        if descriptor.typecode == save.TYPECODES["CPU"]:
+            found.append(save.HVM_HW_CPU.unpack(context, at)._replace(**replace))
+        at += descriptor.length
+    return found
+
+
 def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("domicile-ioreq")
 
@@ -390,6 +404,67 @@ def test_a_server_that_is_replaced_during_an_access_ends_it_first(pairs: Callabl
     rig.domain.run_slice()
     with pytest.raises(ValueError, match="released"):
         old._area.word(area.PRODUCED)
+
+
+@pytest.mark.parametrize("waiting", ["not started", "started by SIPI", "started", "has run"])
+def test_a_context_that_is_asked_for_during_an_access_disturbs_nobody(
+    pairs: Callable[..., Pair], waiting: str
+) -> None:
+    """XEN_DOMCTL_gethvmcontext while vCPU 0 waits for the device model, and vCPU 1 for its turn, or to be started."""
+    seen: list[list[hvm_hw_cpu]] = []
+    asked = threading.Event()
+
+    def device(offset: int, size: int, value: int | None) -> int:
+        assert asked.wait(20.0)
+        return 0x5A
+
+    code = mov("ebx", 0x1234) + in8(PORT) + mov("ecx", 0x77) + "ebfe"
+    pair = pairs(code, device, vcpus=2)
+    domain = pair.rig.domain
+    one = domain.states[1]
+    other = first_cpu(domain.context())._replace(rip=0x30000, rbx=0x4321, dr1=0x5000, tsc=0)
+    pair.rig.write(0x30000, mov("ebx", 0x4321) + "ebfe")
+    if waiting != "not started":
+        domain._started(one)
+    if waiting == "started by SIPI":
+        one.sipi, one.online = 0x30, False
+    elif waiting != "not started":
+        one.first = other
+    if waiting == "started":
+        one.online = False
+    elif waiting == "has run":
+        domain.states[0].online = False
+        pair.rig.run(3)
+        domain.states[0].online = True
+        one.online = False
+
+    def idle() -> None:
+        cpus = cpu_records(domain.context())
+        seen.append(cpus)
+        assert cpu_records(domain.context(), tsc=0) == [cpu._replace(tsc=0) for cpu in cpus]
+        asked.set()
+
+    pair.model._idle = idle  # type: ignore[misc]
+    rig = pair.run(5)
+    assert domain.crash_text is None
+    assert (rig.regs.rbx, rig.regs.rax & 0xFF, rig.regs.rcx) == (0x1234, 0x5A, 0x77)
+    zero, *rest = seen[0]
+    assert (zero.rbx, zero.rip) == (0x1234, CODE + len(bytes.fromhex(mov("ebx", 0x1234) + in8(PORT))) - 1)
+    if waiting == "not started":
+        assert rest == []
+        return
+    (first,) = rest
+    if waiting == "started by SIPI":
+        assert (first.cs_sel, first.cs_base, first.rip, first.cr0 & 1) == (0x3000, 0x30000, 0, 0)
+        return
+    assert (first.rbx, first.rip) == (0x4321, 0x30005 if waiting == "has run" else 0x30000)
+    assert (first.cr3, first.cs_sel, first.msr_efer) == (zero.cr3, zero.cs_sel, zero.msr_efer)
+    if waiting == "has run":
+        assert not one.runnable
+        one.online = True
+        domain.states[0].online = False
+        rig.run(3)
+        assert (rig.regs.rbx, rig.regs.rip) == (0x4321, 0x30005), "it goes on where it was"
 
 
 def test_memory_of_the_guests_own_where_a_frame_buffer_was(pairs: Callable[..., Pair]) -> None:
