@@ -71,7 +71,7 @@ class Board:
         self._timer_levels = {PIT_LINE: False, RTC_LINE: False}
         self.pit: Final = Pit(now, self._timer_line(PIT_LINE))
         self.rtc: Final = Rtc(now, self._timer_line(RTC_LINE), (wall() - now()) // SECOND)
-        self.hpet: Final = Hpet(now, self.ioapic.set_input, self.fabric.set_isa, self._legacy)
+        self.hpet: Final = Hpet(now, self.fabric.source(), self.fabric.set_isa, self._legacy)
         self.a20: Final = A20(a20)
 
         def sleep(kind: int) -> None:

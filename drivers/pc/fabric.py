@@ -38,7 +38,9 @@ class Fabric:
         self._pic: Final = pic
         self._ioapic: Final = ioapic
         self._isa_devices = 0
-        self._others = 0  # GSIs that no device pulls (`set_gsi`)
+        self._others: Final = [
+            0
+        ]  # GSIs that sources without a line or a pin pull, for each such source; the first is `set_gsi`
         self._pins: Final = [0] * GSIS  # set of (device, pin) as bits of device * 4 + pin, by GSI
         self._links: Final = [0] * LINKS
         self._routes: Final = [NO_ROUTE] * LINKS
@@ -59,23 +61,39 @@ class Fabric:
     def set_gsi(self, number: int, level: bool) -> None:
         """Somebody who is no device (Xen: HVM_PARAM_CALLBACK_IRQ) drives an interrupt by its global number, beside the devices there.
         The cascade, and what is no interrupt: nothing."""
+        self._drive(0, number, level)
+
+    def source(self) -> Set:
+        """A further source that drives interrupts by their global numbers, each beside whoever else does."""
+        index = len(self._others)
+        self._others.append(0)
+        return lambda number, level: self._drive(index, number, level)
+
+    def _drive(self, source: int, number: int, level: bool) -> None:
         if not 0 <= number < GSIS or number == CASCADE:
             return
-        bit = 1 << number
-        self._others = self._others | bit if level else self._others & ~bit
+        bit, before = 1 << number, self._high(number)
+        self._others[source] = self._others[source] | bit if level else self._others[source] & ~bit
         if number < LINES:
             self._settle(number)
-        elif not self._pins[number]:
-            self._ioapic(number, level)
+        else:
+            self._follow(number, before)
+
+    def _high(self, gsi: int) -> bool:
+        """Any source of an input of the I/O APIC alone is."""
+        return bool(self._pins[gsi]) or any(others >> gsi & 1 for others in self._others)
+
+    def _follow(self, gsi: int, before: bool) -> None:
+        if self._high(gsi) != before:
+            self._ioapic(gsi, not before)
 
     def set_intx(self, device: int, pin: int, level: bool) -> None:
         """A PCI function drives a pin (XEN_DMOP_set_pci_intx_level)."""
         bit, gsi, link = 1 << (device << 2 | pin), gsi_of(device, pin), link_of(device, pin)
-        before = self._pins[gsi]
-        self._pins[gsi] = before | bit if level else before & ~bit
+        before = self._high(gsi)
+        self._pins[gsi] = self._pins[gsi] | bit if level else self._pins[gsi] & ~bit
         self._links[link] = self._links[link] | bit if level else self._links[link] & ~bit
-        if bool(before) != bool(self._pins[gsi]) and not self._others >> gsi & 1:
-            self._ioapic(gsi, level)
+        self._follow(gsi, before)
         if self._routes[link] != NO_ROUTE:
             self._settle(self._routes[link])
 
@@ -88,7 +106,7 @@ class Fabric:
             self._settle(changed)
 
     def _settle(self, number: int) -> None:
-        level = bool((self._isa_devices | self._others) & 1 << number) or any(
+        level = any(lines >> number & 1 for lines in (self._isa_devices, *self._others)) or any(
             route == number and pulling
             for route, pulling in zip(self._routes, self._links, strict=True)
             if route != NO_ROUTE

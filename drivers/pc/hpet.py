@@ -29,7 +29,7 @@ ALL: Final = (1 << 64) - 1
 
 
 class Hpet:
-    """The block. `gsi(number, level)` drives inputs of the I/O APIC, `isa(number, level)` interrupts 0 and 8 in legacy mode."""
+    """The block. `gsi(number, level)` drives inputs of the I/O APIC, each high while one of the timers that are routed there is; `isa(number, level)` interrupts 0 and 8 in legacy mode."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Hpet:
         self._period = [0] * TIMERS
         self._next: list[int | None] = [None] * TIMERS  # ticks, as they count without end
         self._last = [-MIN_PERIOD] * TIMERS
+        self._pulled: list[int | None] = [None] * TIMERS  # the input that each timer pulls
 
     def attach(self, mmio: MmioSpace) -> None:
         """Its registers. BusError."""
@@ -122,7 +123,10 @@ class Hpet:
             return
         route = self._timers[number] >> 9 & 31
         if ROUTE >> route & 1:
-            self._gsi(route, level)
+            before = route in self._pulled
+            self._pulled[number] = route if level else None
+            if (route in self._pulled) != before:
+                self._gsi(route, level)
 
     # -- registers ------------------------------------------------------------------------------------------------
 

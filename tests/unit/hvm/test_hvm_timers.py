@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -64,3 +65,39 @@ def test_the_hpet_takes_interrupts_0_and_8_from_pit_and_rtc_and_gives_them_back(
     hpet.write(0x10, 4, 0)
     assert machine.lines[-1] == (8, True), "it waits still"
     assert machine.run(100 * MS).count((0, True)) == 10
+
+
+def test_an_input_is_high_while_a_timer_or_a_pin_or_a_callback_pulls_it() -> None:
+    """Input 20 of the I/O APIC: comparators 0 and 2 in level mode, INTA of device 1, and HVM_PARAM_CALLBACK_IRQ, in any order."""
+    machine = Machine()
+    board, hpet = machine.board, machine.hpet
+
+    def high() -> bool:
+        return bool(board.ioapic._levels >> 20 & 1)
+
+    hpet.write(0x10, 4, ENABLE)
+    for timer in (0, 2):
+        hpet.write(0x100 + 0x20 * timer, 4, 2 | 4 | 0x100 | 20 << 9)
+        hpet.write(0x108 + 0x20 * timer, 4, 1000 + hpet.read(0xF0, 4))
+    sources = {
+        "timer 0": lambda: hpet.write(0x20, 4, 1),
+        "timer 2": lambda: hpet.write(0x20, 4, 4),
+        "pin": lambda: board.pci_line(1, 0, False),
+        "callback": lambda: board.gsi_line(20, False),
+    }
+    for order in permutations(sources):
+        for timer in (0, 2):
+            hpet.write(0x108 + 0x20 * timer, 4, 1000 + hpet.read(0xF0, 4))
+        machine.run(MS)
+        board.pci_line(1, 0, True)
+        board.gsi_line(20, True)
+        assert hpet.read(0x20, 4) == 5
+        for number, name in enumerate(order, 1):
+            assert high()
+            sources[name]()
+            assert high() == (number < len(order)), order
+    board.pci_line(1, 0, True)
+    hpet.write(0x100, 4, 4 | 0x100 | 20 << 9)  # edges
+    hpet.write(0x108, 4, 1000 + hpet.read(0xF0, 4))
+    machine.run(MS)
+    assert high(), "an edge does not take the pin's level away"
