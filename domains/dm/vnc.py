@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from domains.native.reactor import Reactor
-from drivers.pc.rfb import CHALLENGE, Event, RfbError, RfbServer
+from drivers.pc.rfb import CHALLENGE, Attempts, Event, NotNow, RfbError, RfbServer
 from drivers.pc.vga_render import Picture
 
 FIRST_PORT: Final = 5900
@@ -102,6 +102,7 @@ class VncServer:
         self._reactor: Final = reactor
         self._name: Final = name
         self._password: Final = settings.password.encode("utf-8")
+        self._attempts: Final = Attempts(time.monotonic)
         self._picture: Final = picture
         self._deliver: Final = deliver
         self._log: Final = log
@@ -143,6 +144,7 @@ class VncServer:
             *self._size,
             password=self._password,
             challenge=os.urandom(CHALLENGE) if self._password else b"",
+            attempts=self._attempts,
         )
         client = _Client(connection, rfb)
         self._clients[connection.fileno()] = client
@@ -187,7 +189,8 @@ class VncServer:
         try:
             events = client.rfb.receive(data)
         except RfbError as error:
-            self._log(f"vnc: {error}: the client is sent away")
+            if not isinstance(error, NotNow):  # these come as fast as somebody likes; the log has why already
+                self._log(f"vnc: {error}: the client is sent away")
             self._send(client)  # why, where the protocol has a place for it
             self._drop(client)
             return

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hmac
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from math import ceil
+from typing import Final, NoReturn
 
 from drivers.pc.des import vnc_response
 from drivers.pc.keys import key_of_keysym
@@ -30,8 +32,48 @@ WHEEL_UP, WHEEL_DOWN = 8, 16
 _FORMAT: Final = struct.Struct(">BBBBHHHBBB3x")
 
 
+FREE_TRIES: Final = 5
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+
+
 class RfbError(Exception):
     """The client broke the protocol, or asked for what is not there: close the connection."""
+
+
+class NotNow(RfbError):
+    """A password that was not looked at: too many were wrong."""
+
+
+class Attempts:
+    """Passwords of one server's clients. After FREE_TRIES wrong ones in a row none is looked at for a second, and after each further
+    wrong one for twice as long, up to a minute: whoever guesses has some 1,500 tries a day. The right one starts anew. Clients that are
+    in are not concerned; whoever keeps guessing keeps others out, too."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """`now` is a clock in seconds that never goes back."""
+        self._now: Final = now
+        self.wrong = 0
+        """In a row."""
+        self._until = now()
+
+    @property
+    def pause(self) -> float:
+        """How long no password is looked at, s; 0: the next one is."""
+        return max(0.0, self._until - self._now())
+
+    def failed(self) -> float:
+        """One was wrong. How long none is looked at from now on, s."""
+        self.wrong += 1
+        doublings = self.wrong - FREE_TRIES
+        if doublings < 0:
+            return 0.0
+        pause = min(FIRST_PAUSE_S * 2.0 ** min(doublings, 16), LONGEST_PAUSE_S)
+        self._until = self._now() + pause
+        return pause
+
+    def succeeded(self) -> None:
+        """One was right."""
+        self.wrong = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +127,20 @@ class RfbServer:
     """A connection. Take `output()` whenever something was done; give a picture with `update` while `wants_update`."""
 
     def __init__(
-        self, name: str, width: int, height: int, *, password: bytes = b"", challenge: bytes = b""
+        self,
+        name: str,
+        width: int,
+        height: int,
+        *,
+        password: bytes = b"",
+        challenge: bytes = b"",
+        attempts: Attempts | None = None,
     ) -> None:
-        """`password`: its first eight bytes count; with one, `challenge` is 16 random bytes of this connection's own."""
+        """`password`: its first eight bytes count; with one, `challenge` is 16 random bytes of this connection's own, and `attempts`
+        are the server's (None: it has no other connections)."""
         if password and len(challenge) != CHALLENGE:
             raise ValueError(f"a challenge has {CHALLENGE} bytes")
+        self._attempts: Final = attempts or Attempts(lambda: 0.0)
         self._password: Final = password
         self._challenge: Final = challenge
         self._security: Final = VNC_AUTHENTICATION if password else NONE
@@ -206,14 +257,22 @@ class RfbServer:
         self._state = "init"
 
     def _check(self, response: bytes) -> None:
+        attempts = self._attempts
+        if attempts.pause:
+            self._refuse(f"too many wrong passwords: try again in {ceil(attempts.pause)} s", NotNow)
         if not hmac.compare_digest(response, vnc_response(self._password, self._challenge)):
-            reason = b"wrong password"
-            self._out += struct.pack(">I", 1)
-            if self._minor == 8:
-                self._out += struct.pack(">I", len(reason)) + reason
-            raise RfbError("wrong password")
+            pause = attempts.failed()
+            why = f", the {attempts.wrong}th in a row: for {pause:.0f} s none is looked at" if pause else ""
+            self._refuse(f"wrong password{why}", RfbError)
+        attempts.succeeded()
         self._out += struct.pack(">I", 0)
         self._state = "init"
+
+    def _refuse(self, reason: str, kind: type[RfbError]) -> NoReturn:
+        self._out += struct.pack(">I", 1)
+        if self._minor == 8:
+            self._out += struct.pack(">I", len(reason)) + reason.encode("ascii")
+        raise kind(reason)
 
     def _initialize(self) -> None:
         form = self._format

@@ -15,7 +15,7 @@ from domains.dm import vnc
 from domains.dm.vnc import VncError, VncServer, VncSettings, listen
 from domains.native.reactor import Reactor
 from drivers.pc.des import vnc_response
-from drivers.pc.rfb import Event, KeyEvent
+from drivers.pc.rfb import Attempts, Event, KeyEvent
 from drivers.pc.vga_render import Picture
 
 BOUND_S = 20.0
@@ -171,6 +171,49 @@ def test_a_password() -> None:
         other.until(lambda: other.ended(wrong))
         assert other.server.clients == 1
         assert "wrong password" in other.lines[0]
+    finally:
+        other.close()
+
+
+def test_passwords_that_are_guessed_are_looked_at_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By eight connections at a time, whose challenges are all under way; the right one is not looked at either, until it may be."""
+    now = [1000.0]
+    monkeypatch.setattr(vnc, "Attempts", lambda clock: Attempts(lambda: now[0]))
+    other = Rig("geheim")
+    try:
+
+        def guess(passwords: list[bytes]) -> list[bytes]:
+            clients = [other.connect() for _ in passwords]
+            challenges: list[bytes] = []
+            for client in clients:
+                client.sendall(b"RFB 003.008\n\2")
+                challenges.append(other.read(client, 12 + 2 + 16)[-16:])
+            found: list[bytes] = []
+            for client, challenge, password in zip(clients, challenges, passwords, strict=True):
+                client.sendall(vnc_response(password, challenge))
+                result, reason = other.read(client, 4), b""
+                if result != bytes(4):
+                    reason = other.read(client, int.from_bytes(other.read(client, 4), "big"))
+                    other.until(lambda client=client: other.ended(client))  # type: ignore[misc]
+                found.append(reason)
+                client.close()
+            other.until(lambda: other.server.clients == 0)
+            return found
+
+        later = b"too many wrong passwords: try again in 1 s"
+        first = guess([b"falsch"] * 7 + [b"geheim"])
+        assert first[:4] == [b"wrong password"] * 4
+        assert first[4] == b"wrong password, the 5th in a row: for 1 s none is looked at"
+        assert first[5:] == [later] * 3
+        assert len(other.lines) == 5, "and not a line for each that was not looked at"
+        looked, began = 0, now[0]
+        while now[0] < began + 3600:
+            looked += any(reason.startswith(b"wrong") for reason in guess([b"falsch"]))
+            now[0] += 0.5 if now[0] < began + 200 else 30.0
+        assert 60 <= looked <= 70, "in an hour"
+        now[0] += 60.0
+        assert guess([b"geheim"]) == [b""]
+        assert guess([b"falsch"] * 4) == [b"wrong password"] * 4
     finally:
         other.close()
 
