@@ -214,7 +214,7 @@ class Board:
         self.pci.add(0, 0, I440fx())
         self.pci.add(ISA, ISA_FUNCTION, Piix3Isa(guest.set_link))
         self.ide: Final = IdeFunction(
-            guest, (lambda level: guest.isa_irq(14, level), lambda level: guest.isa_irq(15, level))
+            guest, (lambda level: guest.isa_irq(14, level), lambda level: guest.isa_irq(15, level)), now
         )
         self.ide.attach(ports)
         self._slots: Final[dict[Drive, tuple[str, Media | None]]] = {}
@@ -232,7 +232,7 @@ class Board:
             self.pci.add(VIDEO, 0, vga)
         self.pci.add(PLATFORM, 0, self.platform)
         self.unplugged: Callable[[list[str]], None] = lambda slots: None
-        self._timed: Final[list[Timed]] = [self._input]
+        self._timed: Final[list[Timed]] = [self._input, self.ide]
         for problem in set_up_pci(ports):
             log(problem)
 

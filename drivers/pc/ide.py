@@ -1,7 +1,7 @@
 """An IDE channel: its registers, two drives' task files, PIO transfers, resets, the interrupt.
 
 What a command does is the drive's (`ide_disk`, `ide_cd`); DMA is the bus master's (`ide_pci`). Commands end within the access that starts
-them: BSY is seen only while software holds SRST. Source: ATA/ATAPI-6 (T13/1410D), chapters 7 and 9; primary and secondary
+them, but DMA that takes long (DRQ is seen meanwhile): BSY is seen only while software holds SRST. Source: ATA/ATAPI-6 (T13/1410D), chapters 7 and 9; primary and secondary
 channel at the legacy ports of a PC.
 """
 
@@ -203,7 +203,8 @@ class Channel:
         self._pending = False
         self._level = False
         self.waiting: Transfer | None = None
-        """A DMA transfer that the selected drive waits for."""
+        """A DMA transfer that a drive waits for, until it is over; another one, or none: it was given up."""
+        self._waiting_unit = 0
         self.on_transfer: Callable[[], None] = lambda: None
         """Told when there is one."""
         self.on_interrupt: Callable[[], None] = lambda: None
@@ -232,8 +233,9 @@ class Channel:
         """Take it out."""
         drive, self.drives[unit] = self.drives[unit], None
         if drive is not None and unit == self._selected:
-            self.waiting = None
             self._quiet()
+        if drive is not None and unit == self._waiting_unit:
+            self.waiting = None
         return drive
 
     def reset(self) -> None:
@@ -271,7 +273,7 @@ class Channel:
 
     def _transfer(self, unit: int, transfer: Transfer) -> None:
         if unit == self._selected:
-            self.waiting = transfer
+            self.waiting, self._waiting_unit = transfer, unit
             self.on_transfer()
 
     # -- registers ------------------------------------------------------------------------------------------------

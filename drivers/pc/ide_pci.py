@@ -1,15 +1,17 @@
 """PIIX3's IDE function 8086:7010: two channels and the bus master that moves their data by DMA.
 
-The channels' ports are the legacy ones and are always decoded. Descriptors (PRDs) are read one at a time while data moves; a transfer is
-carried out when both the drive's command and the start bit are there. Sources: 82371SB data sheet, 2.3 and 2.7; Programming Interface
+The channels' ports are the legacy ones and are always decoded. Descriptors (PRDs) are read one at a time while data moves; a transfer
+begins when both the drive's command and the start bit are there, and is over at once or goes on by `expire` (a medium may be slow, and
+whoever started the transfer waits for the access that did). Sources: 82371SB data sheet, 2.3 and 2.7; Programming Interface
 for Bus Master IDE Controller 1.0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Final
 
-from drivers.pc.bus import GuestMemory, GuestMemoryError, Line, PortSpace
+from drivers.pc.bus import Clock, GuestMemory, GuestMemoryError, Line, PortSpace
 from drivers.pc.ide import PIECE, PRIMARY, SECONDARY, Channel, Drive, Failed, Transfer
 from drivers.pc.ide_cd import OpticalDrive
 from drivers.pc.ide_disk import Disk
@@ -18,6 +20,8 @@ from drivers.pc.pci import Bar, PciFunction
 START, TO_MEMORY = 1, 8
 ACTIVE, ERROR, INTERRUPT = 1, 2, 4
 END_OF_TABLE: Final = 1 << 31
+BURST_NS: Final = 20_000_000
+"""So long a transfer is carried on at a time, and a piece (`ide.PIECE` bytes at most)."""
 MAX_DESCRIPTORS: Final = 65_536 // 8
 """A table lies within 64 KiB."""
 
@@ -49,16 +53,21 @@ class _Descriptors:
 class BusMaster:
     """One channel's."""
 
-    def __init__(self, memory: GuestMemory, channel: Channel, function: PciFunction) -> None:
+    def __init__(self, memory: GuestMemory, channel: Channel, function: PciFunction, now: Clock) -> None:
         self._memory: Final = memory
         self._channel: Final = channel
         self._function: Final = function
+        self._now: Final = now
+        self._moving: tuple[Transfer, Generator[None, None, tuple[bool, bool]]] | None = None
+        self.due: int | None = None
+        """When a transfer under way is to go on (now, that is); None: there is none."""
         self.command = self.status = self.table = 0
         channel.on_transfer = self._go
         channel.on_interrupt = self._interrupted
 
     def reset(self) -> None:
         """Stopped."""
+        self._ended()
         self.command = self.status = self.table = 0
 
     def read(self, offset: int, size: int) -> int:
@@ -89,6 +98,7 @@ class BusMaster:
             self.status |= ACTIVE
             self._go()
         elif not value & START:
+            self._ended()
             self.status &= ~ACTIVE
 
     def _interrupted(self) -> None:
@@ -96,31 +106,60 @@ class BusMaster:
 
     def _go(self) -> None:
         transfer = self._channel.waiting
-        if transfer is None or not self.status & ACTIVE:
+        if transfer is None or not self.status & ACTIVE or self._moving is not None:
             return
         to_memory = bool(self.command & TO_MEMORY)
         if to_memory != (transfer.produce is not None):
             return  # the two sides never agree: the drive waits until it is reset
-        self._channel.waiting = None
+        self._moving = transfer, self._move(transfer)
+        self._step()
+
+    def _step(self) -> None:
+        """Move data for at most BURST_NS: it may have been started by an access, which is to be short."""
+        assert self._moving is not None
+        transfer, work = self._moving
+        end = self._now() + BURST_NS
         try:
-            if not self._function.bus_master:
-                raise GuestMemoryError("no bus mastering")
-            whole, more = self._move(transfer)
+            while True:
+                if self._channel.waiting is not transfer:  # the drive was reset, or is gone
+                    self._moving = self.due = None
+                    return
+                if not self._function.bus_master:
+                    raise GuestMemoryError("no bus mastering")
+                next(work)
+                now = self._now()
+                if now >= end:
+                    self.due = now
+                    return
+        except StopIteration as stop:
+            whole, more = stop.value
+            if not more:
+                self.status &= ~ACTIVE
+            self._ended()
+            if whole:
+                transfer.finish()
         except GuestMemoryError:
             self.status = self.status & ~ACTIVE | ERROR
+            self._ended()
             transfer.fail()
-            return
         except Failed:
             self.status &= ~ACTIVE
+            self._ended()
             transfer.fail()
-            return
-        if not more:
-            self.status &= ~ACTIVE
-        if whole:
-            transfer.finish()
 
-    def _move(self, transfer: Transfer) -> tuple[bool, bool]:
-        """(all of the drive's data moved, room is left in the table)."""
+    def _ended(self) -> None:
+        """No transfer is under way any more: it is over, or the host has stopped it, and the drive waits until it is reset."""
+        if self._moving is not None and self._channel.waiting is self._moving[0]:
+            self._channel.waiting = None
+        self._moving = self.due = None
+
+    def expire(self) -> None:
+        """Go on, if there is something under way."""
+        if self._moving is not None:
+            self._step()
+
+    def _move(self, transfer: Transfer) -> Generator[None, None, tuple[bool, bool]]:
+        """Piece by piece. (All of the drive's data moved, room is left in the table). GuestMemoryError, Failed."""
         descriptors = _Descriptors(self._memory, self.table)
         left, used = transfer.length, 0  # bytes; used: of the present descriptor
         if not descriptors.advance():
@@ -138,6 +177,7 @@ class BusMaster:
             done = 0
             while done < piece:
                 if used == descriptors.length:
+                    yield
                     if not descriptors.advance():
                         self._part(transfer, data[:done])
                         return False, False
@@ -153,6 +193,8 @@ class BusMaster:
             if transfer.consume is not None:
                 transfer.consume(data)
             left -= piece
+            if left:
+                yield
         return True, not descriptors.last or used < descriptors.length
 
     @staticmethod
@@ -164,9 +206,9 @@ class BusMaster:
 
 
 class IdeFunction(PciFunction):
-    """00:01.1. `irqs` are ISA lines 14 and 15."""
+    """00:01.1. `irqs` are ISA lines 14 and 15; `now` is real time, as far as media take some."""
 
-    def __init__(self, memory: GuestMemory, irqs: tuple[Line, Line]) -> None:
+    def __init__(self, memory: GuestMemory, irqs: tuple[Line, Line], now: Clock) -> None:
         super().__init__(
             "82371SB IDE",
             vendor=0x8086,
@@ -177,7 +219,7 @@ class IdeFunction(PciFunction):
         self.data[6:8] = (0x0280).to_bytes(2, "little")
         self.mask[0x40:0x45] = b"\xff\xff\xff\xff\xff"
         self.channels: Final = (Channel(irqs[0]), Channel(irqs[1]))
-        self._masters: Final = tuple(BusMaster(memory, channel, self) for channel in self.channels)
+        self._masters: Final = tuple(BusMaster(memory, channel, self, now) for channel in self.channels)
 
     def attach(self, ports: PortSpace) -> None:
         """The legacy ports of both channels. BusError."""
@@ -210,6 +252,15 @@ class IdeFunction(PciFunction):
         for master, channel in zip(self._masters, self.channels, strict=True):
             master.reset()
             channel.reset()
+
+    def next_deadline(self) -> int | None:
+        """See Timed: while a transfer is under way, at once."""
+        return min((master.due for master in self._masters if master.due is not None), default=None)
+
+    def expire(self, now: int) -> None:
+        """See Timed."""
+        for master in self._masters:
+            master.expire()
 
     def _read_bar(self, offset: int, size: int) -> int:
         return self._masters[offset >> 3].read(offset & 7, size)

@@ -70,9 +70,12 @@ class Host:
 
     def __init__(self, *drives: Drive | None) -> None:
         self.ram = Ram()
+        self.ns = 0
+        self.slow = 0
+        """A look at the clock takes so many ns: a piece of a transfer does."""
         self.ports = PortSpace()
         self.irqs = (Wire(), Wire())
-        self.ide = IdeFunction(self.ram, self.irqs)
+        self.ide = IdeFunction(self.ram, self.irqs, self._now)
         bus = PciBus(self.ports, MmioSpace(), lambda *pin: None, ResetControl(lambda hard: None))
         bus.attach()
         bus.add(1, 1, self.ide)
@@ -83,6 +86,10 @@ class Host:
         for offset, value in ((0x20, 0xC001), (4, 5)):
             self.config(offset, value)
         self.base, self.control, self.master, self.irq = 0x1F0, 0x3F6, 0xC000, self.irqs[0]
+
+    def _now(self) -> int:
+        self.ns += self.slow
+        return self.ns
 
     def config(self, offset: int, value: int) -> None:
         self.ports.write(0xCF8, 4, 1 << 31 | 1 << 11 | 1 << 8 | offset)

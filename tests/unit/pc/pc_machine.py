@@ -111,7 +111,7 @@ class Machine:
         self.keyboard = I8042(fabric.isa_line(1), fabric.isa_line(12), self.a20, self._reset)
         self.bus = PciBus(self.ports, self.mmio, fabric.set_intx, ResetControl(lambda hard: self._reset()))
         self.pm = AcpiPm(self.now, fabric.isa_line(9), lambda kind: self._stop("sleep"))
-        self.ide = IdeFunction(self, (fabric.isa_line(14), fabric.isa_line(15)))
+        self.ide = IdeFunction(self, (fabric.isa_line(14), fabric.isa_line(15)), lambda: 0)
         self.vga = Vga(memoryview(self.video), vgabios)
         self.vga.on_layout = self._layout
         self.stopped = ""

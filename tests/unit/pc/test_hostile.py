@@ -45,7 +45,7 @@ class Pc:
         fabric = Fabric(self.pic.set_line, self.ioapic.set_input)
         self.bus = PciBus(self.ports, self.mmio, fabric.set_intx, ResetControl(lambda hard: None))
         self.disk, self.disc = Memory(64 << 10), Memory(64 << 10, read_only=True)
-        self.ide = IdeFunction(self.ram, (fabric.isa_line(14), fabric.isa_line(15)))
+        self.ide = IdeFunction(self.ram, (fabric.isa_line(14), fabric.isa_line(15)), lambda: 0)
         self.ide.plug(0, Disk(self.disk, serial="1"))
         self.ide.plug(2, OpticalDrive(self.disc, serial="2"))
         self.vga = Vga(bytearray(VRAM), b"\x55\xaa")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from ide_host import BUFFER, Host, Memory, pattern
+from ide_host import BUFFER, PRD, Host, Memory, pattern
 
 from drivers.hw.nvme.media import Media
 from drivers.pc.ide_cd import OpticalDrive
@@ -110,6 +110,86 @@ def test_dma(host: Host, medium: Memory) -> None:
     host.start()
     assert host.settled() == 0x50
     assert host.ram.data[BUFFER + 8 : BUFFER + 16] == b"Domicile"
+
+
+def test_a_long_read_from_a_slow_medium_is_short_accesses() -> None:
+    """READ(12) of 64 MiB by DMA, 100 ms for each 128 KiB: 52 s in all. The access that starts it, as each other, is over after a piece."""
+    blocks = 1 << 15
+    medium = Memory(blocks * 2048, read_only=True)
+    medium.data[-4:] = b"last"
+    host = Host(OpticalDrive(medium, serial="1"))
+    host.slow = 100_000_000
+    host.ram.data.extend(bytes((64 << 20) + BUFFER - len(host.ram.data)))
+    pieces = [(BUFFER + at, 0x10000) for at in range(0, 64 << 20, 0x10000)]
+    host.descriptors(*pieces)
+    assert PRD + 8 * len(pieces) <= BUFFER
+    host.prepare(True)
+    host.packet(struct.pack(">BBIIBB", 0xA8, 0, 0, blocks, 0, 0), dma=True)
+    assert host.ide.next_deadline() is None
+    before = host.ns
+    host.start()
+    assert host.ns - before <= 200_000_000
+    steps = 0
+    while (due := host.ide.next_deadline()) is not None:
+        assert due <= host.ns
+        assert (host.alternate & 0x88, host.master_status & 7, host.irq.level) == (8, 1, False), "it goes on"
+        before = host.ns
+        host.ide.expire(host.ns)
+        assert host.ns - before <= 200_000_000
+        steps += 1
+    assert steps >= 511
+    assert host.settled() == 0x50
+    assert host.master_status & 7 == 4
+    assert host.ram.data[BUFFER + (64 << 20) - 4 : BUFFER + (64 << 20)] == b"last"
+
+
+@pytest.mark.parametrize("end", ["stop", "reset", "device reset", "unplug", "bus mastering off", "error"])
+def test_a_transfer_that_is_under_way_can_be_ended(host: Host, medium: Memory, end: str) -> None:
+    """It moves no further byte, and the drive is as usual after a reset."""
+    host.slow = 1 << 30
+    host.descriptors((BUFFER, 0x10000), (BUFFER + 0x10000, 0x10000), (BUFFER + 0x20000, 0x10000))
+    host.prepare(True)
+    host.packet(read10(0, 96), dma=True)
+    host.start()
+    assert host.ide.next_deadline() is not None
+    moved = bytes(host.ram.data)
+    medium.data[:] = bytes(len(medium.data))
+    drive = drive_of(host)
+    if end == "stop":
+        host.ports.write(host.master, 1, 8)
+        host.start()  # the same transfer does not begin again
+    elif end == "reset":
+        host.ports.write(host.control, 1, 4)
+        host.ports.write(host.control, 1, 0)
+    elif end == "device reset":
+        host.set(7, 0x08)
+    elif end == "unplug":
+        host.ide.channels[0].unplug(0)
+    elif end == "bus mastering off":
+        host.config(4, 1)
+    else:
+        medium.bad = set(range(BLOCKS * 4))
+    for _ in range(5):
+        host.ide.expire(0)
+    assert host.ide.next_deadline() is None
+    assert host.ram.data == moved or end == "error", "what was read before has come"
+    if end in ("bus mastering off", "error"):
+        assert host.settled() & 1
+        assert host.master_status & 3 == (2 if end != "error" else 0)
+        return
+    assert not host.irq.level
+    if end == "unplug":
+        host.ide.plug(0, drive)
+    host.stop()
+    host.ports.write(host.control, 1, 4)
+    host.ports.write(host.control, 1, 0)
+    host.slow = 0
+    host.descriptors((BUFFER, 2048))
+    host.prepare(True)
+    host.packet(read10(0, 1), dma=True)
+    host.start()
+    assert host.settled() == 0x50
+    assert not any(host.ram.data[BUFFER : BUFFER + 2048])
 
 
 def test_reading_what_is_not_there(host: Host, medium: Memory) -> None:
