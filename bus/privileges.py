@@ -19,6 +19,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+CAPABILITY_VERSION_3 = 0x20080522
 CAP_LAST = 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,14 +51,30 @@ def _prctl(option: int, argument: int, third: int = 0) -> None:
         raise OSError(code, f"prctl({option}): {os.strerror(code)}")
 
 
-def drop(uid: int | None, limits: Limits = Limits(), death_signal: int | None = None) -> bool:  # frozen
-    """Become `uid` (None: keep the own one) and give up everything else. True if the uid is now one of its own: also when it is
+def _give_up_capabilities() -> None:
+    """capset(2), version 3: effective, permitted and inheritable sets become empty. OSError."""
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"capset: {os.strerror(code)}")
+
+
+def drop(
+    uid: int | None,
+    limits: Limits = Limits(),  # frozen
+    death_signal: int | None = None,
+    *,
+    keep_capabilities: bool = False,
+) -> bool:
+    """Become `uid` (None: keep the own one) and give up everything else (`keep_capabilities`: but what root may do, with the own uid). True if the uid is now one of its own: also when it is
     the present one, which means that nobody else on this host has it (a container's).
 
     OSError if a step is refused: the caller must not go on.
     """
     own = uid is not None
     changes = own and uid != os.getuid()
+    # Root may have no other uids to give (a user namespace): then its processes stay root, without what root may do.
+    powerful = changes or (os.getuid() == 0 and not keep_capabilities)
     for kind, value in (
         (resource.RLIMIT_AS, limits.address_space),
         (resource.RLIMIT_NOFILE, limits.open_files),
@@ -74,15 +91,18 @@ def drop(uid: int | None, limits: Limits = Limits(), death_signal: int | None = 
         if limits.processes is not None:
             resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
         os.umask(0o077)
-    if changes:
-        assert uid is not None
+    if powerful:
         for capability in range(CAP_LAST + 1):
             if _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
                 break  # beyond the last one that this kernel knows, or not allowed to: setresuid drops the rest
         _libc.prctl(PR_CAP_AMBIENT, ctypes.c_ulong(PR_CAP_AMBIENT_CLEAR_ALL), 0, 0, 0)
+    if changes:
+        assert uid is not None
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)  # clears the effective and permitted capability sets
+    elif powerful:
+        _give_up_capabilities()
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     _prctl(PR_SET_DUMPABLE, 0)
     if death_signal is not None:

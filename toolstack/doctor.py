@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from toolstack.errors import MachineError
+from toolstack.warden.uids import unavailable
 
 MIN_OPEN_FILES: Final = 1024
 MIN_MAP_COUNT: Final = 65530
@@ -219,10 +220,11 @@ def _unicorn() -> str:
 
 
 def _isolation() -> str:
-    if os.getuid() != 0:
+    why = unavailable()
+    if why:
         raise _Missing(
-            "not root: all processes of a machine share this uid, and the kernel does not keep them apart",
-            "start as root (in a container, say) for a uid of its own each",
+            f"{why}: all processes of a machine share this uid, and the kernel does not keep them apart",
+            "start as root (of the host, or of a container without user namespaces) for a uid of its own each",
             fatal=False,
         )
     return "root: each process gets a uid of its own, without capabilities"

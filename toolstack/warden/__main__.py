@@ -14,6 +14,7 @@ import sys
 from bus import privileges
 from bus.log import Logger
 from toolstack.warden.runtime import RuntimeDirectory
+from toolstack.warden.uids import unavailable
 from toolstack.warden.warden import LocalWarden
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         path.chmod(0o600)
         listener.listen(16)
         listeners[label] = listener
-    own_uids = os.getuid() == 0 and settings.pop("own_uids", True)
+    own_uids = settings.pop("own_uids", True) and not unavailable()
     settings["bus"] = str(runtime.bus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warden = LocalWarden(runtime, own_uids=own_uids, listeners=listeners)

@@ -277,7 +277,9 @@ def main() -> int:
     child_uid = options.child_uid
     if child_uid is None and not options.shared_uid:
         child_uid = os.getuid()
-    privileges.drop(None, death_signal=signal.SIGKILL if options.with_parent else None)
+    privileges.drop(
+        None, death_signal=signal.SIGKILL if options.with_parent else None, keep_capabilities=True
+    )
 
     def terminate(_number: int, _frame: object) -> None:
         raise SystemExit(0)

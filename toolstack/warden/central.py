@@ -459,7 +459,7 @@ def main() -> int:
         path.chmod(0o600)
         listener.listen(16)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    privileges.drop(None)
+    privileges.drop(None, keep_capabilities=True)
     status = 0
     try:
         warden = CentralWarden(

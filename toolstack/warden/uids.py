@@ -1,9 +1,14 @@
-"""User ids for the processes of a machine: a block of its own for each machine on this host."""
+"""User ids for the processes of a machine: a block of its own for each machine on this host.
+
+The kernel counts processes (RLIMIT_NPROC) by user id, and lets processes of one user id signal each other, also across containers, which
+do not see each other's locks. So a block is taken at random, and locked against the machines that can be seen.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import select
 import signal
 import time
@@ -15,15 +20,35 @@ FIRST: Final = 1_600_000_000
 """First uid of the first block: above what distributions, subuid ranges and systemd hand out."""
 BLOCK: Final = 4096
 """Uids in a block; a machine that used them all takes them again from the start, skipping those in use."""
-BLOCKS: Final = 256
-
-
+BLOCKS: Final = 32768
+TRIES: Final = 1000
+"""Blocks that are tried."""
 ROUNDS: Final = 50
 """Looks for processes that a domain's process left behind: each look kills all that there are at once."""
 KILLER_S: Final = 0.5
 """What kills them has this long; then it is killed itself, and the next round's tries again."""
 KILLERS: Final = 2 * BLOCK * BLOCKS
 """The killer's real and saved uid is its victims' plus this: nobody else's, so no victim may send it a signal."""
+
+
+_CAPABILITIES: Final = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
+"""linux/capability.h: what giving a process another uid, and ending it, needs."""
+
+
+def unavailable(proc: Path = Path("/proc/self")) -> str:
+    """Why the processes of a machine cannot have user ids of their own here; empty: they can. user_namespaces(7), capabilities(7).
+
+    A container's root may be the root of a user namespace that maps 65,536 ids, or of one that has been left without capabilities.
+    """
+    if os.getuid() != 0:
+        return "not root"
+    last = FIRST + KILLERS + BLOCK * BLOCKS - 1
+    ranges = [tuple(map(int, line.split())) for line in (proc / "uid_map").read_text().splitlines()]
+    if not any(inside <= FIRST and last < inside + count for inside, _, count in ranges):
+        return f"root of a user namespace that has no user ids {FIRST} to {last}"
+    effective = int((proc / "status").read_text().partition("\nCapEff:")[2].split(None, 1)[0], 16)
+    missing = [name for name, number in _CAPABILITIES.items() if not effective >> number & 1]
+    return f"root without {', '.join(missing)}" if missing else ""
 
 
 def _living(uids: Collection[int]) -> set[int]:
@@ -77,25 +102,37 @@ def _kill_all(uid: int) -> None:
         os.close(pidfd)
 
 
+def _locked(fd: int, path: Path) -> bool:
+    """Lock the file, if nobody has, and if it is still the one of that name: who frees a block takes its file away."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _take_block(directory: Path) -> tuple[int, Path, int]:
+    """Number, lock file and its descriptor of a free block. RuntimeError."""
+    for _ in range(TRIES):
+        number = secrets.randbelow(BLOCKS)
+        path = directory / f"block-{number}"
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        if _locked(fd, path):
+            return number, path, fd
+        os.close(fd)
+    raise RuntimeError(f"no free block of user ids was found: see {directory}")
+
+
 class UidBlock:
     """A locked block of uids, freed when closed or when the process ends."""
 
     def __init__(self, directory: Path) -> None:
-        """Takes the first free block. RuntimeError if all are taken."""
+        """Takes a free block. RuntimeError if none is found."""
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        for number in range(BLOCKS):
-            fd = os.open(directory / f"block-{number}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                continue
-            self._fd = fd
-            self._base = FIRST + number * BLOCK
-            self._next = 0
-            self._used: set[int] = set()
-            return
-        raise RuntimeError(f"all {BLOCKS} blocks of user ids are taken by running machines")
+        number, self._path, self._fd = _take_block(directory)
+        self._base: Final = FIRST + number * BLOCK
+        self._next = 0
+        self._used: Final[set[int]] = set()
 
     def take(self) -> int:
         """A uid that no process of this machine has."""
@@ -113,4 +150,5 @@ class UidBlock:
 
     def close(self) -> None:
         """Free the block."""
+        self._path.unlink(missing_ok=True)
         os.close(self._fd)

@@ -40,6 +40,22 @@ def test_a_guest_prints_its_line_and_powers_off(domicile: Domicile, guest_progra
     assert b"domicile" not in done.stdout
 
 
+def test_root_of_a_user_namespace_runs_a_guest_and_is_told_what_is_missing(
+    guest_programs: Programs,
+) -> None:
+    """As in a rootless container: there are no user ids to give."""
+    space = ["unshare", "--user", "--map-root-user"]
+    if subprocess.run([*space, "true"], capture_output=True, timeout=30).returncode:
+        pytest.skip("this host allows no user namespaces")
+    done = subprocess.run(
+        [*space, *COMMAND, "run", str(guest_programs("hello")), "--timeout", "30"], capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"hello from a Xen guest" in done.stdout
+    told = subprocess.run([*space, *COMMAND, "doctor"], capture_output=True, timeout=60).stdout
+    assert b"root of a user namespace that has no user ids 1600000000 to" in told
+
+
 def test_the_record_is_the_last_line_of_standard_output(
     domicile: Domicile, guest_programs: Programs, tmp_path: Path
 ) -> None:

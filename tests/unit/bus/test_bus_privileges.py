@@ -16,7 +16,7 @@ from bus import privileges
 own = privileges.drop({uid}, privileges.Limits(open_files=100, processes=20, oom_score=700))
 score = open("/proc/self/oom_score_adj").read().strip()
 try:
-    open("/proc/self/oom_score_adj", "w").write("-500")
+    open("/proc/self/oom_score_adj", "wb", buffering=0).write(b"-500")
     lowered = True
 except OSError:
     lowered = False
@@ -46,4 +46,12 @@ def test_nothing_is_left_with_a_uid_of_its_own() -> None:
     """No capability, no other uid, and no way back from what was set."""
     own, uid, score, lowered, *caps = run(1_599_999_990)
     assert (own, uid, score, lowered) == ("True", "1599999990", "700", "False")
+    assert {int(each, 16) for each in caps} == {0}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has capabilities to give up")
+def test_root_without_other_uids_to_give_keeps_no_capability() -> None:
+    """In a user namespace that maps no other: its processes stay root, without what root may do."""
+    own, uid, _, _, *caps = run(None)
+    assert (own, uid) == ("False", "0")
     assert {int(each, 16) for each in caps} == {0}
