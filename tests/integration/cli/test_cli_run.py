@@ -48,7 +48,9 @@ def test_root_of_a_user_namespace_runs_a_guest_and_is_told_what_is_missing(
     if subprocess.run([*space, "true"], capture_output=True, timeout=30).returncode:
         pytest.skip("this host allows no user namespaces")
     done = subprocess.run(
-        [*space, *COMMAND, "run", str(guest_programs("hello")), "--timeout", "30"], capture_output=True, timeout=60
+        [*space, *COMMAND, "run", str(guest_programs("hello")), "--timeout", "30"],
+        capture_output=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert b"hello from a Xen guest" in done.stdout
