@@ -6,7 +6,6 @@ warden has. It may be started ahead of need and wait there.
 
 from __future__ import annotations
 
-import gc
 import os
 import select
 import signal
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bus import privileges
+from bus.loading import loaded
+from bus.messages.envelope import ready
 from bus.messages.warden import TO_PROCESS, Begin
 from bus.packets import LinkClosed, PacketLink
 
@@ -43,8 +44,8 @@ def begin(limits: privileges.Limits = privileges.Limits(), argv: list[str] | Non
         signal.SIGINT, signal.SIG_IGN
     )  # a terminal's ^C is for the command, which takes the machine down in order
     link = PacketLink(socket.socket(fileno=fd), TO_PROCESS)
-    gc.collect()
-    gc.freeze()
+    ready(TO_PROCESS)
+    loaded()
     own = privileges.drop(uid, limits, signal.SIGKILL)
     poller = select.poll()
     poller.register(fd, select.POLLIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
+import bus.loading  # noqa: F401  # first
 from bus import privileges
 from bus.abi.memory import XENMEM_resource_grant_table
 from bus.addresses import Mfn

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from toolstack.domio import check_kind, open_program, use_program
 from toolstack.errors import InputError, MachineError, MachineGone
+from toolstack.warden.ended import ended_within
 from toolstack.warden.runtime import RuntimeDirectory
 
 if TYPE_CHECKING:
@@ -159,13 +160,10 @@ class Machine:
         if self._owner >= 0:
             os.close(self._owner)
             self._owner = -1
-        if not self._detached:
-            try:
-                self._process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()  # its children die with it (PR_SET_PDEATHSIG)
-                self._process.wait(STOP_TIMEOUT_S)
-                self.runtime.remove()
+        if not self._detached and not ended_within(self._process, STOP_TIMEOUT_S):
+            self._process.kill()  # its children die with it (PR_SET_PDEATHSIG)
+            self._process.wait(STOP_TIMEOUT_S)
+            self.runtime.remove()
         self._stderr.close()
 
     def __enter__(self) -> Self:

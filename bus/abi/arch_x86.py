@@ -1,7 +1,5 @@
 """x86: trap table, vCPU context, arch parts of the shared info, domain configuration (arch-x86/xen.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.arch_x86_64 import cpu_user_regs

@@ -1,7 +1,5 @@
 """64-bit x86: segments, address ranges, iret frame, user registers (arch-x86/xen-x86_64.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Bytes, Layout, u8, u16, u32, u64

@@ -1,7 +1,5 @@
 """HYPERVISOR_callback_op: entry points of a PV guest (callback.h)."""
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 from bus.abi.layout import Layout, u16, u64

@@ -4,8 +4,6 @@ A FIFO event word: bit 31 PENDING, 30 MASKED, 29 LINKED, 28 BUSY, bits 16..0 LIN
 queue.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Bytes, Layout, Union, u8, u16, u32, u64

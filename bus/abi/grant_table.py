@@ -4,8 +4,6 @@ Version 1 entries are 8 bytes, version 2 entries 16; GTF_* are their flags. GNTS
 are returned in an operation's `status`, one an operation, not as the hypercall's return value.
 """
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 from bus.abi.layout import Layout, handle, i16, u16, u32, u64

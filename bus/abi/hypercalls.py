@@ -11,8 +11,6 @@ interface version, -EACCES, and the domain, -ESRCH), the refusal, the wire form 
 itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 

@@ -7,8 +7,6 @@ that are written. A command of form LIST takes as many structures as fit the dat
 same number of them.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

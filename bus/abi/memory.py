@@ -1,7 +1,5 @@
 """HYPERVISOR_memory_op: reservations, the guest's physical map, memory map, resources (memory.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Layout, Union, handle, u8, u16, u32, u64

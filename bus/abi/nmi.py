@@ -1,7 +1,5 @@
 """HYPERVISOR_nmi_op (nmi.h)."""
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 from bus.abi.layout import Layout, u64

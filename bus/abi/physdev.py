@@ -1,7 +1,5 @@
 """HYPERVISOR_physdev_op: interrupts, I/O privilege, PCI devices (physdev.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Layout, Union, handle, i32, u8, u16, u32, u64

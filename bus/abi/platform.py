@@ -1,7 +1,5 @@
 """HYPERVISOR_platform_op: what the control domain asks of the machine (platform.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, Union, handle, u8, u16, u32, u64

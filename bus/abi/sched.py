@@ -1,7 +1,5 @@
 """HYPERVISOR_sched_op: yield, block, poll, shutdown, watchdog (sched.h)."""
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 from bus.abi.layout import Layout, handle, i32, u16, u32, u64

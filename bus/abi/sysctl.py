@@ -3,8 +3,6 @@
 All commands; the structures are those that a toolstack needs.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.domctl import xenctl_bitmap

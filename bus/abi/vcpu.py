@@ -1,7 +1,5 @@
 """HYPERVISOR_vcpu_op: state, run-state accounting, timers, vCPU info placement (vcpu.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Layout, i32, u32, u64

@@ -1,7 +1,5 @@
 """HYPERVISOR_xen_version: which Xen this is (version.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, u32, u64

@@ -4,8 +4,6 @@ Hypercall numbers lack the header's leading underscores: `HYPERVISOR_memory_op` 
 Python would mangle that name in a class.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.arch_x86 import arch_shared_info

@@ -3,8 +3,6 @@
 One SOCK_SEQPACKET connection a client, on a socket that only the machine's owner can reach; files travel as descriptors.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field

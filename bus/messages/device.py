@@ -4,8 +4,6 @@ Device to hypervisor: `DeviceHello`, `Dma`, `AccessDone`. Hypervisor to device: 
 Which device it is comes from the link. See docs/decisions/0004-devices.md.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field

@@ -4,8 +4,6 @@ Domain to hypervisor: `Hello`, `Hypercall`, `OrderDone`, `Report`. Hypervisor to
 `Refused`. Who the domain is comes from the link, never from a message.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field

@@ -5,8 +5,6 @@ model sees it, and then validated by the pydantic model of its kind. Whatever fa
 thing; the receiver refuses the message, counts it, and goes on.
 """
 
-from __future__ import annotations
-
 import _thread
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -31,9 +29,12 @@ class BadMessage(ValueError):
 
 
 class Message(BaseModel):
-    """Base of all messages. Unknown fields are refused; values are never coerced."""
+    """Base of all messages. Unknown fields are refused; values are never coerced.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    The validator of a kind is built when it is first used (`defer_build`): a process uses a few of the kinds that it loads, and
+    building them all is a tenth of its start. What is needed to build any is loaded by `ready`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
     KIND: ClassVar[str] = ""
 
 
@@ -49,6 +50,13 @@ def registry(*models: type[Message]) -> Registry:
             raise TypeError(f"{model.__name__}: KIND missing or used twice")
         table[model.KIND] = model
     return table
+
+
+def ready(kinds: Registry) -> None:
+    """Build the validators of these kinds now. With the first one the builder's own code is loaded, which cannot be done any more once a
+    process has given up its privileges: its uid may not reach that."""
+    for model in kinds.values():
+        model.model_rebuild()
 
 
 def encode(message: Message) -> bytes:

@@ -4,8 +4,6 @@ The device model's descriptors (this link, disk images) are deposited with the w
 nothing that comes from a device model but that it is about this one guest.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from pydantic import Field

@@ -4,8 +4,6 @@ NetIO's end is deposited with the warden, so that a process that takes the place
 it all that holds; a port's socket stays the same over that. Dom0 believes nothing of NetIO but which ports are gone.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from pydantic import Field

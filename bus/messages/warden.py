@@ -1,8 +1,6 @@
 """The links of the warden, which starts, stops and ends processes: to the hypervisor, to Dom0, to the wardens of containers (agents),
 and to operators."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field

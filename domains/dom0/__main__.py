@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import bus.loading  # noqa: F401  # first
 from bus import privileges
 from bus.abi import sched, xen
 from bus.addresses import DomId

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Final
 
+import bus.loading  # noqa: F401  # first
 from bus import privileges
 from bus.abi.event_channel import EVTCHNSTAT_pirq
 from bus.addresses import Port

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import bus.loading  # noqa: F401  # first
 from bus import privileges
 from bus.link import HypervisorGone
 from bus.process import begin

@@ -6,6 +6,7 @@ import socket
 import sys
 from typing import Final
 
+import bus.loading  # noqa: F401  # first
 from bus import privileges
 from bus.abi.event_channel import EVTCHNSTAT_interdomain
 from bus.addresses import Port

@@ -20,7 +20,19 @@ SEGMENT: Final = struct.Struct("<IBBxx")
 SEGMENTS_PER_PAGE: Final = 4096 // SEGMENT.size
 RESPONSE: Final = struct.Struct("<QBxh")
 """id, operation, status: BLKIF_RSP_*."""
-_SEGMENTS: Final = tuple(struct.Struct("<" + "IBBxx" * count) for count in range(SEGMENTS_PER_PAGE + 1))
+
+
+class _Segments(dict[int, struct.Struct]):
+    """So many segments as one structure, made when first used: to make all 513 takes longer than all the rest of this package."""
+
+    def __missing__(self, count: int) -> struct.Struct:
+        if not 0 <= count <= SEGMENTS_PER_PAGE:
+            raise struct.error(f"{count} segments")
+        made = self[count] = struct.Struct("<" + "IBBxx" * count)
+        return made
+
+
+_SEGMENTS: Final = _Segments()
 
 
 class Abi(NamedTuple):

@@ -5,12 +5,14 @@ OWNER-FD is a descriptor whose other end the owner holds; 'none' makes the machi
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
 
+import bus.loading  # first
 from bus import privileges
 from bus.log import Logger
 from toolstack.warden.runtime import RuntimeDirectory
@@ -51,6 +53,7 @@ def main() -> None:
     try:
         warden.start_hypervisor(settings)
         warden.prestart()
+        bus.loading.loaded()
         reason = warden.run()
         Logger("warden").info(reason)
     except InterruptedError:
@@ -60,6 +63,7 @@ def main() -> None:
             runtime.remove_sockets()
         else:
             runtime.remove()
+        gc.freeze()  # an interpreter that ends looks for garbage once more: 30 ms, for which the command waits
 
 
 if __name__ == "__main__":

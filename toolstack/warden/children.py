@@ -16,6 +16,7 @@ from typing import Any, Final
 from bus.messages.envelope import BadMessage
 from bus.messages.warden import Begin, Spawn
 from bus.packets import LinkClosed, PacketLink, pair
+from toolstack.warden.ended import ended_within
 
 MODULES: Final = {
     "hypervisor": "hypervisor",
@@ -111,15 +112,16 @@ def end_all(children: Sequence[Child]) -> None:
             os.kill(child.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + KILL_WAIT_S
     for child in children:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.process.wait(max(0.0, deadline - time.monotonic()))
+        ended_within(child.process, deadline - time.monotonic())
         child.link.close()
 
 
 def _environment() -> dict[str, str]:
     """What a process of the machine sees of its starter's environment."""
     kept = {name: value for name, value in os.environ.items() if name.startswith("DOMICILE_")}
-    return {**kept, "PATH": os.defpath, "LANG": "C.UTF-8", "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+    fixed = {"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+    # No look for plugins of pydantic's among all packages that are installed: there are none of ours, and others' are not wanted.
+    return {**kept, **fixed, "PYDANTIC_DISABLE_PLUGINS": "__all__"}
 
 
 def _tail(path: str, size: int = _TAIL) -> str:

@@ -3,8 +3,6 @@
 The first buffer is an `xen_dm_op`: `op`, then at offset 8 the command's own structure.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, Union, handle, u8, u16, u32, u64

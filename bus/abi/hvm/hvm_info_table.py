@@ -1,7 +1,5 @@
 """The table by which the toolstack describes an HVM guest to its firmware (hvm/hvm_info_table.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, u8, u32

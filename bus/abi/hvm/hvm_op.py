@@ -1,7 +1,5 @@
 """HYPERVISOR_hvm_op (hvm/hvm_op.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Bytes, Layout, u8, u16, u32, u64

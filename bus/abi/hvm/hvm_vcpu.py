@@ -1,7 +1,5 @@
 """The first state of an HVM or PVH vCPU: the argument of VCPUOP_initialise (hvm/hvm_vcpu.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Layout, Union, u16, u32, u64

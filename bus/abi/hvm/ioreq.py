@@ -1,7 +1,5 @@
 """I/O requests between Xen and a device model, in pages that both map (hvm/ioreq.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Layout, u8, u16, u32, u64

@@ -3,8 +3,6 @@
 A context is a sequence of records, each a descriptor and its structure: HEADER first, END last.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, u16, u32, u64

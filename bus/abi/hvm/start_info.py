@@ -1,7 +1,5 @@
 """Start info of a PVH guest, to which EBX points at its entry (arch-x86/hvm/start_info.h)."""
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 from bus.abi.layout import Layout, u32, u64

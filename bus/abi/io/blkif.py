@@ -4,8 +4,6 @@ A ring slot is the union of request and response: 112 bytes on x86-64. `BLKIF_RE
 `BLKIF_REQUEST_INDIRECT` are other readings of the same slot, chosen by `operation`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Layout, i16, u8, u16, u32, u64

@@ -1,7 +1,5 @@
 """The console ring of a domain (io/console.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, u32

@@ -1,7 +1,5 @@
 """Network devices: transmit and receive rings, extra info, the control ring (io/netif.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Array, Bytes, Layout, Union, i16, u8, u16, u32

@@ -1,7 +1,5 @@
 """Xenstore's wire protocol and its ring (io/xs_wire.h)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, NamedTuple
 
 from bus.abi.layout import Bytes, Layout, u32

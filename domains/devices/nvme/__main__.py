@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 
+import bus.loading  # noqa: F401  # first
 from bus import privileges, trace_page
 from bus.process import begin
 from domains.devices.nvme.disks import DiskError, open_disks
