@@ -429,12 +429,17 @@ _HVM: Final = (
         argument=hvm_op.XEN_HVM_XENTRACE,
         note="checked and dropped, as while no trace runs",
     ),
+    local(
+        hvm_op.HVMOP_guest_request_vm_event,
+        "HVMOP_guest_request_vm_event",
+        Error(errno.XEN_EINVAL, "an argument is given"),
+        note="without effect, as while no monitor listens",
+    ),
     *(
         refused(getattr(hvm_op, f"HVMOP_{name}"), f"HVMOP_{name}", number, note)
         for name, number, note in (
             ("set_mem_access", errno.XEN_ENOSYS, "moved to memory_op long ago"),
             ("get_mem_access", errno.XEN_ENOSYS, "moved to memory_op long ago"),
-            ("guest_request_vm_event", errno.XEN_EOPNOTSUPP, "no monitor"),
             ("altp2m", errno.XEN_EOPNOTSUPP, "no alternate p2m"),
         )
     ),

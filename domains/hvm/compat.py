@@ -58,6 +58,7 @@ _SAME: Final = {
             hvm_op.HVMOP_set_evtchn_upcall_vector,
             hvm_op.HVMOP_get_time,
             hvm_op.HVMOP_flush_tlbs,
+            hvm_op.HVMOP_guest_request_vm_event,
         )
     ),
     xen.HYPERVISOR_sched_op: frozenset(

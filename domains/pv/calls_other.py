@@ -9,7 +9,7 @@ from bus.abi import physdev
 from bus.abi.domctl import XEN_DOMCTL_INTERFACE_VERSION
 from bus.abi.errno import XEN_E2BIG, XEN_EACCES, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
 from bus.abi.hvm.dm_op import XEN_DM_OP, XEN_DM_OP_BUF, XEN_DMOP_nr_vcpus
-from bus.abi.hvm.hvm_op import XEN_HVM_XENTRACE, HVMOP_xentrace
+from bus.abi.hvm.hvm_op import XEN_HVM_XENTRACE, HVMOP_guest_request_vm_event, HVMOP_xentrace
 from bus.abi.hypercalls_model import (
     CONSOLE_IO_ARG,
     DM_OP_ARG,
@@ -121,6 +121,8 @@ class OtherCalls:
             return -(entry.unknown or XEN_ENOSYS)
         if number == HYPERVISOR_hvm_op and cmd == HVMOP_xentrace:
             return self._trace(argument)
+        if number == HYPERVISOR_hvm_op and cmd == HVMOP_guest_request_vm_event:
+            return -XEN_EINVAL if argument else 0  # the request is made, and no monitor listens
         if number == HYPERVISOR_hvm_op and not self.translated and Guests.PV not in command.guests:
             return -XEN_EINVAL  # the command is there, but the caller is not of the kind
         refusal = self._refusal(command)

@@ -481,6 +481,8 @@ static void trace(void)
 {
     static struct xen_hvm_xentrace trace;
     static struct xen_hvm_get_mem_type type = {.domid = DOMID_SELF};
+    same(HVM(HVMOP_guest_request_vm_event, NULL), 0, "a request for a monitor, of which there is none");
+    same(HVM(HVMOP_guest_request_vm_event, &trace), -XEN_EINVAL, "and it has no argument");
     same(HVM(HVMOP_xentrace, &trace), 0, "a record for xentrace, from a PV guest too");
     trace.extra_bytes = sizeof(trace.extra) + 1;
     same(HVM(HVMOP_xentrace, &trace), -XEN_EINVAL, "too long");

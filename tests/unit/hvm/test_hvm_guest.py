@@ -11,6 +11,7 @@ from bus.abi import grant_table as gt
 from bus.abi import memory as mem
 from bus.abi.errno import XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM
 from bus.abi.hvm import params
+from bus.abi.hvm.hvm_op import HVMOP_guest_request_vm_event
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.xen import (
     HYPERVISOR_grant_table_op,
@@ -50,6 +51,12 @@ def result(
 def test_hypercall_from_each_mode_by_each_instruction(bits: int, instruction: str) -> None:
     rc, _ = result(bits, HYPERVISOR_xen_version, 0, 0, instruction=instruction)
     assert rc == 0x40011
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_a_request_for_a_monitor_is_made_and_nobody_listens(bits: int) -> None:
+    assert result(bits, HYPERVISOR_hvm_op, HVMOP_guest_request_vm_event, 0)[0] == 0
+    assert result(bits, HYPERVISOR_hvm_op, HVMOP_guest_request_vm_event, DATA)[0] == -XEN_EINVAL
 
 
 @pytest.mark.parametrize("bits", [32, 64])

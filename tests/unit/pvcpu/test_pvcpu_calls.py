@@ -328,3 +328,9 @@ def test_commands_of_hvm_op_that_are_for_others(rig: Rig) -> None:
     assert call(rig, xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_flush_tlbs, 0) == -EINVAL
     assert call(rig, xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_set_evtchn_upcall_vector, UNMAPPED) == -EINVAL
     assert call(rig, xen.HYPERVISOR_hvm_op, 0x777, 0) == -ENOSYS
+
+
+def test_a_request_for_a_monitor_is_made_and_nobody_listens(rig: Rig) -> None:
+    """HVMOP_guest_request_vm_event is of any guest, and has no argument."""
+    assert call(rig, xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_guest_request_vm_event, 0) == 0
+    assert call(rig, xen.HYPERVISOR_hvm_op, hvm_op.HVMOP_guest_request_vm_event, DATA) == -EINVAL
