@@ -151,6 +151,7 @@ class VbdServer:
         if self.driver.state is State.STARTING:
             self._host.reactor.after(START_POLL_S, self._starting)
         if self._backend is not None:
+            self._backend.retry()
             self._after(self._backend)
         self._host.reactor.after(POLL_S, self._tick)
 

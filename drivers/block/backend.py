@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from bus.abi.grant_table import GNTST_eagain, GNTST_okay
 from bus.abi.io.blkif import BLKIF_OP_INDIRECT, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from bus.abi.io.ring import MASK32, distance, full_barrier
 from drivers.block.grant_pool import GrantPool
@@ -77,6 +78,8 @@ class Queue:
         self.look_again = False
         self.unfinished = False
         """There was more than one `poll` takes: poll again when others had their turn."""
+        self.put_off = False
+        """The frontend's domain is slow to let its frames be mapped, and the hypervisor does not wait for it now: `retry` later."""
 
 
 class Backend:
@@ -272,6 +275,7 @@ class Backend:
     def _start(self, queue: Queue) -> None:
         """Submit what may start now."""
         while True:
+            queue.put_off = False
             ready: list[Request] = []
             active, writes, waiting = queue.active, queue.active_writes, queue.waiting
             while waiting and not queue.barrier:
@@ -293,16 +297,30 @@ class Backend:
                 queue.ledger.completed(request.slot, BLKIF_RSP_ERROR)
                 request.status = BLKIF_RSP_ERROR
             self._answer(queue, refused)
+            if queue.put_off:
+                return
+
+    def retry(self) -> None:
+        """Submit what was put off. For the shell, now and then."""
+        for queue in self.queues:
+            if queue.put_off:
+                self._start(queue)
 
     def _submit(self, queue: Queue, ready: list[Request]) -> list[Request]:
-        """Those whose frames could not be mapped are returned."""
+        """Those whose frames could not be mapped are returned; those that are put off wait on, in front, as they did before."""
         to_map = [request for request in ready if request.segments and request.mapped is None]
         refused: list[Request] = []
         if to_map:
-            good = queue.pool.map(to_map, [request.kind is Op.READ for request in to_map])
-            if not all(good):
-                refused = [request for request, fine in zip(to_map, good, strict=True) if not fine]
-                ready = [request for request in ready if request not in refused]
+            statuses = queue.pool.map(to_map, [request.kind is Op.READ for request in to_map])
+            if any(statuses):
+                pairs = list(zip(to_map, statuses, strict=True))
+                refused = [request for request, status in pairs if status not in (GNTST_okay, GNTST_eagain)]
+                later = [request for request, status in pairs if status == GNTST_eagain]
+                ready = [request for request in ready if request not in refused and request not in later]
+                if later:
+                    queue.put_off = True
+                    queue.barrier = queue.barrier and not any(request.barrier for request in later)
+                    queue.waiting.extendleft(reversed(later))
             self._step("mapped")
         queue.ledger.submitted([request.slot for request in ready])
         commands: list[Command] = []

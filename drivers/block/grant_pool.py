@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+from bus.abi.grant_table import GNTST_eagain, GNTST_okay
 from drivers.block.ports import GrantMapper
 from drivers.block.requests import Request
 
@@ -27,9 +28,9 @@ class GrantPool:
         """Persistent grants mapped now."""
         return len(self._held)
 
-    def map(self, requests: list[Request], write_to_frame: list[bool]) -> list[bool]:
-        """Give each request's `mapped` its (iova, length) list. `write_to_frame`: the device will write (a read). False
-        for a request with a frame that could not be mapped: it holds nothing then."""
+    def map(self, requests: list[Request], write_to_frame: list[bool]) -> list[int]:
+        """Give each request's `mapped` its (iova, length) list. `write_to_frame`: the device will write (a read). GNTST_okay each, or a
+        negative GNTST_* for a request with a frame that could not be mapped, which holds nothing then; GNTST_eagain: it may be, later."""
         if not self.persistent:
             items = [
                 (ref, writable)
@@ -38,31 +39,31 @@ class GrantPool:
             ]
             iovas = self._mapper.map_frames(items)
             at, bad = 0, []
-            good: list[bool] = []
+            statuses: list[int] = []
             for request in requests:
                 segments = request.segments
                 mine = iovas[at : at + len(segments)]
                 at += len(segments)
                 if min(mine) < 0:
                     bad += [iova for iova in mine if iova >= 0]
-                    good.append(False)
+                    statuses.append(_worst(mine))
                     continue
                 request.iovas = mine
                 request.mapped = [
                     (iova + offset, length) for iova, (_, offset, length) in zip(mine, segments, strict=True)
                 ]
-                good.append(True)
+                statuses.append(GNTST_okay)
             if bad:
                 self._mapper.unmap_frames(bad)
-            return good
+            return statuses
         return self._map_persistent(requests)
 
-    def _map_persistent(self, requests: list[Request]) -> list[bool]:
+    def _map_persistent(self, requests: list[Request]) -> list[int]:
         held = self._held
         fresh = dict.fromkeys(
             ref for request in requests for ref, _, _ in request.segments if ref not in held
         )
-        refused: set[int] = set()
+        refused: dict[int, int] = {}
         loose: dict[int, int] = {}
         if fresh:
             wanted = {ref for request in requests for ref, _, _ in request.segments}
@@ -76,18 +77,18 @@ class GrantPool:
                 self._mapper.unmap_frames(drop)
             for ref, iova in zip(fresh, self._mapper.map_frames([(ref, True) for ref in fresh]), strict=True):
                 if iova < 0:
-                    refused.add(ref)
+                    refused[ref] = iova
                 elif len(held) < self.limit:
                     held[ref] = [iova, 0]
                 else:
                     loose[ref] = iova  # no room: for this batch's first user alone
-        good: list[bool] = []
+        statuses: list[int] = []
         owner: dict[int, Request] = {}
         for request in requests:
-            if any(ref in refused for ref, _, _ in request.segments):
-                good.append(False)
+            if found := [refused[ref] for ref, _, _ in request.segments if ref in refused]:
+                statuses.append(_worst(found))
                 continue
-            mapped = []
+            mapped, status = [], GNTST_okay
             for ref, offset, length in request.segments:
                 entry = held.get(ref)
                 if entry is not None:
@@ -100,6 +101,7 @@ class GrantPool:
                     # Another request of the batch owns that mapping and may end first: a mapping of its own.
                     iova = self._mapper.map_frames([(ref, True)])[0]
                     if iova < 0:
+                        status = iova
                         break
                     request.iovas.append(iova)
                 else:
@@ -109,14 +111,14 @@ class GrantPool:
                 mapped.append((iova + offset, length))
             if len(mapped) < len(request.segments):
                 self.release([request])
-                good.append(False)
+                statuses.append(status)
                 continue
             request.mapped = mapped
-            good.append(True)
+            statuses.append(GNTST_okay)
         unused = [iova for ref, iova in loose.items() if ref not in owner]
         if unused:
             self._mapper.unmap_frames(unused)
-        return good
+        return statuses
 
     def release(self, requests: list[Request]) -> None:
         """They are done: unmap what is not persistent."""
@@ -137,3 +139,8 @@ class GrantPool:
         if self._held:
             self._mapper.unmap_frames([iova for iova, _ in self._held.values()])
             self._held.clear()
+
+
+def _worst(statuses: list[int]) -> int:
+    """What to say of a request: that it cannot be mapped, if that is so of any frame; else that it may be later."""
+    return min((status for status in statuses if status < 0 and status != GNTST_eagain), default=GNTST_eagain)

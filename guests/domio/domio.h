@@ -118,6 +118,7 @@ struct segment {
     uint64_t address;         /* of the frame, for the device; 0: not mapped */
     uint16_t offset, length;
     bool kept;                /* its mapping is a persistent one */
+    bool not_now;             /* it could not be mapped, but may be later */
 };
 
 struct request {
@@ -134,6 +135,7 @@ struct request {
     unsigned outstanding, prps;
     uint32_t stamp;           /* of a flush: writes that were completed when it was made */
     bool failed;
+    bool not_now;             /* its frames could not all be mapped, but may be later */
     struct request *next;
     struct segment segments[MAX_SEGMENTS];
 };
@@ -155,6 +157,7 @@ void parse(const struct disk *disk, const struct abi *abi, const struct record *
 unsigned indirect_of(const struct abi *abi, const uint8_t *raw, grant_ref_t *ref);
 void fifo_init(struct fifo *fifo);
 void fifo_put(struct fifo *fifo, struct request *request);
+void fifo_put_first(struct fifo *fifo, struct request *request);
 struct request *fifo_take(struct fifo *fifo);
 
 /* --- ledger.c --- */

@@ -59,8 +59,10 @@ static void flush_maps(struct disk *disk, bool keeping)
         return;
     long rc = HYPERVISOR_grant_table_op(GNTTABOP_map_grant_ref, maps, queued);
     for (unsigned i = 0; i < queued; i++) {
-        if (rc || maps[i].status != GNTST_okay)
+        if (rc || maps[i].status != GNTST_okay) {
+            targets[i]->not_now = !rc && maps[i].status == GNTST_eagain;
             continue;
+        }
         targets[i]->handle = maps[i].handle;
         targets[i]->address = maps[i].dev_bus_addr;
         if (keeping)
@@ -106,9 +108,14 @@ void map_requests(struct disk *disk, struct request **requests, unsigned count, 
                 map_later(disk, &requests[r]->segments[i], false, false);
     flush_maps(disk, false);
     for (unsigned r = 0; r < count; r++) {
+        bool never = false;
         fine[r] = true;
-        for (unsigned i = 0; i < requests[r]->count; i++)
-            fine[r] &= requests[r]->segments[i].address != 0;
+        for (unsigned i = 0; i < requests[r]->count; i++) {
+            struct segment *segment = &requests[r]->segments[i];
+            fine[r] &= segment->address != 0;
+            never |= !segment->address && !segment->not_now;
+        }
+        requests[r]->not_now = !fine[r] && !never;
         if (!fine[r])
             unmap_requests(&requests[r], 1);
     }

@@ -18,6 +18,15 @@ void fifo_put(struct fifo *fifo, struct request *request)
     fifo->length++;
 }
 
+void fifo_put_first(struct fifo *fifo, struct request *request)
+{
+    request->next = fifo->first;
+    if (!fifo->first)
+        fifo->last = &request->next;
+    fifo->first = request;
+    fifo->length++;
+}
+
 struct request *fifo_take(struct fifo *fifo)
 {
     struct request *request = fifo->first;

@@ -175,6 +175,8 @@ static void start(struct disk *disk, struct queue *queue)
         return;
     map_requests(disk, ready, count, fine);
     for (unsigned i = 0; i < count; i++) {
+        if (ready[i]->not_now)
+            continue;
         if (!fine[i]) {
             ready[i]->failed = true;
             finished(disk, ready[i]);
@@ -183,6 +185,17 @@ static void start(struct disk *disk, struct queue *queue)
         ready[i]->phase = ready[i]->flush ? PHASE_FLUSH : PHASE_DATA;
         ready[i]->cursor = ready[i]->prps = 0;
         fifo_put(&disk->issue, ready[i]);
+    }
+    for (unsigned i = count; i-- > 0;) { /* the hypervisor does not wait for this frontend now: again with the next tick */
+        struct request *request = ready[i];
+        if (!request->not_now)
+            continue;
+        request->not_now = false;
+        queue->active--;
+        queue->active_writes -= request->kind == KIND_WRITE;
+        if (request->barrier)
+            queue->barrier = false;
+        fifo_put_first(&queue->waiting, request);
     }
 }
 
@@ -257,11 +270,7 @@ static void issue(struct disk *disk)
     while (disk->issue.first) {
         struct request *request = fifo_take(&disk->issue); /* first: what is finished goes into another list */
         if (!issue_one(disk, request)) {
-            request->next = disk->issue.first;
-            if (!disk->issue.first)
-                disk->issue.last = &request->next;
-            disk->issue.first = request;
-            disk->issue.length++;
+            fifo_put_first(&disk->issue, request);
             return;
         }
     }

@@ -73,7 +73,7 @@ class GrantCore:
         self.memory = memory
         self.outbox = outbox
         self.dma = dma
-        self.jobs = Jobs(outbox, domains.has_process)
+        self.jobs = Jobs(outbox, domains.has_process, self._took)
         self.tables: dict[DomId, Table] = {}
         self.windows: dict[int, Window] = {}
         self.window_counts: dict[DomId, int] = {}
@@ -103,6 +103,24 @@ class GrantCore:
     @staticmethod
     def frame_key(mfn: int) -> Hashable:
         return ("frame", mfn)
+
+    # -- patience with granters -----------------------------------------------------------------------------------
+
+    def _took(self, granter: DomId, now: int, ns: int) -> None:
+        table = self.tables.get(granter)
+        if table is not None:
+            table.took(now, ns)
+
+    def puts_off(self, table: Table) -> bool:
+        """What needs this granter's process now is not to be asked of it: whoever maps its frames serves others too, and its process
+        takes its time, again and again. Others are served meanwhile, and the mapper tries again (GNTST_eagain)."""
+        wears_out = table.wears_out(self.jobs.now)
+        if wears_out and not table.put_off:
+            self.outbox.log(
+                "warning", "slow to let others map its frames: they are put off for a while", table.domain
+            )
+        table.put_off = wears_out
+        return wears_out
 
     # -- records --------------------------------------------------------------------------------------------------
 
@@ -355,7 +373,7 @@ class GrantCore:
             place = place_of(table, entry.ref)
             words.append((int(place.word_mfn), place.word_offset, bits, int(entry.mfn)))
         body: dict[str, object] = {"moves": [(int(m), w, i) for m, w, i in moves], "clears": words}
-        return OrderSpec(granter, "grant_unmap", body, len(moves) + len(words))
+        return OrderSpec(granter, "grant_unmap", body, len(moves) + len(words), charged=True)
 
     def _return_by_us(self, granter: DomId, back: _Return) -> None:
         for mfn, _, _ in back.moves:

@@ -34,6 +34,8 @@ class OrderSpec:
     count: int
     windows: tuple[tuple[int, bool], ...] = ()
     timeout_ns: int = ORDER_TIMEOUT_NS
+    charged: bool = False
+    """Somebody else waits for the answer: the time that it takes is the domain's to account for."""
 
 
 @dataclass(slots=True)
@@ -76,8 +78,15 @@ def decode_results(count: int, rc: int, data: bytes) -> list[int] | None:
 class Jobs:
     """Runs jobs. `now` is the time of the call that is being served."""
 
-    def __init__(self, outbox: GrantOutbox, has_process: Callable[[DomId], bool]) -> None:
+    def __init__(
+        self,
+        outbox: GrantOutbox,
+        has_process: Callable[[DomId], bool],
+        took: Callable[[DomId, int, int], None] = lambda domain, now, ns: None,
+    ) -> None:
+        """`took` is told of each order that is charged: (domain, time of the answer, ns since it was given)."""
         self.now = 0
+        self._took = took
         self._outbox = outbox
         self._has_process = has_process
         self._locked: dict[Hashable, Job] = {}
@@ -192,8 +201,12 @@ class Jobs:
             self._give(job, index, order)
 
     def _give(self, job: Job, index: int, order: OrderSpec) -> None:
+        began = self.now
+
         def settle(now: int, outcome: Outcome) -> None:
             self.now = max(self.now, now)
+            if order.charged:
+                self._took(order.domain, self.now, self.now - began)
             job.outcomes[index] = outcome
             job.waiting -= 1
             if not job.waiting:

@@ -19,6 +19,7 @@ from bus.abi.grant_table import (
     GNTST_bad_domain,
     GNTST_bad_gntref,
     GNTST_bad_page,
+    GNTST_eagain,
     GNTST_general_error,
     GNTST_no_device_space,
     GNTST_okay,
@@ -186,6 +187,8 @@ class MapCall:
         wanted = GTF_reading | (GTF_writing if write else 0)
         missing = wanted & ~((entry.bits | self._planned.get(id(entry), 0)) if entry is not None else 0)
         if missing:
+            if core.domains.has_process(table.domain) and core.puts_off(table):
+                return GNTST_eagain
             copy = read_entry(core.memory, table, ref)
             raw = copy.raw
             if entry is None:
@@ -285,7 +288,7 @@ class MapCall:
             "moves": [(int(mfn), window.number, index) for mfn, window, index in part.moves],
         }
         windows = tuple(dict.fromkeys((window.number, True) for _, window, _ in part.moves))
-        return OrderSpec(granter, "grant_map", body, len(checks) + len(part.moves), windows)
+        return OrderSpec(granter, "grant_map", body, len(checks) + len(part.moves), windows, charged=True)
 
     def _do_by_us(self, part: _Part) -> None:
         """The granter has no process (it is being built, or starts anew): nobody else writes its memory now."""
@@ -486,7 +489,7 @@ class _Undo:
         moves = [(mfn, window.number, index) for mfn, window, index in part.moves]
         if not core.domains.is_dying(self._granter):
             order = core.unmap_order(self._granter, moves, entries)
-            order.timeout_ns = UNDO_TIMEOUT_NS
+            order.timeout_ns, order.charged = UNDO_TIMEOUT_NS, False
             outcome = (yield [order])[0]
             if outcome.why == "dead" and not core.domains.is_dying(self._granter):
                 for entry, bits in entries:

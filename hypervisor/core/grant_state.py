@@ -11,6 +11,12 @@ from bus.addresses import DomId, Gfn, GrantRef, Mfn
 PIN_LIMIT: Final = 127
 """Most mappings of one kind of one entry (Xen's counters have seven bits and a guard bit)."""
 INVALID_HANDLE: Final = 0xFFFF_FFFF
+GRACE_NS: Final = 20_000_000
+"""An order of another's map or unmap that is carried out within this costs a granter nothing."""
+PATIENCE_NS: Final = 5_000_000_000
+"""So much of others' time beyond that a granter may take in a row..."""
+REGAIN: Final = 5
+"""... and one part in so many of the time that passes in the long run."""
 
 EntryKey = tuple[DomId, GrantRef]
 
@@ -127,6 +133,20 @@ class Table:
     """Counts `release_mappings`: a map that was under way then does not come about."""
     unresponsive: int = 0
     """Maps whose deadline its process missed, and which it has not undone yet."""
+    taken_ns: int = 0
+    """Of others' time, at `taken_at`: see PATIENCE_NS."""
+    taken_at: int = 0
+    put_off: bool = False
+    """It was more than the patience with it when it was last looked at."""
+
+    def took(self, now: int, ns: int) -> None:
+        """Its process has had an order for so long, while somebody else waited."""
+        left = max(0, self.taken_ns - (now - self.taken_at) // REGAIN)
+        self.taken_ns, self.taken_at = min(left + max(0, ns - GRACE_NS), 2 * PATIENCE_NS), now
+
+    def wears_out(self, now: int) -> bool:
+        """It took too much of others' time: what needs its process is put off for now."""
+        return self.taken_ns - (now - self.taken_at) // REGAIN > PATIENCE_NS
 
     @property
     def entries(self) -> int:

@@ -41,6 +41,8 @@ class Grants:
         self.next_iova = 1 << 32
         self.maps = 0
         self.most = 0
+        self.put_off: Callable[[], bool] = lambda: False
+        """The hypervisor does not wait for the frontend's domain now."""
 
     # the frontend's
     def allocate(self, count: int) -> list[Page]:
@@ -78,6 +80,8 @@ class Grants:
     def map_frames(self, items: Sequence[tuple[int, bool]]) -> list[int]:
         out = []
         self.maps += 1
+        if self.put_off():
+            return [-12] * len(items)
         for ref, writable in items:
             entry = self.table.get(ref)
             if entry is None or (writable and entry[1]):
@@ -193,9 +197,13 @@ class Machine:
         persistent_limit: int = 20,
         abi: Abi = X86_64,
         trust: bool = False,
+        slow: float = 0.0,
     ) -> None:
+        """`slow`: how often frames cannot be mapped for now."""
         self.rng = random.Random(seed)
         self.grants = Grants()
+        if slow:
+            self.grants.put_off = lambda: self.rng.random() < slow
         self.store = FakeDisk(sectors, self.grants, self.rng)
         self.queues, self.pages, self.abi = queues, pages, abi
         self.persistent, self.limit, self.trust = persistent, persistent_limit, trust
@@ -407,6 +415,8 @@ class Machine:
             choices.append(self._poll_front)
         if self.store.queue:
             choices.append(self._device)
+        if self.back is not None and any(queue.put_off for queue in self.back.queues):
+            choices.append(self._retry)
         if not choices:
             return False
         self.rng.choice(choices)()
@@ -426,6 +436,9 @@ class Machine:
         results = [r for _ in range(self.rng.randrange(1, 5)) if (r := self.store.step()) is not None]
         self.guarded(lambda back: back.complete(results))
 
+    def _retry(self) -> None:
+        self.guarded(lambda back: back.retry())
+
     def settle(self) -> None:
         """Until nothing moves: then everything must be answered."""
         while self.turn():
@@ -443,6 +456,7 @@ class Machine:
                 break
             if self.store.queue:
                 self._device()
+            self._retry()
         else:
             raise Trouble("it does not drain")
         if self.grants.mapped:

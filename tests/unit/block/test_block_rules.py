@@ -209,6 +209,42 @@ def test_bad_grants_fail_the_request_and_leave_nothing_mapped(persistent: bool) 
     assert not rig.grants.mapped
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_requests_whose_frames_cannot_be_mapped_now_wait_and_keep_their_order(persistent: bool) -> None:
+    """GNTST_eagain: no error; flush and barrier wait behind what is put off, and so does what is behind them."""
+    rig = Rig(persistent=persistent)
+    refs = [rig.page() for _ in range(3)]
+    rig.grants.put_off = lambda: True
+    rig.put(pack_request(X86_64, 1, 1, 0, [(refs[0], 0, 7)]))  # a write
+    rig.put(pack_request(X86_64, 3, 2, 0, []))  # a flush
+    rig.put(pack_request(X86_64, 0, 3, 8, [(refs[1], 0, 7)]))  # a read
+    rig.put(pack_request(X86_64, 2, 4, 16, [(refs[2], 0, 7)]))  # a barrier
+    assert rig.run() == []
+    assert [request.id for request in rig.back.queues[0].waiting] == [1, 2, 3, 4]
+    for _ in range(3):
+        rig.back.retry()
+        assert rig.run() == []
+    rig.put(pack_discard(X86_64, 0, 5, 24, 8))
+    assert rig.run() == []
+    assert not rig.grants.mapped
+    assert not rig.back.drained
+    rig.back.close()
+    assert not rig.back.drained, "what was taken is finished first"
+    rig.grants.put_off = lambda: False
+    rig.back.retry()
+    answers = []
+    while (result := rig.store.step()) is not None:
+        rig.back.complete([result])
+        answers += rig.answers()
+    order = [ident for ident, _, _ in answers]
+    assert sorted(order) == [1, 2, 3, 4, 5]
+    assert {status for _, _, status in answers} == {OKAY}
+    assert order.index(1) < order.index(2)
+    assert order[3:] == [4, 5], "nothing passes the barrier"
+    assert rig.back.drained
+    assert not rig.back.queues[0].put_off
+
+
 def test_a_producer_index_that_overruns_the_ring_ends_the_connection_only() -> None:
     rig = Rig()
     rig.put(pack_request(X86_64, 3, 1, 0))

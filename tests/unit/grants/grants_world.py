@@ -19,7 +19,7 @@ from bus.abi.grant_table import (
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId, Gfn, Mfn
 from hypervisor.core.config import MachineConfig
-from hypervisor.core.effects import Order
+from hypervisor.core.effects import Log, Order
 from hypervisor.core.frames import FrameTable
 from hypervisor.core.grants import GrantTables
 from hypervisor.core.outbox import Outbox
@@ -208,6 +208,7 @@ class World:
         self.written: list[tuple[DomId, Mfn]] = []
         self.now = 0
         self.orders: list[Order] = []
+        self.logged: list[Log] = []
         self.grants = GrantTables(self.frames, self, self.memory, self.outbox, self.dma)  # type: ignore[arg-type]
         for number, kind in enumerate(kinds, 1):
             domain = DomId(number)
@@ -290,6 +291,8 @@ class World:
 
     def pull(self) -> None:
         for effect in self.outbox.take():
+            if isinstance(effect, Log):
+                self.logged.append(effect)
             if isinstance(effect, Order):
                 self.orders.append(effect)
                 process = self.doms[effect.domain].process

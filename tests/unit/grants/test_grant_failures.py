@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from grants_world import HOST, RO, Dom, Process, World
 
-from bus.abi.grant_table import GNTMAP_device_map
+from bus.abi.grant_table import GNTMAP_device_map, GNTST_eagain
 from bus.addresses import DomId
 from bus.messages.domain import Order as Message
 from bus.messages.envelope import encode
@@ -37,6 +37,62 @@ def test_a_granter_that_does_not_answer_fails_the_map_after_a_second() -> None:
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
     assert answer.status == 0
     w.unmap(1, (answer.handle, 0x1000, 0))
+    w.clean()
+
+
+def slow_maps(w: World, seconds: float, count: int, *, mapper: int = 1) -> list[int]:
+    """Statuses of so many maps and unmaps for a device, each of whose orders takes the granter, domain 2, so long."""
+    statuses = []
+    for _ in range(count):
+        answers = w.start_map(mapper, (2, 8, GNTMAP_device_map, 0x1000))
+        w.pump(2)
+        if not answers:
+            w.wait(seconds)
+        statuses.append(answers[0].status)
+        if answers[0].status == 0:
+            unmap = w.start_unmap(mapper, (answers[0].handle, 0, answers[0].dev_bus_addr))
+            w.pump(2)
+            w.wait(seconds)
+            assert unmap[0].status == 0
+    return statuses
+
+
+def test_a_granter_that_takes_just_under_a_second_each_time_is_put_off_soon() -> None:
+    """Whoever maps its frames serves others, and waits a fifth of the time for it at most; others' frames, and what is mapped already, are
+    not concerned."""
+    w = World("pv", "pv", "pv")
+    w.grant(2, 8, 1, 3)
+    w.grant(2, 9, 1, 4)
+    w.grant(3, 8, 1, 3)
+    (kept,) = w.map(1, (2, 9, GNTMAP_device_map, 0x9000))
+    assert slow_maps(w, 0.95, 7)[4:] == [GNTST_eagain] * 3, "eight of its seconds were waited for"
+    (again,) = w.map(1, (2, 9, GNTMAP_device_map, 0x8000))
+    (other,) = w.map(1, (3, 8, GNTMAP_device_map, 0x7000))
+    assert (again.status, other.status) == (0, 0)
+    assert sum("put off" in e.text for e in w.logged) == 1
+    waited, began = 0, w.now
+    while w.now - began < 1000 * 10**9:
+        before = w.now
+        assert slow_maps(w, 0.95, 1)[0] in (0, GNTST_eagain)
+        waited += w.now - before
+        w.wait(0.1)
+    assert 0.1 < waited / (w.now - began) < 0.25
+    w.wait(60)
+    assert slow_maps(w, 0.005, 1000) == [0] * 1000, "it has become quick, and each is served"
+    for mapping in (kept, again, other):
+        w.unmap(1, (mapping.handle, 0, mapping.dev_bus_addr))
+    w.clean()
+    assert TWO not in w.crashed
+
+
+def test_a_granter_on_a_busy_host_is_served_on() -> None:
+    """Answers within twenty milliseconds cost nothing, however many; slower ones now and then, neither."""
+    w = World("pv", "pv")
+    w.grant(2, 8, 1, 3)
+    assert slow_maps(w, 0.019, 5000) == [0] * 5000
+    for _ in range(50):
+        assert slow_maps(w, 0.4, 1) == [0]
+        w.wait(4.0)
     w.clean()
 
 
