@@ -12,8 +12,8 @@ import random
 import struct
 
 import pytest
+from hvm_programs import protected_mode
 from shadow_guest import ShadowGuest
-from test_hvm_delivery import protected_mode
 
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_testing import TABLES, HvmGuest
