@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 from bus import privileges
@@ -35,8 +36,20 @@ class Start:
     """It runs under a uid of its own."""
 
 
+class LateImports(MetaPathFinder):
+    """Refuses each import: what a process needs it loads before it gives up its uid, with which it may not be able to read its own
+    program any more (a clone in root's home directory)."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """ImportError."""
+        raise ImportError(f"{fullname} is loaded only now: this process has no right to read files any more")
+
+
 def begin(limits: privileges.Limits = privileges.Limits(), argv: list[str] | None = None) -> Start:  # noqa: B008
-    """Wait for `Begin` (for as long as the warden lives), then drop privileges. Exits quietly if the warden goes away."""
+    """Wait for `Begin` (for as long as the warden lives), then drop privileges. Exits quietly if the warden goes away.
+
+    All code is to be loaded before: with DOMICILE_LATE_IMPORTS=refuse (as in tests) each later import is refused, as it would be where the
+    program lies in a directory that only root may enter."""
     arguments = sys.argv[1:] if argv is None else argv
     fd = int(arguments[1])
     uid = int(arguments[2]) if len(arguments) > 2 else None
@@ -46,6 +59,8 @@ def begin(limits: privileges.Limits = privileges.Limits(), argv: list[str] | Non
     link = PacketLink(socket.socket(fileno=fd), TO_PROCESS)
     ready(TO_PROCESS)
     loaded()
+    if os.environ.get("DOMICILE_LATE_IMPORTS") == "refuse":
+        sys.meta_path.insert(0, LateImports())
     own = privileges.drop(uid, limits, signal.SIGKILL)
     poller = select.poll()
     poller.register(fd, select.POLLIN)

@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         shared.mkdir(parents=True, exist_ok=True)
         (base / ".uids").symlink_to(shared)
     os.environ["DOMICILE_RUN"] = str(base)
+    os.environ["DOMICILE_LATE_IMPORTS"] = "refuse"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -18,6 +18,7 @@ import struct
 from typing import Any, Final, NamedTuple
 
 import unicorn
+import unicorn.unicorn_py3.arch.intel  # else loaded with the first instance: out of a process's reach by then (bus.process.begin)
 from unicorn import UC_ARCH_X86, UC_MODE_64, x86_const
 from unicorn.unicorn_py3 import unicorn as binding
 

@@ -100,7 +100,7 @@ class TraceSession:
 
     def poll(self, *, last: bool = False) -> list[Entry]:
         """What is known for sure to be complete, in order of time; with `last`, everything."""
-        if time.monotonic() - self._looked > LOOK_S:
+        if last or time.monotonic() - self._looked > LOOK_S:
             self._look()
         now = time.monotonic_ns()
         for source in self._sources.values():

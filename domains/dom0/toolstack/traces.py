@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +19,8 @@ DEVICES: Final = 0x8000_0000
 """Peers from here on are no domains."""
 BATCH: Final = 32
 """Pages of one answer."""
+PAST: Final = 32
+"""Pages of peers that are gone that are kept for who watches."""
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ class Traces:
         """To be made before any message is taken: pages come from the first on."""
         self._host = host
         self._pages: dict[int, _Page] = {}
+        self._past: deque[tuple[int, _Page]] = deque()
+        """Of peers that are gone since somebody watches: who watches looks for new pages now and then, and a guest may live shorter."""
         self._watchers: set[int] = set()
         self._serial = 0
         host.on_order["trace_page"] = self._page
@@ -57,12 +62,19 @@ class Traces:
     def _drop(self, peer: int) -> None:
         page = self._pages.pop(peer, None)
         if page is not None:
-            os.close(page.fd)
+            self._past.append((peer, page))
+            self._forget_past(PAST if self._watchers else 0)
+
+    def _forget_past(self, most: int) -> None:
+        while len(self._past) > most:
+            os.close(self._past.popleft()[1].fd)
 
     def watch(self, watcher: int, on: bool) -> None:
         """A client begins to watch, or ends. All processes note what they do while anybody watches. HypercallError."""
         before = bool(self._watchers)
         (self._watchers.add if on else self._watchers.discard)(watcher)
+        if not self._watchers:
+            self._forget_past(0)
         if bool(self._watchers) != before:
             link = self._host.link
             token = link.next_token()
@@ -78,12 +90,11 @@ class Traces:
     def fresh(self, known: Iterable[int]) -> tuple[list[dict[str, Any]], list[int]]:
         """Pages whose numbers the asker does not know, at most BATCH, and their descriptors (the caller's)."""
         have = set(known)
-        peers = [peer for peer, page in self._pages.items() if page.id not in have][:BATCH]
-        rows = []
-        for peer in peers:
-            page = self._pages[peer]
-            rows.append({"id": page.id, "peer": peer, "role": page.role, "name": page.name})
-        return rows, [os.dup(self._pages[peer].fd) for peer in peers]
+        pages = [(peer, page) for peer, page in (*self._past, *self._pages.items()) if page.id not in have][
+            :BATCH
+        ]
+        rows = [{"id": page.id, "peer": peer, "role": page.role, "name": page.name} for peer, page in pages]
+        return rows, [os.dup(page.fd) for _, page in pages]
 
     def domains(self) -> list[int]:
         """Those that have a page."""
