@@ -14,6 +14,7 @@ from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE
 from bus.abi.io import xs_wire as xs
 from bus.addresses import DomId, GrantRef, Port
 from bus.log import Logger
+from domains.dom0.xenstore import dump
 from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Effect, Input, Log, Output
 from domains.dom0.xenstore.ring_port import Pumped, RingPort
@@ -80,7 +81,7 @@ class XenstoreService:
     def restart(self) -> None:
         """Start the daemon anew from its own dump, as `xenstored --live-update` does: nodes, watches, open transactions, half requests
         and clients go on. DumpError, with the old daemon still serving, if the dump cannot be read back."""
-        core = Core.load(self.core.dump(), exists=self._exists)
+        core = dump.load(dump.dump(self.core), exists=self._exists)
         self.core = core
         core.tick(time.monotonic_ns())
         if self._server is not None and self._listener is not None:

@@ -32,6 +32,7 @@ from bus.messages.envelope import BadMessage, decode, encode  # noqa: E402
 from bus.zmtp import ProtocolError, ServerConnection  # noqa: E402
 from domains.dom0.builder.errors import BuildError  # noqa: E402
 from domains.dom0.builder.kernel import load_kernel  # noqa: E402
+from domains.dom0.xenstore import dump  # noqa: E402
 from domains.dom0.xenstore.core import Core  # noqa: E402
 from domains.dom0.xenstore.effects import ConnId  # noqa: E402
 from domains.dom0.xenstore.quota import Quota  # noqa: E402
@@ -291,7 +292,7 @@ def xenstore(data: bytes) -> None:
             if core.input_room(conn) >= len(raw):
                 core.receive(conn, raw)
         elif what < 210:
-            core = Core.load(core.dump())
+            core = dump.load(dump.dump(core))
         elif what < 220:
             now += 10**10
             core.tick(now)

@@ -143,23 +143,6 @@ class Core:
         if conn.input.ready and not conn.ignored:
             self._waiting[conn.ident] = None
 
-    def dump(self) -> bytes:
-        """The whole state (dump.py)."""
-        from domains.dom0.xenstore import dump  # dump.py builds on this module
-
-        return dump.dump(self)
-
-    @classmethod
-    def load(cls, data: bytes, exists: Callable[[int], bool] | None = None) -> Core:
-        """A core in the state that `dump` gave. DumpError. The shell calls `disconnect` for connections
-        that it no longer has, attaches rings again, and sends what `peek_output` has for each of the others.
-        """
-        from domains.dom0.xenstore import dump
-
-        core = cls(exists=exists)
-        dump.load(data, core)
-        return core
-
     def tick(self, now_ns: int) -> None:
         """The time is `now_ns` (monotonic): waits end, write credit grows."""
         elapsed = now_ns - self.now_ns

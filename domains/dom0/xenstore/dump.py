@@ -7,6 +7,7 @@ credit. An INTRODUCE that waited for the shell is answered EAGAIN: it can be ask
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgpack
@@ -28,7 +29,7 @@ MAGIC: Final = "domicile-xenstore"
 
 
 def dump(core: Core) -> bytes:
-    """Everything that `load` needs."""
+    """The whole state of the store: everything that `load` needs."""
     state = {
         "magic": MAGIC,
         "version": VERSION,
@@ -49,9 +50,13 @@ def dump(core: Core) -> bytes:
     return packed
 
 
-def load(data: bytes, core: Core) -> None:
-    """Fill a new core. DumpError if the bytes are damaged or of another version; the core is then of no
-    use."""
+def load(data: bytes, exists: Callable[[int], bool] | None = None) -> Core:
+    """A core in the state that `dump` gave; `exists`: whether a domain is there. DumpError if the bytes are damaged or of another version.
+
+    The shell calls `disconnect` for connections that it no longer has, attaches rings again, and sends what `peek_output` has for each of
+    the others.
+    """
+    core = Core(exists=exists)
     try:
         state = msgpack.unpackb(data, raw=False, strict_map_key=True)
         if state["magic"] != MAGIC or state["version"] != VERSION:
@@ -64,6 +69,7 @@ def load(data: bytes, core: Core) -> None:
     wrong = core.store.check()
     if wrong or ROOT not in core.store.nodes:
         raise DumpError(f"damaged state dump: {wrong[0] if wrong else 'no root'}")
+    return core
 
 
 def _node(node: Node) -> list[Any]:

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bus.abi.io import xs_wire as xs
+from domains.dom0.xenstore import dump
 from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import ConnId
 from domains.dom0.xenstore.quota import Quota
@@ -52,7 +53,7 @@ def test_any_requests_and_any_comings_and_goings(moves: list[tuple[int, int, int
             if core.input_room(conn) >= len(data):
                 core.receive(conn, data)
         elif move == "restart":
-            core = Core.load(core.dump())
+            core = dump.load(dump.dump(core))
         elif move == "tick":
             now += 10**10
             core.tick(now)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bus.abi.io import xs_wire as xs
-from domains.dom0.xenstore import socket_server
+from domains.dom0.xenstore import dump, socket_server
 from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import Effect, Log
 from domains.dom0.xenstore.socket_server import SocketServer, credentials, listen
@@ -179,9 +179,9 @@ def test_clients_outlive_a_restart_with_their_watches_and_half_messages(make: Ca
     request = wire.encode(xs.XS_READ, 2, 0, b"/\0")
     client.sendall(request[:10])
     bench.spin()
-    state, sockets = bench.core.dump(), bench.server.release()
+    state, sockets = dump.dump(bench.core), bench.server.release()
     gone.close()
-    bench.core = Core.load(state)
+    bench.core = dump.load(state)
     bench.server = SocketServer(bench.core, listen(bench.path), admit=socket_server.own_user_is_domain0)
     for conn, sock in sockets.items():
         bench.server.adopt(sock, conn)
