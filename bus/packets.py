@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bus.messages.envelope import MAX_DESCRIPTORS, MAX_MESSAGE, BadMessage, Message, Registry, decode, encode
 
@@ -118,6 +118,26 @@ class PacketLink:
         except BadMessage:
             close_all(fds)
             raise
+
+    def burst(
+        self, most: int, refused: Callable[[BadMessage], None], closed: Callable[[], None]
+    ) -> Iterator[tuple[Message, list[int]]]:
+        """What waits, at most so many packets, so that whoever sends them all the time keeps nobody else from being served. `refused` is
+        told of one that does not validate, `closed` that the other end is gone. Ends when the taker closes the link."""
+        for _ in range(most):
+            if self._socket.fileno() < 0:
+                return
+            try:
+                packet = self.receive()
+            except BadMessage as error:
+                refused(error)
+                continue
+            except LinkClosed:
+                closed()
+                return
+            if packet is None:
+                return
+            yield packet
 
 
 def close_all(descriptors: Sequence[int] | array.array[int]) -> None:

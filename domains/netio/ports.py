@@ -125,18 +125,13 @@ class Outside:
             LOG.warning(f"Dom0 does not hear: {error}")
 
     def _receive(self) -> None:
-        for _ in range(BURST):
-            try:
-                packet = self._link.receive()
-            except BadMessage as error:
-                LOG.warning(f"refused: {error}")
-                continue
-            except LinkClosed:
-                self._reactor.forget(self._link.fileno())
-                return
-            if packet is None:
-                return
-            message, fds = packet
+        def refused(error: BadMessage) -> None:
+            LOG.warning(f"refused: {error}")
+
+        def closed() -> None:
+            self._reactor.forget(self._link.fileno())
+
+        for message, fds in self._link.burst(BURST, refused, closed):
             if isinstance(message, NetPort) and len(fds) == 1:
                 self._open(message, fds[0])
             else:

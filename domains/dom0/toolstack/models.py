@@ -193,20 +193,13 @@ class DeviceModel:
             self._serial.poll()
 
     def _receive(self) -> None:
-        for _ in range(BURST):
-            if self._link is None:
-                return
-            try:
-                packet = self._link.receive()
-            except BadMessage as error:
-                self._lost(f"it sent nonsense: {error}")
-                return
-            except LinkClosed:
-                self._lost("its process ended")
-                return
-            if packet is None:
-                return
-            message, fds = packet
+        if self._link is None:
+            return
+
+        def nonsense(error: BadMessage) -> None:
+            self._lost(f"it sent nonsense: {error}")
+
+        for message, fds in self._link.burst(BURST, nonsense, lambda: self._lost("its process ended")):
             if isinstance(message, ModelPicture | ModelDone) and self._waits(message.token):
                 self._answers[message.token] = (message, fds)
                 continue

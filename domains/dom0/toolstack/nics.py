@@ -180,20 +180,13 @@ class Nics:
             self._store.write(f"{nic.back}/state", "6")
 
     def _receive(self) -> None:
-        for _ in range(BURST):
-            if self._link is None:
-                return
-            try:
-                packet = self._link.receive()
-            except BadMessage as error:
-                self._log(f"NetIO sent nonsense: {error}")
-                continue
-            except LinkClosed:
-                self._drop_link()
-                return
-            if packet is None:
-                return
-            message, _ = packet
+        if self._link is None:
+            return
+
+        def nonsense(error: BadMessage) -> None:
+            self._log(f"NetIO sent nonsense: {error}")
+
+        for message, _ in self._link.burst(BURST, nonsense, self._drop_link):
             if isinstance(message, NetHello):
                 self._heard = True
                 for told in (*self._links.values(), *self._hosts.values()):

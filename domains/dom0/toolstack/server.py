@@ -235,18 +235,10 @@ class ToolstackServer:
             client.close()
 
     def _serve(self, client: Client) -> None:
-        for _ in range(BURST):
-            try:
-                packet = client.link.receive()
-            except BadMessage as error:
-                client.send(Response(id=0, ok=False, error=f"not understood: {error}"))
-                continue
-            except LinkClosed:
-                self.drop(client)
-                return
-            if packet is None:
-                return
-            request, fds = packet
+        def nonsense(error: BadMessage) -> None:
+            client.send(Response(id=0, ok=False, error=f"not understood: {error}"))
+
+        for request, fds in client.link.burst(BURST, nonsense, lambda: self.drop(client)):
             assert isinstance(request, Request)
             self._answer(client, request, fds)
             if client not in self._clients:

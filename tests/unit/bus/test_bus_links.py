@@ -105,6 +105,33 @@ def test_closed_link_says_so() -> None:
     left.close()
 
 
+def test_a_burst_is_bounded_and_ends_with_the_link() -> None:
+    """Others have their turn; nonsense is told of and the rest is taken; whoever takes may close the link within."""
+    left, right = links()
+    told: list[str] = []
+
+    def burst(most: int) -> list[int]:
+        taken = right.burst(most, lambda error: told.append("refused"), lambda: told.append("closed"))
+        return [message.id for message, _ in taken if isinstance(message, Signal)]
+
+    for number in range(5):
+        left.send(Signal(id=number, what="kill"))
+    left.send_raw(b"\xc1")
+    left.send(Signal(id=9, what="kill"))
+    assert burst(3) == [0, 1, 2]
+    assert burst(3) == [3, 4], "nonsense counts"
+    assert told == ["refused"]
+    for message, _ in right.burst(9, lambda error: None, lambda: told.append("closed")):
+        assert message == Signal(id=9, what="kill")
+        right.close()
+    assert told == ["refused"]
+    left, right = links()
+    left.close()
+    assert burst(3) == []
+    assert told == ["refused", "closed"]
+    right.close()
+
+
 def test_sealed_memory_cannot_be_resized() -> None:
     """Neither shrunk (which would make holders of a mapping crash) nor grown, nor unsealed."""
     fd = sealed.create("test", 8192)
