@@ -17,6 +17,7 @@ from drivers.block.requests import Disk
 from drivers.block.wire import X86_64, Abi
 from drivers.xenbus.paged_ring import PagedRing
 from drivers.xenbus.pages import Page
+from tests.support.granted_pages import GrantedPages
 
 SECTOR = 512
 
@@ -29,15 +30,12 @@ class Crash(Exception):
     """The back end's process dies here."""
 
 
-class Grants:
+class Grants(GrantedPages):
     """The frontend's frames and grant table, and the back end's I/O page tables: both ends' ports."""
 
     def __init__(self, frames: int = 4096) -> None:
-        self.frames: dict[int, bytearray] = {}
-        self.left = frames
-        self.table: dict[int, tuple[int, bool]] = {}
+        super().__init__(frames)
         self.mapped: dict[int, tuple[int, int, bool]] = {}  # iova -> ref, frame, writable
-        self.next_ref = 8
         self.next_iova = 1 << 32
         self.maps = 0
         self.most = 0
@@ -45,35 +43,15 @@ class Grants:
         """The hypervisor does not wait for the frontend's domain now."""
 
     # the frontend's
-    def allocate(self, count: int) -> list[Page]:
-        if len(self.frames) + count > self.left:
-            raise MemoryError
-        pages = []
-        for _ in range(count):
-            number = max(self.frames, default=0) + 1
-            self.frames[number] = bytearray(4096)
-            pages.append(Page(number, memoryview(self.frames[number])))
-        return pages
-
     def free(self, pages: Sequence[Page]) -> None:
         for page in pages:
             if any(frame == page.gfn for _, frame, _ in self.mapped.values()):
                 raise Trouble("a frame is freed that the device can reach")
-            del self.frames[page.gfn]
-
-    def grant(self, pages: Sequence[Page], readonly: bool) -> list[int]:
-        refs = []
-        for page in pages:
-            self.table[self.next_ref] = (page.gfn, readonly)
-            refs.append(self.next_ref)
-            self.next_ref += 1
-        return refs
+        super().free(pages)
 
     def end(self, refs: Sequence[int]) -> list[bool]:
         held = {ref for ref, _, _ in self.mapped.values()}
-        for ref in refs:
-            if ref not in held:
-                del self.table[ref]
+        super().end([ref for ref in refs if ref not in held])
         return [ref not in held for ref in refs]
 
     # the back end's

@@ -6,8 +6,6 @@ import itertools
 
 import pytest
 
-from domains.dom0.xenstore.core import Core
-from domains.dom0.xenstore.effects import ConnId
 from drivers.block.frontend import Features
 from drivers.block.nodes import FrontLink, QueueLink
 from drivers.block.requests import Disk
@@ -16,8 +14,9 @@ from drivers.block.xenbus_back import BackDevice
 from drivers.block.xenbus_front import FrontDevice, Wish
 from drivers.xenbus import client as xb
 from drivers.xenbus.back import ConnectError
-from drivers.xenbus.client import Client, Procedure, XenstoreError
+from drivers.xenbus.client import Procedure
 from drivers.xenbus.states import XenbusState as S
+from tests.support.xenbus_world import XenbusWorld
 
 BACK, FRONT = "/local/domain/0/backend/vbd/1/51712", "/local/domain/1/device/vbd/51712"
 
@@ -69,58 +68,16 @@ class Front:
         self.gone = True
 
 
-class World:
+class World(XenbusWorld):
+    front_port: Front
+
     def __init__(self, wish: Wish | None = None, disk: Disk | None = None, block_size: int = 512) -> None:
-        self.core, self.client = Core(), Client()
-        self.core.connect(ConnId(1), 0)
-        for path in (BACK, FRONT):
-            self.write(f"{path}/state", "1")
-        self.write(f"{BACK}/online", "1")
+        super().__init__(BACK, FRONT)
         self.back_port, self.front_port = Back(), Front()
         self.disk = disk if disk is not None else Disk(8000, discard=True)
         self.back = BackDevice(BACK, FRONT, self.disk, self.back_port, block_size=block_size)
         self.front = FrontDevice(FRONT, BACK, self.front_port, wish)
         self.run(self.back.start())
-
-    def run(self, procedure: Procedure[object]) -> object:
-        results: list[object] = []
-        self.client.start(procedure, results.append, results.append)
-        while out := self.client.peek_output(1 << 16):
-            self.client.output_taken(len(out))
-            self.core.receive(ConnId(1), out)
-            while self.core.run():
-                pass
-            back = self.core.peek_output(ConnId(1), 1 << 16)
-            self.core.output_taken(ConnId(1), len(back))
-            self.client.feed(back)
-        [result] = results
-        if isinstance(result, XenstoreError):
-            raise result
-        return result
-
-    def write(self, path: str, value: str) -> None:
-        def procedure() -> Procedure[bytes]:
-            return (yield xb.write(path, value.encode()))
-
-        self.run(procedure())
-
-    def read(self, path: str) -> str | None:
-        def procedure() -> Procedure[bytes]:
-            return (yield xb.read(path))
-
-        try:
-            value = self.run(procedure())
-        except XenstoreError:
-            return None
-        assert isinstance(value, bytes)
-        return value.decode()
-
-    def settle(self) -> tuple[S, S]:
-        for _ in range(8):
-            self.run(self.back.changed())
-            if not self.front_port.gone:
-                self.run(self.front.changed())
-        return self.front.state, self.back.state
 
 
 def test_an_event_without_a_change_publishes_nothing_anew() -> None:

@@ -13,49 +13,19 @@ from drivers.net.receive import SLOT as RX_SLOT
 from drivers.net.receive import Abilities
 from drivers.net.transmit import SLOT as TX_SLOT
 from drivers.xenbus.paged_ring import PagedRing
-from drivers.xenbus.pages import Page
+from tests.support.granted_pages import GrantedPages
 
 MAC = bytes.fromhex("00163e000001")
 OTHER = bytes.fromhex("00163e000002")
 
 
-class Memory:
+class Memory(GrantedPages):
     """The frontend's pages and grants; the back end's grant copies. `PageSource` and `GrantCopier`."""
 
     def __init__(self, pages: int = 1024) -> None:
-        self.left = pages
-        self.frames: dict[int, bytearray] = {}
-        self.table: dict[int, tuple[int, bool]] = {}
-        self.next_ref = 8
+        super().__init__(pages)
         self.copies = 0
         self.calls = 0
-
-    def allocate(self, count: int) -> list[Page]:
-        if len(self.frames) + count > self.left:
-            raise MemoryError
-        out = []
-        for _ in range(count):
-            number = max(self.frames, default=0) + 1
-            self.frames[number] = bytearray(4096)
-            out.append(Page(number, memoryview(self.frames[number])))
-        return out
-
-    def free(self, pages: Sequence[Page]) -> None:
-        for page in pages:
-            del self.frames[page.gfn]
-
-    def grant(self, pages: Sequence[Page], readonly: bool) -> list[int]:
-        refs = []
-        for page in pages:
-            self.table[self.next_ref] = (page.gfn, readonly)
-            refs.append(self.next_ref)
-            self.next_ref += 1
-        return refs
-
-    def end(self, refs: Sequence[int]) -> list[bool]:
-        for ref in refs:
-            del self.table[ref]
-        return [True] * len(refs)
 
     def fetch(self, items: Sequence[tuple[int, int, int]]) -> list[bytes | int]:
         self.calls += 1

@@ -6,16 +6,13 @@ import itertools
 
 import pytest
 
-from domains.dom0.xenstore.core import Core
-from domains.dom0.xenstore.effects import ConnId
 from drivers.net.nodes import FrontLink, QueueLink
 from drivers.net.receive import Abilities
 from drivers.net.xenbus_back import BackDevice
 from drivers.net.xenbus_front import FrontDevice, Wish
-from drivers.xenbus import client as xb
 from drivers.xenbus.back import ConnectError
-from drivers.xenbus.client import Client, Procedure, XenstoreError
 from drivers.xenbus.states import XenbusState as S
+from tests.support.xenbus_world import XenbusWorld
 
 BACK, FRONT = "/local/domain/16128/backend/vif/1/0", "/local/domain/1/device/vif/0"
 
@@ -63,57 +60,15 @@ class Front:
         self.gone = True
 
 
-class World:
+class World(XenbusWorld):
+    front_port: Front
+
     def __init__(self, wish: Wish | None = None, max_queues: int = 4) -> None:
-        self.core, self.client = Core(), Client()
-        self.core.connect(ConnId(1), 0)
-        for path in (BACK, FRONT):
-            self.write(f"{path}/state", "1")
-        self.write(f"{BACK}/online", "1")
+        super().__init__(BACK, FRONT)
         self.back_port, self.front_port = Back(), Front()
         self.back = BackDevice(BACK, FRONT, self.back_port, max_queues=max_queues)
         self.front = FrontDevice(FRONT, BACK, self.front_port, wish)
         self.run(self.back.start())
-
-    def run(self, procedure: Procedure[object]) -> object:
-        results: list[object] = []
-        self.client.start(procedure, results.append, results.append)
-        while out := self.client.peek_output(1 << 16):
-            self.client.output_taken(len(out))
-            self.core.receive(ConnId(1), out)
-            while self.core.run():
-                pass
-            back = self.core.peek_output(ConnId(1), 1 << 16)
-            self.core.output_taken(ConnId(1), len(back))
-            self.client.feed(back)
-        [result] = results
-        if isinstance(result, XenstoreError):
-            raise result
-        return result
-
-    def one(self, request: xb.Request) -> object:
-        def procedure() -> Procedure[bytes]:
-            return (yield request)
-
-        return self.run(procedure())
-
-    def write(self, path: str, value: str) -> None:
-        self.one(xb.write(path, value.encode()))
-
-    def read(self, path: str) -> str | None:
-        try:
-            value = self.one(xb.read(path))
-        except XenstoreError:
-            return None
-        assert isinstance(value, bytes)
-        return value.decode()
-
-    def settle(self) -> tuple[S, S]:
-        for _ in range(8):
-            self.run(self.back.changed())
-            if not self.front_port.gone:
-                self.run(self.front.changed())
-        return self.front.state, self.back.state
 
 
 ABILITIES = (
