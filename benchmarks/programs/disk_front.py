@@ -7,88 +7,29 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from benchmarks.programs.front import FrontProgram, Grants
 from benchmarks.programs.native_guest import PvNative, say, serve
-from bus.abi import grant_table as gt
 from bus.abi import xen
-from bus.addresses import DomId, Mfn, Port
+from bus.addresses import DomId, Port
 from domains.native.xenstore import XenstoreClient
 from drivers.block.frontend import Features, Frontend
 from drivers.block.nodes import QueueLink
 from drivers.block.wire import X86_64
 from drivers.block.xenbus_front import FrontDevice, Wish
 from drivers.xenbus.paged_ring import PagedRing
-from drivers.xenbus.pages import Page
 from drivers.xenbus.states import XenbusState
 
 DEPTH = 32
 SECONDS = float(os.environ.get("DOMICILE_BENCHMARK_SECONDS", "4"))
-FIRST_PAGE = 8192
-"""Frames (of the domain's own range) from here on are for rings and data: the builder put the unused kernel below."""
-GRANT_FRAMES = 8
 
 
-class Grants:
-    """`drivers.block.frontend.PageSource` on a version 1 table."""
-
-    def __init__(self, host: PvNative, backend: DomId) -> None:
-        self._host, self._backend = host, backend
-        request = gt.GNTTAB_SETUP_TABLE.pack(gt.gnttab_setup_table(xen.DOMID_SELF, GRANT_FRAMES, 0, 0))
-        reply = host.call(
-            xen.HYPERVISOR_grant_table_op, gt.GNTTABOP_setup_table, request, "GNTTABOP_setup_table"
-        )
-        assert host.memory is not None
-        self._memory = host.memory
-        size = gt.GNTTAB_SETUP_TABLE.size
-        self._tables = [
-            self._memory.page(Mfn(int.from_bytes(reply[size + 8 * n : size + 8 * n + 8], "little")))
-            for n in range(GRANT_FRAMES)
-        ]
-        self._refs = list(range(GRANT_FRAMES * 512 - 1, 63, -1))
-        self._pages = list(range(host.ram_frames - 1, FIRST_PAGE, -1))
-
-    def allocate(self, count: int) -> list[Page]:
-        """See PageSource."""
-        if len(self._pages) < count:
-            raise MemoryError
-        return [Page(gfn, self._host.page(gfn)) for gfn in (self._pages.pop() for _ in range(count))]
-
-    def free(self, pages: Sequence[Page]) -> None:
-        """See PageSource."""
-        self._pages += [page.gfn for page in pages]
-
-    def grant(self, pages: Sequence[Page], readonly: bool) -> list[int]:
-        """See PageSource."""
-        out = []
-        for page in pages:
-            ref = self._refs.pop()
-            flags = gt.GTF_permit_access | (gt.GTF_readonly if readonly else 0)
-            entry = gt.GRANT_ENTRY_V1.pack(
-                gt.grant_entry_v1(flags, self._backend, self._memory.base + page.gfn)
-            )
-            self._tables[ref >> 9][8 * (ref & 511) : 8 * (ref & 511) + 8] = entry
-            out.append(ref)
-        return out
-
-    def end(self, refs: Sequence[int]) -> list[bool]:
-        """See PageSource."""
-        out = []
-        for ref in refs:
-            entry = self._tables[ref >> 9][8 * (ref & 511) : 8 * (ref & 511) + 8]
-            free = not entry[0] & (gt.GTF_reading | gt.GTF_writing)
-            if free:
-                entry[:2] = b"\0\0"
-                self._refs.append(ref)
-            out.append(free)
-        return out
-
-
-class Disk:
+class Disk(FrontProgram):
     """`drivers.block.xenbus_front.FrontPort`: one disk of the domain."""
 
     def __init__(self, host: PvNative, store: XenstoreClient, persistent: bool) -> None:
-        self.host, self.store = host, store
+        super().__init__(host, store)
         base = "device/vbd"
         number = store.list(base)[0]
         backend = (store.read(f"{base}/{number}/backend") or b"").decode()
@@ -100,20 +41,7 @@ class Disk:
         self.device = FrontDevice(
             f"{base}/{number}", backend, self, Wish(queues=1, order=2, persistent=persistent)
         )
-        self._busy = self._again = False
-        store.watch(f"{backend}/state", lambda path: self.changed())
-        self.changed()
-
-    def changed(self) -> None:
-        """One at a time."""
-        self._again = True
-        if self._busy:
-            return
-        self._busy = True
-        while self._again:
-            self._again = False
-            self.store.run(self.device.changed())
-        self._busy = False
+        self.follow(backend)
 
     def publish(self, queues: int, pages: int) -> list[QueueLink]:
         """See FrontPort."""
@@ -143,15 +71,6 @@ class Disk:
         for port in self._ports:
             self.host.close_port(port)
         self._ports.clear()
-
-    def removed(self) -> None:
-        """See FrontPort."""
-
-    def poll(self) -> None:
-        """The back end answered."""
-        self.frontend.poll()
-        if self.frontend.error is not None:
-            raise SystemExit(f"back end: {self.frontend.error}")
 
 
 def measure(disk: Disk, name: str, size: int, write: bool, pick: Callable[[], int]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 
-from benchmarks.programs.disk_front import Grants
+from benchmarks.programs.front import FrontProgram, Grants
 from benchmarks.programs.native_guest import PvNative, say, serve
 from bus.abi import xen
 from bus.abi.io.netif import XEN_NETIF_GSO_TYPE_TCPV4
@@ -28,11 +28,11 @@ DEPTH = 128
 """Slots under way."""
 
 
-class Nic:
+class Nic(FrontProgram):
     """`drivers.net.xenbus_front.FrontPort`: one interface of the domain."""
 
     def __init__(self, host: PvNative, store: XenstoreClient) -> None:
-        self.host, self.store = host, store
+        super().__init__(host, store)
         base = "device/vif/0"
         backend = (store.read(f"{base}/backend") or b"").decode()
         self.backend = DomId(int(store.read(f"{base}/backend-id") or b"0"))
@@ -40,20 +40,7 @@ class Nic:
         self.frontend = Frontend(self.grants, lambda frame: None)
         self._ports: list[Port] = []
         self.device = FrontDevice(base, backend, self, Wish(split=False))
-        self._busy = self._again = False
-        store.watch(f"{backend}/state", lambda path: self.changed())
-        self.changed()
-
-    def changed(self) -> None:
-        """One at a time."""
-        self._again = True
-        if self._busy:
-            return
-        self._busy = True
-        while self._again:
-            self._again = False
-            self.store.run(self.device.changed())
-        self._busy = False
+        self.follow(backend)
 
     def publish(self, queues: int, split: bool) -> list[QueueLink]:
         """See FrontPort."""
@@ -77,15 +64,6 @@ class Nic:
     def disconnect(self) -> None:
         """See FrontPort."""
         self.frontend.disconnect()
-
-    def removed(self) -> None:
-        """See FrontPort."""
-
-    def poll(self) -> None:
-        """The back end answered, or brought frames."""
-        self.frontend.poll()
-        if self.frontend.error is not None:
-            raise SystemExit(f"back end: {self.frontend.error}")
 
 
 def tcp(payload: int) -> Frame:
