@@ -28,6 +28,9 @@ SECONDS = float(os.environ.get("DOMICILE_BENCHMARK_SECONDS", "4"))
 class Disk(FrontProgram):
     """`drivers.block.xenbus_front.FrontPort`: one disk of the domain."""
 
+    frontend: Frontend
+    device: FrontDevice
+
     def __init__(self, host: PvNative, store: XenstoreClient, persistent: bool) -> None:
         super().__init__(host, store)
         base = "device/vbd"
@@ -62,7 +65,7 @@ class Disk(FrontProgram):
     def connected(self, features: Features) -> None:
         """See FrontPort."""
         notify = [lambda port=port: self.host.notify(port) for port in self._ports]
-        self.frontend.connect(self._rings, notify, features)  # type: ignore[arg-type]  # the default binds now
+        self.frontend.connect(self._rings, notify, features)
 
     def disconnect(self) -> None:
         """See FrontPort."""

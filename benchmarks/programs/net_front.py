@@ -31,6 +31,9 @@ DEPTH = 128
 class Nic(FrontProgram):
     """`drivers.net.xenbus_front.FrontPort`: one interface of the domain."""
 
+    frontend: Frontend
+    device: FrontDevice
+
     def __init__(self, host: PvNative, store: XenstoreClient) -> None:
         super().__init__(host, store)
         base = "device/vif/0"
