@@ -299,7 +299,7 @@ _GRANTS: Final = (
         grant_table.GNTTAB_MAP_GRANT_REF,
         _STATUS
         + "; the reply waits until the granter's process has moved the frames; the caller's process enters "
-        "the mapping in page tables or p2m by itself",
+        "the mapping in page tables or p2m by itself; GNTST_eagain where the granter's process was slow too often: later",
     ),
     _grants(
         grant_table.GNTTABOP_unmap_grant_ref,
