@@ -7,6 +7,8 @@ from bisect import bisect_right
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
 from domains.hostmem import HostMemory
 
+_ZEROS = bytes(PAGE_SIZE)
+
 
 class SimMemory:
     """Extents and windows (the methods are documented in MachineMemory)."""
@@ -14,6 +16,8 @@ class SimMemory:
     def __init__(self) -> None:
         self._bases: list[int] = []
         self._extents: dict[int, memoryview] = {}
+        self._views: dict[int, memoryview] = {}
+        """Of single frames, made once."""
         self._windows: dict[int, int] = {}
         self._placed: dict[int, tuple[int, int]] = {}
         self.home: set[int] = set()
@@ -25,6 +29,9 @@ class SimMemory:
 
     def page(self, mfn: int) -> memoryview:
         """The bytes of a frame. KeyError if there is no such memory."""
+        view = self._views.get(mfn)
+        if view is not None:
+            return view
         index = bisect_right(self._bases, mfn) - 1
         if index < 0:
             raise KeyError(f"no machine memory at mfn {mfn:#x}")
@@ -33,6 +40,7 @@ class SimMemory:
         view = self._extents[base][start : start + PAGE_SIZE]
         if len(view) != PAGE_SIZE:
             raise KeyError(f"no machine memory at mfn {mfn:#x}")
+        self._views[mfn] = view
         return view
 
     def read(self, mfn: Mfn, offset: int, length: int) -> bytes:
@@ -47,7 +55,7 @@ class SimMemory:
 
     def clear(self, mfn: Mfn, count: int = 1) -> None:
         for one in range(mfn, mfn + count):
-            self.page(one)[:] = bytes(PAGE_SIZE)
+            self.page(one)[:] = _ZEROS
 
     def create_extent(self, base: Mfn, frames: int) -> None:
         self._extents[base] = memoryview(bytearray(frames << PAGE_SHIFT))
@@ -57,6 +65,7 @@ class SimMemory:
         view = self._extents.pop(base)
         self._bases = sorted(self._extents)
         frames = range(base, base + (len(view) >> PAGE_SHIFT))
+        self._views = {mfn: page for mfn, page in self._views.items() if mfn not in frames}
         self._placed = {mfn: place for mfn, place in self._placed.items() if mfn not in frames}
 
     def create_window(self, window: int, frames: int) -> None:

@@ -7,9 +7,9 @@ and then hands over. The order is that of (time, serial number) alone: the host'
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Final
 
 from greenlet import getcurrent, greenlet
@@ -57,11 +57,11 @@ class Scheduler:
 
     def at(self, when: int, event: Event) -> None:
         """Run the event at that time (ns); now, if it is past."""
-        heapq.heappush(self._heap, (max(when, self.now), next(self._serial), event))
+        heappush(self._heap, (when if when > self.now else self.now, next(self._serial), event))
 
     def after(self, delay: int, event: Event) -> None:
         """Run the event in so many nanoseconds."""
-        self.at(self.now + delay, event)
+        heappush(self._heap, (self.now + delay, next(self._serial), event))
 
     # ------------------------------------------------------------------ threads
 
@@ -113,11 +113,13 @@ class Scheduler:
             thread = self._next.pop(0)
             if not thread.dead and thread.ready:
                 return thread
-        if self.error is not None or self._until() or not self._heap or self._heap[0][0] > self._limit:
+        heap = self._heap
+        if self.error is not None or self._until() or not heap or heap[0][0] > self._limit:
             self.main.ready = True
             return self.main
-        when, _, event = heapq.heappop(self._heap)
-        self.now = max(self.now, when)
+        when, _, event = heappop(heap)
+        if when > self.now:
+            self.now = when
         self.events += 1
         try:
             if self.events > MAX_EVENTS:

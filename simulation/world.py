@@ -230,8 +230,9 @@ class World(ABC):
             finally:
                 machine.close()
         return Outcome(
-            self.seed, self.plan, self.violations, machine.digest.hexdigest(), scheduler.events,
-            (scheduler.now - start) / 1e6, self.answered, len(machine.injector.fired), machine.lines,
+            self.seed, self.plan, self.violations, machine.digest(), scheduler.events,
+            (scheduler.now - start) / 1e6, self.answered, len(machine.injector.fired),
+            machine.lines if machine.keep_trace else [],
         )  # fmt: skip
 
     @property

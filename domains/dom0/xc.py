@@ -5,6 +5,7 @@ Each raises `HypercallError` with Xen's errno.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from struct import Struct
 from typing import Any, Final
@@ -269,14 +270,13 @@ class ControlInterface:
             count = min(POPULATE_BATCH, run // unit) if order else min(POPULATE_BATCH, run)
             starts = [frames[position] + index * unit for index in range(count)]
             request = mem.XEN_MEMORY_RESERVATION.pack(mem.xen_memory_reservation(0, count, order, 0, domid))
-            request += b"".join(start.to_bytes(8, "little") for start in starts)
+            request += struct.pack(f"<{count}Q", *starts)
             rc, reply = self._host.hypercall(xen.HYPERVISOR_memory_op, mem.XENMEM_populate_physmap, request)
             if rc != count:
                 raise HypercallError(12 if rc >= 0 else -rc, f"populate_physmap of domain {domid}")
             base = mem.XEN_MEMORY_RESERVATION.size
-            for index in range(count):
-                mfn = int.from_bytes(reply[base + 8 * index : base + 8 * index + 8], "little")
-                out.extend(Mfn(mfn + offset) for offset in range(unit))
+            for mfn in struct.unpack_from(f"<{count}Q", reply, base):
+                out += map(Mfn, range(mfn, mfn + unit))
             position += count * unit
         return out
 

@@ -311,7 +311,7 @@ class NativeDomain:
         """Several frames of its own in a row. MemoryError if they are not in a row in machine memory."""
         assert self.memory is not None
         first = self._p2m[gfn]
-        if any(self._p2m.get(gfn + index) != first + index for index in range(count)):
+        if [*map(self._p2m.get, range(gfn, gfn + count))] != [*range(first, first + count)]:
             raise MemoryError(f"guest frames {gfn:#x}+{count} are not in a row")
         start = (first - self.memory.base) * PAGE_SIZE
         return self.memory.octets[start : start + count * PAGE_SIZE]

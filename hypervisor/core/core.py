@@ -171,8 +171,10 @@ class HypervisorCore:
     def take_effects(self) -> list[Effect]:
         """All effects since the last call, in order. Lines for the log are in the console ring by then."""
         effects = self.outbox.take()
+        if not effects:
+            return effects
         for effect in effects:
-            if isinstance(effect, Log) and effect.level != "guest":
+            if type(effect) is Log and effect.level != "guest":
                 self.console.log(effect.text)
         return effects + self.outbox.take()
 

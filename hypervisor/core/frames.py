@@ -176,6 +176,8 @@ class FrameTable:
 
     def room(self, domain: DomId) -> int:
         """Frames that the domain could get now, by the machine's memory and others' claims."""
+        if not self._claims:
+            return self._config.total_pages - self._used
         claimed_by_others = self.outstanding_claims - self._claims.get(domain, 0)
         return max(0, self.free_pages - claimed_by_others)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from errno import EAGAIN, EINVAL, ENOSYS, EPERM, ESRCH
 from typing import Any, Final, NamedTuple
 
+from bus.abi.hypercalls import HYPERCALLS
 from bus.abi.hypercalls_model import (
     Command,
     Form,
@@ -128,6 +129,18 @@ Handler = Callable[[Call], Result | None]
 _GUESTS = {Kind.PV: Guests.PV, Kind.HVM: Guests.HVM | Guests.PVH, Kind.NATIVE: Guests.PVH}
 
 
+def _callers(commands: Mapping[tuple[int, int], Command]) -> dict[tuple[int, int], frozenset[Kind]]:
+    """The kinds of domains that may call each. Looked up for each call: an operation on flags takes longer than all other checks together."""
+    return {
+        key: frozenset(kind for kind, guests in _GUESTS.items() if command.guests & guests)
+        for key, command in commands.items()
+    }
+
+
+_COMMANDS: Final = {(h.number, c.number): c for h in HYPERCALLS.values() for c in h.commands}
+_CALLERS: Final = _callers(_COMMANDS)
+
+
 class Dispatcher:
     """Handlers by (number, command number), in front of them the table's checks."""
 
@@ -135,12 +148,11 @@ class Dispatcher:
         self._table = table
         self._domains = domains
         self._outbox = outbox
-        self._commands = {(h.number, c.number): c for h in table.values() for c in h.commands}
-        # Looked up for each call: an operation on flags takes longer than all other checks together.
-        self._callers = {
-            key: frozenset(kind for kind, guests in _GUESTS.items() if command.guests & guests)
-            for key, command in self._commands.items()
-        }
+        own = table is not HYPERCALLS
+        self._commands = (
+            {(h.number, c.number): c for h in table.values() for c in h.commands} if own else _COMMANDS
+        )
+        self._callers = _callers(self._commands) if own else _CALLERS
         self._handlers: dict[tuple[int, int], Handler] = {}
         self._waiting: dict[DomId, int] = {}
         """Calls of each domain that are not answered yet."""

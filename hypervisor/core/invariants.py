@@ -52,9 +52,7 @@ class InvariantChecker:
     def _foreign_frames(self) -> Iterable[int]:
         for domain in self._core.domains:
             if domain.p2m is not None:
-                for _, entry in domain.p2m.entries():
-                    if entry.type is P2mType.FOREIGN:
-                        yield entry.mfn
+                yield from (mfn for _, mfn, kind in domain.p2m.mapped() if kind == P2mType.FOREIGN.value)
 
     # -- checks
     # ---------------------------------------------------------------------------------------------------
@@ -107,18 +105,20 @@ class InvariantChecker:
         for domain in self._core.domains:
             if domain.p2m is None:
                 continue
-            own = Counter[int]()
-            for gfn, entry in domain.p2m.entries():
-                owner = frames.owner(entry.mfn)
-                if entry.type is P2mType.RAM:
-                    own[entry.mfn] += 1
+            own = set[int]()
+            count = 0
+            for gfn, mfn, kind in domain.p2m.mapped():
+                if kind == P2mType.RAM.value:
+                    count += 1
+                    own.add(mfn)
+                    owner = frames.owner(mfn)
                     if owner != domain.domid:
-                        yield f"domain {domain.domid} gfn {gfn:#x}: frame {entry.mfn:#x} is of {owner}"
-                    if domain.p2m.gfn_of(entry.mfn) != gfn:
+                        yield f"domain {domain.domid} gfn {gfn:#x}: frame {mfn:#x} is of {owner}"
+                    if domain.p2m.gfn_of(mfn) != gfn:
                         yield f"domain {domain.domid} gfn {gfn:#x}: the way back does not lead there"
-                elif entry.type is P2mType.FOREIGN and frames.references(entry.mfn) == 0:
+                elif kind == P2mType.FOREIGN.value and frames.references(mfn) == 0:
                     yield f"domain {domain.domid} gfn {gfn:#x}: a foreign frame without a reference"
-            if own and max(own.values()) > 1:
+            if len(own) < count:
                 yield f"domain {domain.domid}: a frame is mapped twice"
 
     def _channels(self) -> Iterable[str]:

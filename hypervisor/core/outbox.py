@@ -47,7 +47,8 @@ class Outbox:
     def take(self) -> list[Effect]:
         """All effects since the last call, in order."""
         effects, self._effects = self._effects, []
-        self._stale.clear()
+        if effects:  # an order about stale code is one
+            self._stale.clear()
         return effects
 
     def code_is_stale(self, domain: DomId, mfn: Mfn) -> None:

@@ -55,6 +55,7 @@ PAGES_PER_CHUNK = 64
 _TYPES: Final = {kind.value: kind for kind in P2mType}
 """A look-up takes a tenth of the time of the enumeration's call."""
 _TYPE_BITS = 4
+_EMPTY: Final = bytes(8 * _CHUNK)
 GFN_LIMIT = 1 << 36
 """Guest frames are below this (48-bit guest-physical addresses)."""
 
@@ -97,16 +98,18 @@ class P2m:
         GFN_LIMIT, ENOMEM if the guest's pages are too scattered (nothing has changed then)."""
         if not 0 <= gfn < GFN_LIMIT:
             raise XenError(EINVAL, f"gfn {gfn:#x} is beyond the guest-physical address space")
-        if not self.can_map(gfn):
+        if gfn // _CHUNK not in self._chunks and len(self._chunks) >= self.max_chunks:
             raise XenError(ENOMEM, "the guest-physical address space is too scattered")
-        old = self.get(gfn)
-        chunk = self._chunks.get(gfn // _CHUNK)
+        key, index = divmod(gfn, _CHUNK)
+        chunk = self._chunks.get(key)
         if chunk is None:
-            chunk = self._chunks[gfn // _CHUNK] = array("Q", bytes(8 * _CHUNK))
-        chunk[gfn % _CHUNK] = mfn << _TYPE_BITS | kind
+            chunk = self._chunks[key] = array("Q", _EMPTY)
+        word = chunk[index]
+        old = P2mEntry(Mfn(word >> _TYPE_BITS), _TYPES[word & 15]) if word else None
+        chunk[index] = mfn << _TYPE_BITS | kind
         if old is None:
             self.count += 1
-            self._used[gfn // _CHUNK] = self._used.get(gfn // _CHUNK, 0) + 1
+            self._used[key] = self._used.get(key, 0) + 1
         elif old.type is P2mType.RAM and self._gfn_of.get(old.mfn) == gfn:
             del self._gfn_of[old.mfn]
         if kind is P2mType.RAM:
@@ -152,10 +155,17 @@ class P2m:
 
     def entries(self) -> Iterator[tuple[Gfn, P2mEntry]]:
         """All entries by gfn."""
-        for key in sorted(self._chunks):
-            for index, word in enumerate(self._chunks[key]):
-                if word:
-                    yield Gfn(key * _CHUNK + index), P2mEntry(Mfn(word >> _TYPE_BITS), _TYPES[word & 15])
+        for gfn, mfn, kind in self.mapped():
+            yield Gfn(gfn), P2mEntry(Mfn(mfn), _TYPES[kind])
+
+    def mapped(self) -> list[tuple[int, int, int]]:
+        """The same as plain numbers, which is faster by half: (gfn, mfn, type)."""
+        return [
+            (key * _CHUNK + index, word >> _TYPE_BITS, word & 15)
+            for key in sorted(self._chunks)
+            for index, word in enumerate(self._chunks[key])
+            if word
+        ]
 
     def max_gfn(self) -> int:
         """Highest mapped gfn; -1 if there is none."""
@@ -169,11 +179,12 @@ class P2m:
     def runs(self) -> list[list[int]]:
         """[[gfn, mfn, count, type], ...]: runs in which both numbers count up together."""
         runs: list[list[int]] = []
-        for gfn, (mfn, kind) in self.entries():
-            if runs:
-                g, m, n, k = runs[-1]
-                if gfn == g + n and mfn == m + n and kind == k:
-                    runs[-1][2] = n + 1
-                    continue
-            runs.append([int(gfn), int(mfn), 1, int(kind)])
+        ahead, shift, last, run = -1, 0, 0, [0, 0, 0, 0]
+        for gfn, mfn, kind in self.mapped():
+            if gfn == ahead and gfn - mfn == shift and kind == last:
+                run[2] += 1
+            else:
+                shift, last, run = gfn - mfn, kind, [gfn, mfn, 1, kind]
+                runs.append(run)
+            ahead = gfn + 1
         return runs
