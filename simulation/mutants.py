@@ -177,7 +177,7 @@ MUTANTS: Final = {
         Mutant(
             "response-before-flush",
             "the back end answers a flush before the device has flushed",
-            20,
+            40,
             _response_before_flush,
         ),
         Mutant(

@@ -227,7 +227,11 @@ def random_faults(rng: random.Random, most: int) -> tuple[Fault, ...]:
             faults.append(Fault(what=What.KILL, target="device", event="dma", n=rng.randint(1, 80)))
         elif draw < 0.70:
             # Not drawn: the guest's death: the scenario would be over.
-            faults.append(Fault(what=What.POWER_CUT, event="dma", n=rng.randint(10, 90)))
+            n = rng.randint(10, 90)
+            if draw < 0.64:
+                faults.append(Fault(what=What.POWER_CUT, event="dma", n=n))
+            else:  # before the device has seen what the back end submitted
+                faults.append(Fault(what=What.POWER_CUT, event="step:submitted", n=n // 5))
         elif draw < 0.75:
             faults.append(Fault(what=What.LOSE, event="interrupt", n=rng.randint(3, 30)))
         elif draw < 0.81:

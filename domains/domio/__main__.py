@@ -21,6 +21,7 @@ from domains.native.domain import NativeDomain
 from domains.native.reactor import Reactor
 from domains.native.repeated import Repeated
 from domains.native.xenstore import XenstoreClient
+from drivers.xenbus.nodes import read_nodes
 
 LOG: Final = Logger("domio")
 MAX_DISKS = 31
@@ -69,23 +70,23 @@ class DomIo:
 
     def _look(self) -> None:
         base = f"/local/domain/{self.host.domid}/backend/vbd"
-        found = []
+        found: dict[str, str] = {}
         for domid in self.store.list(base):
             for number in self.store.list(f"{base}/{domid}"):
                 path = f"{base}/{domid}/{number}"
-                if self.store.read(f"{path}/{LAST_NODE}") is not None:
-                    found.append(path)
+                nodes = self.store.run(read_nodes(path, (LAST_NODE, "params")))
+                if nodes[LAST_NODE] is not None:
+                    found[path] = nodes.text("params")
         for path, server in list(self.servers.items()):
             # The same directory with another device: the disk was taken away, and another one attached before this process looked.
-            if path not in found or self.store.read(f"{path}/params") != f"nvme:{server.bdf:x}".encode():
+            if found.get(path) != f"nvme:{server.bdf:x}":
                 self.servers.pop(path, None)
                 server.close()
-        for path in found:
+        for path, params in found.items():
             if path not in self.servers:
-                self._serve(path)
+                self._serve(path, params)
 
-    def _serve(self, path: str) -> None:
-        params = (self.store.read(f"{path}/params") or b"").decode("ascii", "replace")
+    def _serve(self, path: str, params: str) -> None:
         try:
             slot = int(params.partition(":")[2], 16) >> 3
             if not 0 < slot <= MAX_DISKS:

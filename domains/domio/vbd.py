@@ -28,6 +28,7 @@ from drivers.block.xenbus_back import BackDevice
 from drivers.hw.nvme.driver import NvmeDriver, State
 from drivers.xenbus.back import ConnectError
 from drivers.xenbus.client import XenstoreError
+from drivers.xenbus.nodes import read_nodes
 from drivers.xenbus.paged_ring import PagedRing
 from drivers.xenbus.states import XenbusState
 
@@ -65,16 +66,22 @@ class VbdServer:
         self.path = path
         self._gone = gone
         self._bounce = bounce_gfn
-        params = self._node("params")
+        nodes = store.run(
+            read_nodes(
+                path,
+                ("params", "frontend-id", "mode", "device-type", "removable", "discard-enable", "frontend"),
+            )
+        )
+        params = nodes.text("params")
         if not params.startswith("nvme:"):
             raise ValueError(f"params is {params!r}: nvme:BDF expected")
         self.bdf = int(params[5:], 16)
-        self.frontend_id = DomId(int(self._node("frontend-id")))
-        self._read_only = self._node("mode") != "w"
-        self._cdrom = self._node("device-type") == "cdrom"
-        self._removable = self._node("removable") == "1"
-        self._discard = self._node("discard-enable") == "1"
-        self._frontend_path = self._node("frontend")
+        self.frontend_id = DomId(int(nodes.text("frontend-id")))
+        self._read_only = nodes.text("mode") != "w"
+        self._cdrom = nodes.text("device-type") == "cdrom"
+        self._removable = nodes.text("removable") == "1"
+        self._discard = nodes.text("discard-enable") == "1"
+        self._frontend_path = nodes.text("frontend")
         self._ledger = Ledger(ledger)
         number = int(path.rpartition("/")[2])
         self._counters = counters
@@ -110,10 +117,6 @@ class VbdServer:
         self._follows: Final = Repeated(host.reactor, self._follow, CHANGES_AT_ONCE)
         self.closed = False
         self._tick()
-
-    def _node(self, name: str) -> str:
-        value = self._store.read(f"{self.path}/{name}")
-        return value.decode("utf-8", "replace") if value is not None else ""
 
     # ------------------------------------------------------------------ the device
 

@@ -70,11 +70,7 @@ class XenstoreClient:
 
     def request(self, request: xs.Request) -> bytes:
         """One request's reply."""
-
-        def procedure() -> xs.Procedure[bytes]:
-            return (yield request)
-
-        return self.run(procedure())
+        return self.run(xs.single(request))
 
     def run(self, procedure: xs.Procedure[T]) -> T:
         """The result of several requests (a transaction, a long directory)."""

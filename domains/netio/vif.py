@@ -29,7 +29,7 @@ from drivers.net.watch import counter_key, put
 from drivers.net.xenbus_back import BackDevice
 from drivers.xenbus.back import ConnectError
 from drivers.xenbus.client import XenstoreError
-from drivers.xenbus.nodes import NodeError
+from drivers.xenbus.nodes import NodeError, read_nodes
 from drivers.xenbus.paged_ring import PagedRing
 from drivers.xenbus.states import XenbusState
 
@@ -41,8 +41,9 @@ CHANGES_AT_ONCE: Final = 4
 
 def identity(store: XenstoreClient, path: str) -> tuple[str, ...]:
     """What makes an interface another one, from its back end's directory."""
-    values = (store.read(f"{path}/{name}") for name in ("mac", "bridge", "rate", "frontend"))
-    return tuple((value or b"").decode("utf-8", "replace") for value in values)
+    names = ("mac", "bridge", "rate", "frontend")
+    nodes = store.run(read_nodes(path, names))
+    return tuple(nodes.text(name) for name in names)
 
 
 class VifServer:

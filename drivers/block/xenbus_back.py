@@ -10,7 +10,7 @@ from drivers.block.requests import Disk
 from drivers.block.wire import ABIS, X86_64
 from drivers.xenbus.back import BackEnd, Port
 from drivers.xenbus.client import Procedure, transaction
-from drivers.xenbus.nodes import NodeError, optional, read_number, write_all
+from drivers.xenbus.nodes import NodeError, read_nodes, write_all
 from drivers.xenbus.paged_ring import MAX_ORDER
 
 MAX_REF: Final = 0xFFFFFFFF
@@ -102,34 +102,35 @@ class BackDevice(BackEnd):
     def read_link(self) -> Procedure[FrontLink]:
         """What the frontend published. NodeError if it makes no sense."""
         base = self.frontend
-        protocol = yield from optional(f"{base}/protocol")
+        nodes = yield from read_nodes(
+            base,
+            (
+                *("protocol", "ring-page-order", "num-ring-pages", "multi-queue-num-queues"),
+                *("feature-persistent", "feature-large-sector-size"),
+            ),
+        )
+        protocol = nodes["protocol"]
         abi = ABIS.get(protocol.decode("ascii", "replace")) if protocol else X86_64
         if abi is None:
             raise NodeError(f"protocol is {protocol[:32] if protocol else b''!r}: unknown")
-        order = yield from optional(f"{base}/ring-page-order")
-        if order is None:
-            pages = yield from read_number(f"{base}/num-ring-pages", 1, 1, 1 << self._max_order)
+        if nodes["ring-page-order"] is None:
+            pages = nodes.number("num-ring-pages", 1, 1, 1 << self._max_order)
             if pages & (pages - 1):
                 raise NodeError(f"num-ring-pages is {pages}: not a power of two")
         else:
-            pages = 1 << (yield from read_number(f"{base}/ring-page-order", 0, 0, self._max_order))
-        queues = yield from read_number(f"{base}/multi-queue-num-queues", 1, 1, self._max_queues)
-        persistent = yield from read_number(f"{base}/feature-persistent", 0, 0, 1)
-        large = yield from read_number(f"{base}/feature-large-sector-size", 0, 0, 1)
+            pages = 1 << nodes.number("ring-page-order", 0, 0, self._max_order)
+        queues = nodes.number("multi-queue-num-queues", 1, 1, self._max_queues)
+        persistent = nodes.number("feature-persistent", 0, 0, 1)
+        large = nodes.number("feature-large-sector-size", 0, 0, 1)
         links: list[QueueLink] = []
         for queue in range(queues):
             place = base if queues == 1 else f"{base}/queue-{queue}"
-            channel = yield from read_number(f"{place}/event-channel", None, 1, MAX_REF)
-            refs: list[int] = []
-            single = (yield from optional(f"{place}/ring-ref")) if pages == 1 else None
-            if single is not None:
-                refs.append((yield from read_number(f"{place}/ring-ref", None, 0, MAX_REF)))
-            else:
-                names = [f"ring-ref{page}" for page in range(pages)]
-                for name in names:
-                    ref = yield from read_number(f"{place}/{name}", None, 0, MAX_REF)
-                    refs.append(ref)
-            links.append(QueueLink(tuple(refs), channel))
+            names = [f"ring-ref{page}" for page in range(pages)]
+            nodes = yield from read_nodes(place, ("event-channel", "ring-ref", *names))
+            channel = nodes.number("event-channel", None, 1, MAX_REF)
+            if pages == 1 and nodes["ring-ref"] is not None:
+                names = ["ring-ref"]
+            links.append(QueueLink(tuple(nodes.number(name, None, 0, MAX_REF) for name in names), channel))
         every = [ref for link in links for ref in link.ring_refs]
         if len(set(every)) < len(every):
             raise NodeError("two ring pages have the same grant")

@@ -10,7 +10,7 @@ from drivers.block.nodes import QueueLink
 from drivers.block.wire import X86_64, Abi
 from drivers.xenbus.client import Procedure
 from drivers.xenbus.front import FrontEnd, Port
-from drivers.xenbus.nodes import read_number
+from drivers.xenbus.nodes import read_nodes
 from drivers.xenbus.paged_ring import MAX_ORDER
 
 
@@ -48,8 +48,9 @@ class FrontDevice(FrontEnd):
 
     def _offer(self) -> Procedure[list[tuple[str, str]]]:
         wish, base = self.wish, self.backend
-        order = min(wish.order, (yield from read_number(f"{base}/max-ring-page-order", 0, 0, 31)), MAX_ORDER)
-        count = min(wish.queues, (yield from read_number(f"{base}/multi-queue-max-queues", 1, 1, 0xFFFF)))
+        offered = yield from read_nodes(base, ("max-ring-page-order", "multi-queue-max-queues"))
+        order = min(wish.order, offered.number("max-ring-page-order", 0, 0, 31), MAX_ORDER)
+        count = min(wish.queues, offered.number("multi-queue-max-queues", 1, 1, 0xFFFF))
         queues = self._rings.publish(count, 1 << order)
         nodes = [("protocol", wish.abi.protocol)]
         nodes.append(("feature-persistent", str(int(wish.persistent))))
@@ -71,19 +72,19 @@ class FrontDevice(FrontEnd):
         self._rings.connected((yield from self._features()))
 
     def _features(self) -> Procedure[Features]:
-        base = self.backend
-        size = yield from read_number(f"{base}/sector-size", 512, 512, 4096)
-        flags = {}
-        for name in ("flush-cache", "barrier", "discard", "persistent"):
-            flags[name] = bool((yield from read_number(f"{base}/feature-{name}", 0, 0, 1)))
+        flag_nodes = [f"feature-{name}" for name in ("flush-cache", "barrier", "discard", "persistent")]
+        others = ("sector-size", "sectors", "info", "discard-secure", "feature-max-indirect-segments")
+        found = yield from read_nodes(self.backend, (*flag_nodes, *others))
+        size = found.number("sector-size", 512, 512, 4096)
+        flags = {name.removeprefix("feature-"): bool(found.number(name, 0, 0, 1)) for name in flag_nodes}
         return Features(
-            sectors=(yield from read_number(f"{base}/sectors", None, 0, 1 << 55)),
+            sectors=found.number("sectors", None, 0, 1 << 55),
             sector_size=size,
-            read_only=bool((yield from read_number(f"{base}/info", 0, 0, 0xFFFFFFFF)) & 4),
+            read_only=bool(found.number("info", 0, 0, 0xFFFFFFFF) & 4),
             flush=flags["flush-cache"],
             barrier=flags["barrier"],
             discard=flags["discard"],
-            discard_secure=bool((yield from read_number(f"{base}/discard-secure", 0, 0, 1))),
-            max_indirect=(yield from read_number(f"{base}/feature-max-indirect-segments", 0, 0, 0xFFFFFFFF)),
+            discard_secure=bool(found.number("discard-secure", 0, 0, 1)),
+            max_indirect=found.number("feature-max-indirect-segments", 0, 0, 0xFFFFFFFF),
             persistent=flags["persistent"] and self.wish.persistent,
         )

@@ -8,9 +8,19 @@ from drivers.net.nodes import FrontLink, QueueLink
 from drivers.net.receive import Abilities
 from drivers.xenbus.back import BackEnd, Port
 from drivers.xenbus.client import Procedure
-from drivers.xenbus.nodes import NodeError, optional, read_number
+from drivers.xenbus.nodes import NodeError, Nodes, read_nodes
 
 MAX_REF: Final = 0xFFFFFFFF
+ABILITIES: Final = (
+    "feature-rx-notify",
+    "feature-sg",
+    "feature-gso-tcpv4",
+    "feature-gso-tcpv6",
+    "feature-no-csum-offload",
+    "feature-ipv6-csum-offload",
+    "request-multicast-control",
+)
+"""Nodes of a frontend that say what it can receive."""
 
 
 class BackPort(Port, Protocol):
@@ -51,20 +61,24 @@ class BackDevice(BackEnd):
     def read_link(self) -> Procedure[FrontLink]:
         """What the frontend published. NodeError if it makes no sense."""
         base = self.frontend
-        if not (yield from read_number(f"{base}/request-rx-copy", 0, 0, 1)):
+        nodes = yield from read_nodes(base, ("request-rx-copy", "multi-queue-num-queues", *ABILITIES))
+        if not nodes.number("request-rx-copy", 0, 0, 1):
             raise NodeError("the frontend does not say request-rx-copy: pages are not flipped here")
-        queues = yield from read_number(f"{base}/multi-queue-num-queues", 1, 1, self._max_queues)
+        queues = nodes.number("multi-queue-num-queues", 1, 1, self._max_queues)
         links: list[QueueLink] = []
         for queue in range(queues):
             place = base if queues == 1 else f"{base}/queue-{queue}"
-            tx = yield from read_number(f"{place}/tx-ring-ref", None, 0, MAX_REF)
-            rx = yield from read_number(f"{place}/rx-ring-ref", None, 0, MAX_REF)
-            split = yield from optional(f"{place}/event-channel-tx")
-            if split is not None:
-                tx_channel = yield from read_number(f"{place}/event-channel-tx", None, 1, MAX_REF)
-                rx_channel = yield from read_number(f"{place}/event-channel-rx", None, 1, MAX_REF)
+            found = yield from read_nodes(
+                place,
+                ("tx-ring-ref", "rx-ring-ref", "event-channel-tx", "event-channel-rx", "event-channel"),
+            )
+            tx = found.number("tx-ring-ref", None, 0, MAX_REF)
+            rx = found.number("rx-ring-ref", None, 0, MAX_REF)
+            if found["event-channel-tx"] is not None:
+                tx_channel = found.number("event-channel-tx", None, 1, MAX_REF)
+                rx_channel = found.number("event-channel-rx", None, 1, MAX_REF)
             else:
-                tx_channel = rx_channel = yield from read_number(f"{place}/event-channel", None, 1, MAX_REF)
+                tx_channel = rx_channel = found.number("event-channel", None, 1, MAX_REF)
             links.append(QueueLink(tx, rx, tx_channel, rx_channel))
         every = [ref for link in links for ref in (link.tx_ref, link.rx_ref)]
         if len(set(every)) < len(every):
@@ -72,20 +86,10 @@ class BackDevice(BackEnd):
         channels = [channel for link in links for channel in {link.tx_channel, link.rx_channel}]
         if len(set(channels)) < len(channels):
             raise NodeError("two queues have the same event channel")
-        return FrontLink(tuple(links), (yield from self._abilities()))
+        return FrontLink(tuple(links), self._abilities(nodes))
 
-    def _abilities(self) -> Procedure[Abilities]:
-        found = {}
-        for name in (
-            "feature-rx-notify",
-            "feature-sg",
-            "feature-gso-tcpv4",
-            "feature-gso-tcpv6",
-            "feature-no-csum-offload",
-            "feature-ipv6-csum-offload",
-            "request-multicast-control",
-        ):
-            found[name] = bool((yield from read_number(f"{self.frontend}/{name}", 0, 0, 1)))
+    def _abilities(self, nodes: Nodes) -> Abilities:
+        found = {name: bool(nodes.number(name, 0, 0, 1)) for name in ABILITIES}
         return Abilities(
             notify=found["feature-rx-notify"],
             scatter=found["feature-sg"],

@@ -9,7 +9,7 @@ from drivers.net.nodes import QueueLink
 from drivers.net.receive import Abilities
 from drivers.xenbus.client import Procedure
 from drivers.xenbus.front import FrontEnd, Port
-from drivers.xenbus.nodes import NodeError, read_number
+from drivers.xenbus.nodes import NodeError, read_nodes
 
 ALL: Final = Abilities(scatter=True, gso_v4=True, gso_v6=True, blank_v6=True)
 
@@ -50,10 +50,13 @@ class FrontDevice(FrontEnd):
 
     def _offer(self) -> Procedure[list[tuple[str, str]]]:
         wish, base = self.wish, self.backend
-        if not (yield from read_number(f"{base}/feature-rx-copy", 0, 0, 1)):
+        offered = yield from read_nodes(
+            base, ("feature-rx-copy", "feature-split-event-channels", "multi-queue-max-queues")
+        )
+        if not offered.number("feature-rx-copy", 0, 0, 1):
             raise NodeError("the back end does not copy")
-        split = wish.split and bool((yield from read_number(f"{base}/feature-split-event-channels", 0, 0, 1)))
-        count = min(wish.queues, (yield from read_number(f"{base}/multi-queue-max-queues", 1, 1, 0xFFFF)))
+        split = wish.split and bool(offered.number("feature-split-event-channels", 0, 0, 1))
+        count = min(wish.queues, offered.number("multi-queue-max-queues", 1, 1, 0xFFFF))
         able = wish.abilities
         nodes = [
             ("request-rx-copy", "1"),

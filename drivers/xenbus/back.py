@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from drivers.xenbus import client
 from drivers.xenbus.client import Procedure, XenstoreError, transaction
-from drivers.xenbus.nodes import NodeError, optional, write_all
+from drivers.xenbus.nodes import NodeError, optional, read_all, write_all
 from drivers.xenbus.states import XenbusState, backend_reaction, parse_state, state_text
 
 
@@ -61,8 +61,9 @@ class BackEnd(ABC):
         """See what changed, and answer to it."""
         if self.removed:
             return
-        peer = parse_state((yield from optional(f"{self.frontend}/state")))
-        online = (yield from optional(f"{self.path}/online")) == b"1"
+        peer_node, online_node = f"{self.frontend}/state", f"{self.path}/online"
+        found = yield from read_all((peer_node, online_node))
+        peer, online = parse_state(found[peer_node]), found[online_node] == b"1"
         if self.state == XenbusState.Initialising and peer in (
             XenbusState.Initialised,
             XenbusState.Connected,

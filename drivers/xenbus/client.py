@@ -2,7 +2,8 @@
 
 The transport is a `ring.ClientRing` or a socket: send `peek_output`, tell `output_taken`, and `feed` what
 arrives. Requests are made one by one with a callback, or by a procedure: a generator that yields
-`Request`s and gets each reply's payload sent in (an error reply is thrown into it as `XenstoreError`)::
+`Request`s and gets each reply's payload sent in (an error reply is thrown into it as `XenstoreError`); or
+a list of requests, which are sent together and cost one round trip: it gets a list of payloads and errors::
 
     def announce(state: bytes) -> Procedure[None]:
         yield write("device/vbd/0/state", state)
@@ -13,8 +14,9 @@ arrives. Requests are made one by one with a callback, or by a procedure: a gene
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import Final, NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
 
 from bus.abi.io import xs_wire
 from drivers.xenbus.wire import ERROR_NAMES, Framer, WireError, encode, split_strings
@@ -23,6 +25,8 @@ T = TypeVar("T")
 
 PENDING_MAX: Final = 256
 """Requests that may wait for their reply at once."""
+TOGETHER_MAX: Final = 64
+"""Requests that `together` sends at once."""
 TRANSACTION_TRIES: Final = 64
 """How often `transaction` tries again after EAGAIN."""
 
@@ -51,8 +55,10 @@ class WatchEvent(NamedTuple):
     token: str
 
 
-Procedure = Generator[Request, bytes, T]
-"""Several requests in a row with a result."""
+Answer = bytes | XenstoreError
+"""To one of several requests."""
+Procedure = Generator[Request | list[Request], Any, T]
+"""Several requests with a result. What is sent in: `bytes` for a request, a list of `Answer` for a list of them."""
 Reply = Callable[[bytes], None]
 Failure = Callable[[XenstoreError], None]
 
@@ -124,6 +130,20 @@ def domain_path(domid: int) -> Request:
 def names(payload: bytes) -> list[str]:
     """The strings of a reply."""
     return [text.decode("utf-8", "replace") for text in split_strings(payload)]
+
+
+def single(request: Request) -> Procedure[bytes]:
+    """One request's reply."""
+    reply: bytes = yield request
+    return reply
+
+
+def together(requests: Sequence[Request]) -> Procedure[list[Answer]]:
+    """All of them, in this order, without waiting for one before the next is sent; what came of each."""
+    answers: list[Answer] = []
+    for start in range(0, len(requests), TOGETHER_MAX):
+        answers += yield list(requests[start : start + TOGETHER_MAX])
+    return answers
 
 
 def list_directory(path: str, tx: int = 0) -> Procedure[list[str]]:
@@ -226,7 +246,7 @@ class Client:
         procedure: Procedure[T],
         done: Callable[[T], None],
         failed: Failure,
-        resume: Callable[[], Request],
+        resume: Callable[[], Request | list[Request]],
     ) -> None:
         while True:
             try:
@@ -236,6 +256,13 @@ class Client:
                 return
             except XenstoreError as error:
                 failed(error)
+                return
+
+            if isinstance(request, list):
+                self._ask_all(
+                    request,
+                    lambda answers: self._step(procedure, done, failed, lambda: procedure.send(answers)),
+                )
                 return
 
             def replied(payload: bytes) -> None:
@@ -249,6 +276,24 @@ class Client:
                 return
             except XenstoreError as caught:
                 resume = _thrower(procedure, caught)
+
+    def _ask_all(self, requests: list[Request], done: Callable[[list[Answer]], None]) -> None:
+        """`done` gets what came of each, when all are answered or refused."""
+        answers: dict[int, Answer] = {}
+
+        def answered(index: int, answer: Answer) -> None:
+            answers[index] = answer
+            if len(answers) == len(requests):
+                done([answers[at] for at in range(len(requests))])
+
+        if not requests:
+            done([])
+        for index, request in enumerate(requests):
+            call = partial(answered, index)
+            try:
+                self.request(request, call, call)
+            except XenstoreError as error:
+                call(error)
 
     def feed(self, data: bytes) -> list[WatchEvent]:
         """Bytes from xenstored. Calls back for each reply; returns the watch events, in order."""
@@ -310,5 +355,5 @@ class Client:
         self.broken = None
 
 
-def _thrower(procedure: Procedure[T], error: XenstoreError) -> Callable[[], Request]:
+def _thrower(procedure: Procedure[T], error: XenstoreError) -> Callable[[], Request | list[Request]]:
     return lambda: procedure.throw(error)

@@ -11,7 +11,7 @@ from typing import ClassVar, Final, Protocol
 
 from drivers.xenbus import client
 from drivers.xenbus.client import Procedure, transaction
-from drivers.xenbus.nodes import NodeError, optional, write_all
+from drivers.xenbus.nodes import NodeError, optional, read_nodes, write_all
 from drivers.xenbus.states import Reaction, XenbusState, frontend_reaction, parse_state, state_text
 
 
@@ -105,8 +105,10 @@ class FrontEnd(ABC):
     def _replace(self, nodes: list[tuple[str, str]], tx: int) -> Procedure[None]:
         """What an earlier connection published, with other queues and pages perhaps, must not be read again."""
         stale = [name for name in (yield from self._children(tx)) if name.startswith(("queue-", "ring-ref"))]
-        for name in dict.fromkeys([*self.STALE, *stale]):
-            if (yield from optional(f"{self.path}/{name}", tx)) is not None:
+        old = list(dict.fromkeys([*self.STALE, *stale]))
+        found = yield from read_nodes(self.path, old, tx)
+        for name in old:
+            if found[name] is not None:
                 yield client.remove(f"{self.path}/{name}", tx)
         yield from write_all(self.path, nodes, tx)
 

@@ -96,7 +96,7 @@ class Store:
         return results[0]
 
     def _one(self, request: xs.Request, what: str) -> bytes:
-        return self._do(_single(request), what)
+        return self._do(xs.single(request), what)
 
     # ------------------------------------------------------------------ what one can do
 
@@ -142,11 +142,6 @@ class Store:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._pump(left):
                 raise TimedOut(f"xenstore-watch: {seen} events within {timeout:g} s")
-
-
-def _single(request: xs.Request) -> xs.Procedure[bytes]:
-    reply = yield request
-    return reply
 
 
 def printable(value: bytes) -> str:

@@ -12,6 +12,8 @@ from domains.domio.__main__ import DomIo
 from domains.domio.vbd import VbdServer
 from domains.native.domain import HypercallError
 from drivers.hw.nvme.driver import State
+from drivers.xenbus.client import Procedure
+from tests.support.procedures import reading
 
 PATH = "/local/domain/2/backend/vbd/3/51712"
 
@@ -59,6 +61,9 @@ class Store:
             name[len(path) + 1 :].partition("/")[0] for name in self.params if name.startswith(path + "/")
         }
         return sorted(names)
+
+    def run(self, procedure: Procedure[Any]) -> Any:
+        return reading(procedure, self.read)
 
     def read(self, path: str) -> bytes | None:
         if self.telling:

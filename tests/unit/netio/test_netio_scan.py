@@ -10,6 +10,8 @@ import pytest
 from bus.abi.event_channel import EVTCHNSTAT_interdomain, EVTCHNSTAT_virq
 from domains.netio import __main__ as netio
 from domains.netio.__main__ import NetIo
+from drivers.xenbus.client import Procedure
+from tests.support.procedures import reading
 
 PATH = "/local/domain/2/backend/vif/3/0"
 
@@ -29,6 +31,9 @@ class Store:
             name[len(path) + 1 :].partition("/")[0] for name in self.nodes if name.startswith(path + "/")
         }
         return sorted(names)
+
+    def run(self, procedure: Procedure[Any]) -> Any:
+        return reading(procedure, self.read)
 
     def read(self, path: str) -> bytes | None:
         if self.telling:

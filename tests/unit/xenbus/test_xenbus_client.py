@@ -45,8 +45,7 @@ class Link:
         return result
 
 
-def one(request: xb.Request) -> Procedure[bytes]:
-    return (yield request)
+one = xb.single
 
 
 def test_requests_and_errors() -> None:
@@ -121,6 +120,42 @@ def test_a_transaction_gives_up_in_the_end() -> None:
 
     with pytest.raises(XenstoreError, match="EAGAIN"):
         link.run(xb.transaction(body, tries=3))
+
+
+def test_requests_that_go_together_are_answered_each() -> None:
+    """In their order, more of them than are sent at once, and an error of one is that one's."""
+    link = Link(Core(), 1, 0)
+    writes = [xb.write(f"/n/{number}", b"%d" % number) for number in range(150)]
+    assert link.run(xb.together(writes)) == [b"OK\0"] * 150
+    reads = [xb.read("/n/7"), xb.read("/none"), xb.read("/n/149")]
+    seven, none, last = link.run(xb.together(reads))  # type: ignore[misc]  # run() gives object
+    assert (seven, none.name, last) == (b"7", "ENOENT", b"149")
+    assert link.run(xb.together([])) == []
+    assert link.client.pending == 0
+
+
+def test_requests_that_go_together_are_one_round_trip() -> None:
+    client = Client()
+    done: list[object] = []
+    client.start(xb.together([xb.read("/a"), xb.read("/b")]), done.append, done.append)
+    asked = client.peek_output()
+    assert asked.count(b"/a\0") == asked.count(b"/b\0") == 1
+    assert client.pending == 2
+    client.fail("gone")
+    [[first, second]] = done  # type: ignore[misc]  # a list of them
+    assert (first.name, second.name) == ("ECONNRESET", "ECONNRESET")
+
+
+def test_too_many_requests_together_fail_alone() -> None:
+    """Those for which there is no place among the waiting ones."""
+    link = Link(Core(), 1, 0)
+    for _ in range(xb.PENDING_MAX - 1):
+        link.client.request(xb.read("/"), lambda data: None, lambda error: None)
+    done: list[object] = []
+    link.client.start(xb.together([xb.read("/"), xb.read("/")]), done.append, done.append)
+    link.move()
+    [[first, second]] = done  # type: ignore[misc]  # a list of them
+    assert (first, second.name) == (b"", "EBUSY")
 
 
 def test_long_directories_are_listed() -> None:
