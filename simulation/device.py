@@ -37,6 +37,10 @@ class SimMedia:
         self.fail = 0
         """So many of the next requests fail."""
 
+    def seed(self, seed: int) -> None:
+        """From here on chance is this seed's."""
+        self._rng.seed(seed)
+
     def _check(self) -> None:
         if self.fail:
             self.fail -= 1

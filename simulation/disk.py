@@ -143,11 +143,15 @@ class DiskWorld(World):
 
     def __init__(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
         super().__init__(seed, plan, keep_trace=keep_trace)
-        self.model: Final = DiskModel(SECTORS)
         self.sectors: Final = SECTORS
-        self._told: Final = {"flush": 0, "write": 0}
+        self.machine.on_power_cut.append(lambda lost: self.model.power_cut(lost))
+
+    def take(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
+        """See World."""
+        super().take(seed, plan, keep_trace=keep_trace)
+        self.model = DiskModel(SECTORS)
+        self._told = {"flush": 0, "write": 0}
         """Requests of a kind that failed to tell of a power cut."""
-        self.machine.on_power_cut.append(self.model.power_cut)
 
     draw = staticmethod(random_faults)
 

@@ -26,21 +26,22 @@ PASSIVE: Final = (
 
 
 class Injector:
-    """One plan on one machine."""
+    """One plan on one machine. Nothing breaks before `arm`."""
 
-    def __init__(self, machine: Machine, faults: tuple[Fault, ...]) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.faults = faults
+        self.faults: tuple[Fault, ...] = ()
         self.armed = False
         self.fired: list[Fault] = []
         self.counts: Counter[str] = Counter()
         self._by_event: dict[str, list[Fault]] = {}
+
+    def arm(self, faults: tuple[Fault, ...]) -> None:
+        """Carry these out: from now on events count, and time runs."""
+        self.faults = faults
         for fault in faults:
             if fault.event:
                 self._by_event.setdefault(fault.event, []).append(fault)
-
-    def arm(self) -> None:
-        """From now on events count, and time runs."""
         self.armed = True
         for fault in self.faults:
             if fault.at_ms is not None:

@@ -31,14 +31,10 @@ from hypervisor.core.pool import XenPool
 from simulation.device import Device, SimMedia
 from simulation.injector import Injector
 from simulation.memory import SimMemory, SimStaging
-from simulation.plan import Fault
 from simulation.process import Bell, Process, SimDomain
 from simulation.scheduler import Scheduler
 
 STAGING: Final = 1 << 20
-ENCODED: Final = 8
-"""In every so many-th seed each message goes through its encoding, as on a real link; in the others the validated object is
-passed on, which is a fifth faster."""
 ROLES: Final = {0: "dom0", 1: "domio", 2: "guest"}
 NAMES: Final = {
     (number, command.number): command.name.lower()
@@ -52,16 +48,17 @@ Body = Callable[[SimDomain], None]
 class Machine:
     """Hypervisor core, processes, one disk; time, chance and faults."""
 
-    def __init__(self, seed: int, faults: tuple[Fault, ...], sectors: int, bodies: dict[str, Body]) -> None:
-        """`bodies`: what the process of each role runs."""
-        self.rng: Final = random.Random(seed)
-        self.encoded: Final = seed % ENCODED == 0
+    def __init__(self, sectors: int, bodies: dict[str, Body], *, encoded: bool) -> None:
+        """`bodies`: what the process of each role runs. `encoded`: each message goes through its encoding, as on a real link; else the
+        validated object is passed on."""
+        self.rng: Final = random.Random(0)
+        self.encoded: Final = encoded
         self._random: Final = self.rng.random
         self.scheduler: Final = Scheduler()
-        self.injector: Final = Injector(self, faults)
+        self.injector: Final = Injector(self)
         self.bodies: Final = bodies
         self.memory: Final = SimMemory()
-        self.media: Final = SimMedia(sectors, random.Random(seed ^ 0x5EED))
+        self.media: Final = SimMedia(sectors, random.Random(0))
         self.processes: dict[DomId, Process] = {}
         self.all_processes: list[Process] = []
         self.device: Device | None = None
@@ -77,8 +74,8 @@ class Machine:
         self._pairs: Final = itertools.count(1)
         self._bundles: Final = itertools.count(1)
         self._lives: dict[str, int] = defaultdict(int)
-        self._slowest: Final = self.rng.choice((2_000, 20_000, 300_000))
-        self._quick: Final = self.rng.choice((0.5, 0.9, 1.0))
+        self._slowest, self._quick = 2_000, 1.0
+        """The longest that a message takes (ns), and how probable it is that an answer comes before anything else happens."""
         self._tick_at = 0
         memory = self.memory
         config = MachineConfig(total_pages=1 << 14, mfn_limit=1 << 18, mfn_holes=(), xenheap_frames=32)
@@ -113,6 +110,13 @@ class Machine:
         core.create_dom0(self.now, max_pages=64)
         self.apply()
 
+    def begin(self, seed: int) -> None:
+        """From here on chance is the seed's: until then all seeds are alike."""
+        self.rng.seed(seed)
+        self.media.seed(seed ^ 0x5EED)
+        self._slowest = self.rng.choice((2_000, 20_000, 300_000))
+        self._quick = self.rng.choice((0.5, 0.9, 1.0))
+
     @property
     def now(self) -> int:
         """Nanoseconds."""
@@ -129,7 +133,7 @@ class Machine:
         return self._random() < self._quick
 
     def through(self, message: Message, kinds: Registry) -> Message:
-        """The message as it comes out at the other end of its link: encoded and decoded in every `ENCODED`-th seed."""
+        """The message as it comes out at the other end of its link: encoded and decoded if the machine is `encoded`."""
         return decode(encode(message), kinds) if self.encoded else message
 
     def digest(self) -> str:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from simulation.disk import DiskWorld
 from simulation.mutants import MUTANTS, applied
-from simulation.network import NetWorld
 from simulation.plan import Plan
+from simulation.template import begun
 from simulation.world import Outcome
 
 DEFAULT_PLAN: Final = Plan(random_faults=3)
@@ -27,10 +26,9 @@ def default_plan(mutant: str = "") -> Plan:
 def run_seed(seed: int, plan: Plan | None = None, *, mutant: str = "", keep_trace: bool = False) -> Outcome:
     """One run, of the default plan if none is given. KeyError for a mutant that there is not."""
     plan = plan or default_plan(mutant)
+    world = begun(seed, plan, keep_trace=keep_trace)  # built without the mutant
     with applied(mutant):
-        return (NetWorld if plan.scenario == "network" else DiskWorld)(
-            seed, plan, keep_trace=keep_trace
-        ).run()
+        return world.run()
 
 
 @dataclass(frozen=True, slots=True)

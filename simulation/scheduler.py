@@ -15,6 +15,8 @@ from typing import Final
 from greenlet import getcurrent, greenlet
 
 Event = Callable[[], None]
+START: Final = 1_000_000_000
+"""Nanoseconds on the clock when a machine starts."""
 MAX_EVENTS: Final = 400_000
 """Events of one run: more is a livelock."""
 
@@ -42,7 +44,7 @@ class Scheduler:
     """Events in the order of time, and whose turn it is."""
 
     def __init__(self) -> None:
-        self.now = 1_000_000_000
+        self.now = START
         """Nanoseconds."""
         self.events = 0
         self.main: Final = Thread("main")
@@ -155,6 +157,7 @@ class Scheduler:
     def run(self, limit: int, until: Callable[[], bool]) -> None:
         """Run until the condition holds, `limit` (ns, absolute) has come or nothing is left to happen. Raises what went wrong."""
         self._until, self._limit = until, limit
+        self.main.stack = getcurrent()
         self.main.ready = False
         self.park(self.main)
         if self.error is not None:

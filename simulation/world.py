@@ -18,11 +18,14 @@ from simulation.guest import Guest
 from simulation.machine import Body, Machine
 from simulation.plan import Fault, Plan
 from simulation.process import SimDomain
-from simulation.scheduler import Livelock
+from simulation.scheduler import START, Livelock
 from simulation.seams import joined
 
 SECTORS: Final = 256
 """Of the disk."""
+ENCODED: Final = 8
+"""In every so many-th seed each message goes through its encoding, as on a real link; in the others the validated object is passed on,
+which is a fifth faster."""
 BOOT_LIMIT: Final = 20_000_000_000
 RUN_LIMIT: Final = 60_000_000_000
 """Nobody may wait longer, whatever breaks (simulated ns)."""
@@ -61,12 +64,8 @@ class World(ABC):
 
     def __init__(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
         """`plan.random_faults` more faults are drawn from the seed."""
-        rng = random.Random(seed)
-        drawn = self.draw(rng, plan.random_faults)
-        self.seed: Final = seed
-        self.plan: Final = plan.model_copy(update={"fault": plan.fault + drawn, "random_faults": 0})
-        self.operations: Final = plan.operations
-        self.guest_rng: Final = random.Random(seed ^ 0x6E57)
+        bodies: dict[str, Body] = {"dom0": self._dom0, "domio": self._domio, "guest": self._guest}
+        self.machine: Final = Machine(SECTORS, bodies, encoded=seed % ENCODED == 0)
         self.violations: list[str] = []
         self.backend_id: Final = DomId(1)
         self.guest_id: Final = DomId(2)
@@ -78,12 +77,21 @@ class World(ABC):
         self.guest_table = Mfn(0)
         self.front_state = XenbusState.Unknown
         self.guest: Guest | None = None
+        self.built = False
+        """The domains are there, and paused: what comes before is the same for all seeds, and nothing breaks in it."""
         self.ready = False
         self.over = False
         self.guest_killed = False
+        self.take(seed, plan, keep_trace=keep_trace)
+
+    def take(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
+        """The seed and the plan of the run. A world that is built may be given others than it was made with (simulation.template)."""
+        drawn = self.draw(random.Random(seed), plan.random_faults)
+        self.seed = seed
+        self.plan = plan.model_copy(update={"fault": plan.fault + drawn, "random_faults": 0})
+        self.operations = plan.operations
+        self.guest_rng = random.Random(seed ^ 0x6E57)
         self._errors = self.plan.errors_expected
-        bodies: dict[str, Body] = {"dom0": self._dom0, "domio": self._domio, "guest": self._guest}
-        self.machine: Final = Machine(seed, self.plan.fault, SECTORS, bodies)
         self.machine.keep_trace = keep_trace
 
     def violation(self, text: str) -> None:
@@ -97,7 +105,7 @@ class World(ABC):
     def _dom0(self, host: SimDomain) -> None:
         """What domains/dom0/toolstack does, for one driver domain, one device and one guest."""
         store = self.store = XenstoreService(host)
-        xc = self.xc = ControlInterface(host)
+        self.xc = ControlInterface(host)
         host.bind_virq(VIRQ_DOM_EXC, self._check_domains)
         backend_gfns, guest_gfns = self._memory()
         self._build(host, self.backend_id, backend_gfns, self.BACKEND)
@@ -106,8 +114,13 @@ class World(ABC):
         store.permit(f"{base}/backend", f"n{self.backend_id}")
         self._build(host, self.guest_id, guest_gfns, "guest")
         self._hardware(host)
+        self.built = True
+
+    def _start(self) -> None:
+        """Dom0 goes on: from here on things break."""
+        xc = self.xc
         xc.unpause(self.backend_id)
-        self.machine.injector.arm()
+        self.machine.injector.arm(self.plan.fault)
         self._write_nodes()
         xc.unpause(self.guest_id)
         self.ready = True
@@ -212,14 +225,24 @@ class World(ABC):
 
     # ------------------------------------------------------------------ running
 
+    def build(self) -> None:
+        """Until all domains are there. RuntimeError if that does not come to an end."""
+        scheduler = self.machine.scheduler
+        scheduler.run(scheduler.now + BOOT_LIMIT, lambda: self.built)
+        if not self.built:
+            raise RuntimeError("Dom0 does not build the domains")
+
     def run(self) -> Outcome:
         """The whole scenario."""
         machine = self.machine
         scheduler = machine.scheduler
-        start = scheduler.now
         with joined(machine):
             try:
-                scheduler.run(start + BOOT_LIMIT, lambda: self.ready)
+                if not self.built:
+                    self.build()
+                machine.begin(self.seed)
+                machine.processes[DomId(0)].reactor.soon(self._start)
+                scheduler.run(scheduler.now + BOOT_LIMIT, lambda: self.ready)
                 if not self.ready:
                     self.violation("the control plane does not come up")
                 else:
@@ -231,7 +254,7 @@ class World(ABC):
                 machine.close()
         return Outcome(
             self.seed, self.plan, self.violations, machine.digest(), scheduler.events,
-            (scheduler.now - start) / 1e6, self.answered, len(machine.injector.fired),
+            (scheduler.now - START) / 1e6, self.answered, len(machine.injector.fired),
             machine.lines if machine.keep_trace else [],
         )  # fmt: skip
 

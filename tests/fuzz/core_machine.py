@@ -26,7 +26,7 @@ from hypervisor.core.pool import XenPool
 from hypervisor.core.scheduler import CreditScheduler
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from simulation.memory import SimMemory, SimStaging
-from tests.fuzz.snapshot import Snapshot
+from simulation.snapshot import Snapshot
 
 SECOND = 1_000_000_000
 ZEROES = bytes(4096)

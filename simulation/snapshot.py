@@ -1,4 +1,5 @@
-"""The state of a graph of objects, kept and put back: a machine that is built once serves each input of a fuzzer as if it were new.
+"""The state of a graph of objects, kept and put back: a machine that is built once serves each input of a fuzzer, and each seed of the
+simulation, as if it were new.
 
 Put back in place, so that closures, bound methods and whoever else holds the objects see it. What an input made is dropped; what it
 changed is as before. Classes, functions' code and modules are taken for constant."""
