@@ -171,7 +171,7 @@ class Device:
             if self.model is not None:
                 new = message.value if message.write else None
                 value = self.model.access(now, message.space, message.offset, message.size, new)
-            self._send(AccessDone(token=message.token, value=value))
+            self._send(AccessDone.made(token=message.token, value=value))
         elif isinstance(message, Attach):
             if self.model is not None:
                 self.model.detach()
@@ -191,7 +191,7 @@ class Device:
             self.words.cast("B")[offset : offset + length] = bytes(length)
         for batch in batches:
             items = self.machine.injector.dma(list(batch.items))
-            self._send(Dma(token=batch.token, epoch=self.epoch, items=items, vectors=batch.vectors))
+            self._send(Dma.made(token=batch.token, epoch=self.epoch, items=items, vectors=batch.vectors))
         deadline = model.next_deadline()
         if deadline is not None and deadline != self._timer:
             self._timer = deadline

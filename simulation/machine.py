@@ -156,14 +156,14 @@ class Machine:
             refusal = self.injector.hypercall(name)
             process.check()
             if refusal:
-                process.post(HypercallReply(token=message.token, rc=refusal, data=b""))
+                process.post(HypercallReply.made(token=message.token, rc=refusal, data=b""))
                 return
             if (
                 message.nr == HYPERVISOR_grant_table_op
                 and message.cmd == gt.GNTTABOP_map_grant_ref
                 and self.injector.grants_short()
             ):
-                process.post(HypercallReply(token=message.token, rc=0, data=_refused(message.data)))
+                process.post(HypercallReply.made(token=message.token, rc=0, data=_refused(message.data)))
                 return
             process.check()
             core.call(now, domid, message.vcpu, message.token, message.nr, message.cmd, message.data)
@@ -173,7 +173,7 @@ class Machine:
             self.devices.domain_access(now, domid, message)
         elif isinstance(message, Plug):
             self._plug(message)
-            process.post(HypercallReply(token=message.token, rc=0, data=b""))
+            process.post(HypercallReply.made(token=message.token, rc=0, data=b""))
         else:
             raise AssertionError(
                 f"message {message.KIND} of domain {domid}: no program of the simulation sends that"
@@ -240,9 +240,9 @@ class Machine:
             if process is None:
                 return
             if isinstance(effect, fx.Reply):
-                process.post(HypercallReply(token=effect.token, rc=effect.rc, data=effect.data))
+                process.post(HypercallReply.made(token=effect.token, rc=effect.rc, data=effect.data))
             elif isinstance(effect, fx.Raise):
-                process.post(Raised(events=[(effect.port, effect.vcpu)]))
+                process.post(Raised.made(events=[(effect.port, effect.vcpu)]))
             elif isinstance(effect, fx.Order):
                 self._order(process, effect)
             else:
@@ -256,10 +256,12 @@ class Machine:
         bundle = next(self._bundles)
         if fds:
             process.link.put_bundle(bundle, fds)
-        process.post(Order(order=order.order_id, what=order.kind, body=body, descriptors=0, bundle=bundle))
+        process.post(
+            Order.made(order=order.order_id, what=order.kind, body=body, descriptors=0, bundle=bundle)
+        )
 
     def _tell(self, process: Process, what: str, body: dict[str, object]) -> None:
-        process.post(Order(order=0, what=what, body=body, descriptors=0, bundle=0))
+        process.post(Order.made(order=0, what=what, body=body, descriptors=0, bundle=0))
 
     def _bind(self, bind: fx.Bind) -> None:
         pair = {bind.left, bind.right}

@@ -28,34 +28,36 @@ class SimMemory:
         return self._extents[base]
 
     def page(self, mfn: int) -> memoryview:
-        """The bytes of a frame. KeyError if there is no such memory."""
+        """The bytes of a frame, as a view that the caller may release. KeyError if there is no such memory."""
+        return self._page(mfn)[:]
+
+    def _page(self, mfn: int) -> memoryview:
         view = self._views.get(mfn)
-        if view is not None:
-            return view
-        index = bisect_right(self._bases, mfn) - 1
-        if index < 0:
-            raise KeyError(f"no machine memory at mfn {mfn:#x}")
-        base = self._bases[index]
-        start = (mfn - base) << PAGE_SHIFT
-        view = self._extents[base][start : start + PAGE_SIZE]
-        if len(view) != PAGE_SIZE:
-            raise KeyError(f"no machine memory at mfn {mfn:#x}")
-        self._views[mfn] = view
+        if view is None:
+            index = bisect_right(self._bases, mfn) - 1
+            if index < 0:
+                raise KeyError(f"no machine memory at mfn {mfn:#x}")
+            base = self._bases[index]
+            start = (mfn - base) << PAGE_SHIFT
+            view = self._extents[base][start : start + PAGE_SIZE]
+            if len(view) != PAGE_SIZE:
+                raise KeyError(f"no machine memory at mfn {mfn:#x}")
+            self._views[mfn] = view
         return view
 
     def read(self, mfn: Mfn, offset: int, length: int) -> bytes:
-        return bytes(self.page(mfn)[offset : offset + length])
+        return bytes(self._page(mfn)[offset : offset + length])
 
     def write(self, mfn: Mfn, offset: int, data: bytes) -> None:
         if mfn not in self.home:
-            self.page(mfn)[offset : offset + len(data)] = data
+            self._page(mfn)[offset : offset + len(data)] = data
 
     def copy(self, source: Mfn, source_offset: int, target: Mfn, target_offset: int, length: int) -> None:
         self.write(target, target_offset, self.read(source, source_offset, length))
 
     def clear(self, mfn: Mfn, count: int = 1) -> None:
         for one in range(mfn, mfn + count):
-            self.page(one)[:] = _ZEROS
+            self._page(one)[:] = _ZEROS
 
     def create_extent(self, base: Mfn, frames: int) -> None:
         self._extents[base] = memoryview(bytearray(frames << PAGE_SHIFT))
@@ -127,8 +129,8 @@ class SimStaging:
 
     def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
         """See Staging."""
-        self._memory.page(mfn)[offset : offset + length] = self.view[position : position + length]
+        self._memory._page(mfn)[offset : offset + length] = self.view[position : position + length]
 
     def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
         """See Staging."""
-        self.view[position : position + length] = self._memory.page(mfn)[offset : offset + length]
+        self.view[position : position + length] = self._memory._page(mfn)[offset : offset + length]

@@ -139,11 +139,11 @@ class SimLink(DomainLink):
     def call(self, nr: int, cmd: int, data: bytes = b"", vcpu: int = 0) -> tuple[int, bytes]:
         token = self.next_token()
         self.calls += 1
-        return self.exchange(Hypercall(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data), token)
+        return self.exchange(Hypercall.made(token=token, vcpu=vcpu, nr=nr, cmd=cmd, data=data), token)
 
     def answer(self, order: Order, rc: int = 0, data: bytes = b"") -> None:
         if order.order:
-            self.send(OrderDone(order=order.order, rc=rc, data=data))
+            self.send(OrderDone.made(order=order.order, rc=rc, data=data))
 
     def exchange(self, message: Message, token: int) -> tuple[int, bytes]:
         process = self._process

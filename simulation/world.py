@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 from bus.abi.grant_table import GNTTAB_RESERVED_XENSTORE, GRANT_ENTRY_V1, GTF_permit_access, grant_entry_v1
 from bus.abi.hvm.params import HVM_PARAM_STORE_EVTCHN, HVM_PARAM_STORE_PFN
 from bus.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
-from bus.addresses import DomId, Mfn
+from bus.addresses import DomId, Mfn, Port
 from domains.dom0.xc import ControlInterface
 from domains.dom0.xenstore_service import XenstoreService
 from drivers.xenbus.states import XenbusState
@@ -75,6 +75,8 @@ class World(ABC):
         self.front: Final = f"/local/domain/{self.guest_id}/device/{self.KIND}/{self.NUMBER}"
         """The device's directories at both ends."""
         self.guest_table = Mfn(0)
+        self._ports: dict[DomId, Port] = {}
+        """Of the domains' xenstore rings, at their ends."""
         self.front_state = XenbusState.Unknown
         self.guest: Guest | None = None
         self.built = False
@@ -119,6 +121,11 @@ class World(ABC):
     def _start(self) -> None:
         """Dom0 goes on: from here on things break."""
         xc = self.xc
+        for (
+            domid,
+            port,
+        ) in self._ports.items():  # not before: views of mapped rings are released, and would not be put back
+            self.store.introduce(domid, port)
         xc.unpause(self.backend_id)
         self.machine.injector.arm(self.plan.fault)
         self._write_nodes()
@@ -146,7 +153,7 @@ class World(ABC):
         store.permit(base, "n0", f"r{domid}")
         store.write(f"{base}/name", name)
         store.write(f"{base}/domid", str(domid))
-        store.introduce(domid, port)
+        self._ports[domid] = port
 
     def _write_nodes(self) -> None:
         """The device's directories at both ends, and what is seen of its states."""
@@ -253,9 +260,9 @@ class World(ABC):
             finally:
                 machine.close()
         return Outcome(
-            self.seed, self.plan, self.violations, machine.digest(), scheduler.events,
+            self.seed, self.plan, [*self.violations], machine.digest(), scheduler.events,
             (scheduler.now - START) / 1e6, self.answered, len(machine.injector.fired),
-            machine.lines if machine.keep_trace else [],
+            [*machine.lines] if machine.keep_trace else [],
         )  # fmt: skip
 
     @property

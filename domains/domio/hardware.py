@@ -89,16 +89,17 @@ class NvmePort:
         for _ in range(48):
             if at < 0x40:
                 return False
-            if self.config_read(at, 1) == CAP_MSIX:
+            head = self.config_read(at, 2)
+            if head & 0xFF == CAP_MSIX:
                 break
-            at = self.config_read(at + 1, 1) & 0xFC
+            at = head >> 8 & 0xFC
         table = self.config_read(at + 4, 4)
         if table & 7 > 5 or (table & ~7) + 16 * vectors > 1 << 32:
             return False  # no device of ours: it names a register where none can be
         for entry in range(vectors):
             base = (table & ~7) + 16 * entry
-            for offset, value in ((0, MSI_ADDRESS | entry << 5), (4, 0), (8, 0), (12, 0)):
-                self._host.device_write(self.bdf, table & 7, base + offset, 4, value)
+            self._host.device_write(self.bdf, table & 7, base, 8, MSI_ADDRESS | entry << 5)
+            self._host.device_write(self.bdf, table & 7, base + 8, 8, 0)  # data 0, not masked
         return True
 
 

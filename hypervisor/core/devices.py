@@ -173,7 +173,7 @@ class DeviceService(DomainHooks):
         def done(result: DmaResult) -> None:
             if self._plugged.get(bdf) is plugged:
                 reason = result.reason.name if result.reason is not None else ""
-                self._send(bdf, DmaDone(token=message.token, fault=result.fault, reason=reason))
+                self._send(bdf, DmaDone.made(token=message.token, fault=result.fault, reason=reason))
 
         items = [DmaItem(*item) for item in message.items]
         self._dma.submit(
@@ -223,11 +223,11 @@ class DeviceService(DomainHooks):
         write = value is not None
         self._send(
             bdf,
-            Access(
+            Access.made(
                 token=token,
                 space=space,
                 offset=offset,
-                size=size,  # type: ignore[arg-type]  # one of 1, 2, 4, 8: validated with the message it came from
+                size=size,
                 write=write,
                 value=value or 0,
             ),

@@ -371,11 +371,13 @@ class NvmeDriver:
         for _ in range(48):  # a list in 192 bytes has no more; a hostile one may be a circle
             if at < 0x40:
                 break
-            if self.port.config_read(at, 1) == PCI_CAP_MSIX:
-                control = self.port.config_read(at + 2, 2)
-                self.port.config_write(at + 2, 2, control | MSIX_ENABLE)
+            head = self.port.config_read(
+                at, 4
+            )  # id, next, and what the capability has there: each read is a message
+            if head & 0xFF == PCI_CAP_MSIX:
+                self.port.config_write(at + 2, 2, head >> 16 | MSIX_ENABLE)
                 return
-            at = self.port.config_read(at + 1, 1) & 0xFC
+            at = head >> 8 & 0xFC
         raise StartError("it has no MSI-X")
 
     def _setting_up(self) -> Steps:
