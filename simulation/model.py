@@ -25,6 +25,8 @@ class DiskModel:
         self._dirty: set[int] = set()
         self.cuts = 0
         """Power cuts: so many flushes may fail."""
+        self._failed: set[int] = set()
+        """Sectors whose last write was answered with an error: what is there is not known, and may change with a power cut."""
         self._unconfessed: set[int] = set()
         """Sectors with an answered write that a power cut undid, of which no failed flush has told yet."""
 
@@ -43,6 +45,10 @@ class DiskModel:
             number, piece = sector + at // SECTOR, data[at : at + SECTOR]
             self._unconfessed.discard(number)
             lost = self._cut.pop(number, set())
+            if fine:
+                self._failed.discard(number)
+            else:
+                self._failed.add(number)
             self.current[number] = {piece} | lost if fine else self.current[number] | lost | {piece}
 
     def read(self, sector: int, data: bytes) -> str | None:
@@ -85,7 +91,7 @@ class DiskModel:
     def power_cut(self, lost: Sequence[int]) -> None:
         """What was not flushed may be as before; `lost` is."""
         self.cuts += 1
-        self._unconfessed.update(set(lost) - self.busy)
+        self._unconfessed.update(set(lost) - self.busy - self._failed)
         for number in self._dirty:
             self.current[number] = self.current[number] | self.stable[number]
         for number in self.busy:

@@ -116,6 +116,7 @@ class VbdServer:
         self._adopted = False
         self._follows: Final = Repeated(host.reactor, self._follow, CHANGES_AT_ONCE)
         self.closed = False
+        self._looks_soon = False
         self._tick()
 
     # ------------------------------------------------------------------ the device
@@ -136,13 +137,19 @@ class VbdServer:
             self.driver.start(time.monotonic_ns())
         else:
             self.driver.lose("the device was reset")
-        self._host.reactor.after(START_POLL_S, self._starting)
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        """Set-up goes in steps, some of which only time brings on."""
+        if not self._looks_soon:
+            self._looks_soon = True
+            self._host.reactor.after(START_POLL_S, self._starting)
 
     def _starting(self) -> None:
-        """Set-up goes in steps, some of which only time brings on."""
+        self._looks_soon = False
         self.driver.poll(time.monotonic_ns())
         if not self.closed and self.driver.state is State.STARTING:
-            self._host.reactor.after(START_POLL_S, self._starting)
+            self._look_soon()
 
     def _tick(self) -> None:
         """Lost interrupts and timeouts are found by looking."""
@@ -152,7 +159,7 @@ class VbdServer:
         if self.driver.state is State.FAILED and self.bdf in self._host.devices:
             self.driver.start(time.monotonic_ns())
         if self.driver.state is State.STARTING:
-            self._host.reactor.after(START_POLL_S, self._starting)
+            self._look_soon()
         if self._backend is not None:
             self._backend.retry()
             self._after(self._backend)

@@ -393,7 +393,11 @@ class Backend:
             done.setdefault(queue, []).append(request)
         if more:
             self.storage.submit(more)
-        for queue, requests in done.items():
+        # What failed is told first: a flush that succeeded after the one that says that writes were lost is not answered before it.
+        ordered = sorted(
+            done.items(), key=lambda pair: all(each.status == BLKIF_RSP_OKAY for each in pair[1])
+        )
+        for queue, requests in ordered:
             self._step("completed")
             queue.pool.release(requests)
             self._step("unmapped")

@@ -323,9 +323,14 @@ class NvmeDriver:
         try:
             wanted = steps.send(finished) if finished is not None else next(steps)
         except StopIteration:
-            self._steps = None
+            if (
+                self._steps is steps
+            ):  # else `on_ready` waited for something, and meanwhile it was lost and is set up once more
+                self._steps = None
             return
         except (StartError, QueueFault, MemoryError) as error:
+            if self._steps is not steps:
+                return
             self._steps = None
             self.state, self.reason = State.FAILED, str(error) or type(error).__name__
             self._on_lost(self.reason)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from block_machine import Crash, Machine, Trouble, race, scenario
@@ -330,6 +331,52 @@ def test_a_write_after_lost_writes_fails_once_too() -> None:
         failed = [what for what, status in answers if status]
         assert sorted(failed) == ["f", "w"]
         assert answers[-1][1] == (0 if order != "wwf" else -1)
+
+
+class Apart(SimpleNamespace):
+    """A namespace that is itself alone."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # SimpleNamespace has none
+
+
+def test_of_completions_at_once_the_queue_with_the_failure_is_answered_first() -> None:
+    """A flush that tells of lost writes, and a good one of another queue after it: the good one is not published before it."""
+    queues = [
+        Apart(
+            number=number,
+            active=2,
+            active_writes=0,
+            ledger=SimpleNamespace(completed=lambda *_: None, settled=lambda slot: None),
+            pool=SimpleNamespace(release=lambda requests: None),
+        )
+        for number in range(2)
+    ]
+
+    def request(flush: bool) -> SimpleNamespace:
+        kind = None if flush else Op.READ
+        return SimpleNamespace(flush=flush, kind=kind, status=None, barrier=False, slot=0, stamp=0)
+
+    ledger = SimpleNamespace(lost=FLUSH_OWES, dirty=True, flushed=lambda clean: None)
+    ledger.set_lost = lambda lost: setattr(ledger, "lost", lost)
+    told: list[int] = []
+    back = SimpleNamespace(
+        _active={
+            1: (queues[0], request(False)),
+            2: (queues[1], request(True)),
+            3: (queues[0], request(True)),
+        },
+        ledger=ledger,
+        _told=0,
+        _writes_done=0,
+        closing=False,
+        _step=lambda name: None,
+        _start=lambda queue: None,
+        _poll=lambda queue: None,
+        _answer=lambda queue, requests: told.append(queue.number),
+    )
+    back._flushed = lambda request: Backend._flushed(cast(Backend, back), request)
+    Backend.complete(cast(Backend, back), [(1, True), (2, True), (3, True)])
+    assert told == [1, 0]
 
 
 @pytest.mark.parametrize("order", ["ffww", "wwff", "fwfw", "wfwf"])

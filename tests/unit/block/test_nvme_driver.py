@@ -64,10 +64,8 @@ class Device:
             0: 0x12341234,
             4: self.command,
             0x34: 0x40,
-            0x40: 0x05,
-            0x41: 0x50,
-            0x50: 0x11,
-            0x52: self.msix,
+            0x40: 0x5005,
+            0x50: 0x11 | self.msix << 16,
         }
         return table.get(offset, 0)
 
@@ -177,6 +175,8 @@ class Rig:
         self.device = Device(self.memory, **device)  # type: ignore[arg-type]  # passed through
         self.results: list[tuple[int, bool]] = []
         self.ready = 0
+        self.lose_when_ready = False
+        """The shell waits for xenstored when it is told, and hears meanwhile that the device was reset."""
         self.lost: list[str] = []
         self.driver = NvmeDriver(
             self.device,
@@ -191,6 +191,9 @@ class Rig:
 
     def _ready(self) -> None:
         self.ready += 1
+        if self.lose_when_ready:
+            self.lose_when_ready = False
+            self.driver.lose("the device was reset")
 
     def up(self) -> Rig:
         self.driver.start(0)
@@ -341,6 +344,17 @@ def test_a_timeout_resets_and_comes_back() -> None:
     assert rig.ready == 2
     rig.driver.submit([Command(3, Op.READ, 0, 8, [(1 << 32, 4096)])])
     rig.poll(7 * SECOND)
+    assert rig.results == [(3, True)]
+
+
+def test_a_device_that_is_reset_while_its_user_is_told_that_it_is_ready_is_set_up_again() -> None:
+    """Seed 6553 of the second campaign: the end of the first setting up took the second one's steps away, and it was STARTING for ever."""
+    rig = Rig()
+    rig.lose_when_ready = True
+    rig.up()
+    assert rig.ready == 2
+    rig.driver.submit([Command(3, Op.READ, 0, 8, [(1 << 32, 4096)])])
+    rig.poll(2)
     assert rig.results == [(3, True)]
 
 
