@@ -51,6 +51,8 @@ class DomainConfig(Message):
     vga: Literal["stdvga", "none"] = "stdvga"
     hap: bool = True
     """Of HVM and PVH guests: two-level paging; False: shadow page tables."""
+    time_offset: Annotated[int, Field(ge=-(1 << 40), le=1 << 40)] = 0
+    """Seconds by which the guest's time of day differs from the host's."""
     vnc: bool = False
     """Of an HVM guest: its device model is a VNC server."""
     vnc_listen: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-fA-F.:]+$")] = "127.0.0.1"

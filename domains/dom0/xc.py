@@ -93,6 +93,11 @@ class ControlInterface:
         """XEN_DOMCTL_max_mem: the most memory the domain may own, in KiB."""
         self._domctl(dc.XEN_DOMCTL_max_mem, domid, dc.XEN_DOMCTL_MAX_MEM, dc.xen_domctl_max_mem(kib))
 
+    def set_time_offset(self, domid: DomId, seconds: int) -> None:
+        """XEN_DOMCTL_settimeoffset: of the domain's time of day."""
+        payload = dc.xen_domctl_settimeoffset(seconds)
+        self._domctl(dc.XEN_DOMCTL_settimeoffset, domid, dc.XEN_DOMCTL_SETTIMEOFFSET, payload)
+
     def trigger(self, domid: DomId, trigger: int, vcpu: int) -> None:
         """XEN_DOMCTL_sendtrigger: one of XEN_DOMCTL_SENDTRIGGER_*."""
         payload = dc.xen_domctl_sendtrigger(trigger, vcpu)

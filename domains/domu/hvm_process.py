@@ -123,7 +123,7 @@ class GuestProcess(PvProcess):
             memory.words,
             self.upstream,
             HYPERCALLS,
-            wall=time.time_ns,
+            wall=self._wall,
             monotonic=time.monotonic_ns,
         )
         try:

@@ -29,6 +29,7 @@ from domains.domu.lease import Lease
 from domains.domu.pv_hardware import PvHardware
 from domains.domu.rest import Rest
 from domains.domu.upstream import BusUpstream
+from domains.domu.wallclock import WallClock
 from domains.granting import Granting
 from domains.hostmem import HostMemory
 from domains.pv.calls_version import Identity
@@ -86,6 +87,7 @@ class PvProcess:
         """Frames that a process before this one had granted, and that others have mapped."""
         self._ear = Ear(self._ring)
         self._ear.add(self.link.fileno())
+        self._wall = WallClock()
         self._lease = Lease(lambda: self.link.send(Report(what="lease")))
         self._handlers: dict[str, Handler] = {
             "lease_page": self._lease_page,
@@ -110,6 +112,8 @@ class PvProcess:
             "own_windows": self._own_windows,
             "channels": self._known_channels,
             "device_attached": self._driver_device,
+            "wallclock": lambda order, fds: self._moved(self._wall.set(order.body["ns_at_system_time_0"])),
+            "time_offset": lambda order, fds: self._moved(self._wall.set_offset(order.body["seconds"])),
             "ping": lambda order, fds: (0, b""),  # the hypervisor asks for a sign of life
         }
         self.link.send(Hello(pid=os.getpid(), role=start.role))
@@ -246,6 +250,12 @@ class PvProcess:
             self._hardware = PvHardware(self.link, self.upstream.console_line)
         return 0, b""
 
+    def _moved(self, ns: int) -> tuple[int, bytes]:
+        """The guest's time of day is another."""
+        if self.domain is not None:
+            self.domain.time_of_day_moved(ns)
+        return 0, b""
+
     def _pv_trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         """XEN_DOMCTL_SENDTRIGGER_NMI, the only one of a PV guest."""
         if self.domain is not None and order.body["trigger"] == XEN_DOMCTL_SENDTRIGGER_NMI:
@@ -318,7 +328,7 @@ class PvProcess:
             identity=Identity(handle=self._handle),
             hardware=self._hardware,
         )
-        domain = PvDomain(config, frames, xenmap, make_vcpu, self.upstream, HYPERCALLS, wall=time.time_ns)
+        domain = PvDomain(config, frames, xenmap, make_vcpu, self.upstream, HYPERCALLS, wall=self._wall)
         domain.calls.trace = self._trace
         for pfn, mfn, count in self._m2p:
             domain.mmu.set_m2p(mfn, range(pfn, pfn + count))

@@ -63,6 +63,7 @@ from drivers.pc.ioapic import decode_msi
 
 SHARED_INFO_VCPUS: Final = 32
 START_NS: Final = 1_000_000
+NS: Final = 1_000_000_000
 IF: Final = 1 << 9
 STRING_PORTS: Final = (0x1F0, 0x170, 0x511)
 """Data ports of IDE and of fw_cfg: whole blocks go through them."""
@@ -353,6 +354,12 @@ class HvmDomain(Turns[HvmState]):
         for state in self.states:
             if state.info >= 0:
                 self.time.update_time_info(self.cpu, state)
+
+    def time_of_day_moved(self, ns: int) -> None:
+        """The clock was set, by so much: the RTC goes with it, as Xen's does."""
+        self.update_clocks()
+        if self.board is not None:
+            self.board.rtc.shift((ns + NS // 2) // NS)
 
     # --- vCPUs that come and go
 

@@ -184,6 +184,10 @@ class PvDomain(Turns[VcpuState]):
 
     # --- what the shell calls between runs
 
+    def time_of_day_moved(self, ns: int) -> None:
+        """The clock was set, by so much."""
+        self.update_clocks()
+
     def give_io_memory(self, first: Mfn, count: int) -> None:
         """Registers of a device of the domain's own are there now: it may map them."""
         self.mmu.pages.io_frames.update(range(first, first + count))

@@ -89,6 +89,12 @@ class Rtc:
             return self._from_registers()
         return self._wall(self._now()) // SECOND
 
+    def shift(self, seconds: int) -> None:
+        """Who has set the machine's clock moves this one too. While software sets it, it stays as it is."""
+        if not self.standing:
+            self._flags(self._now())
+            self._offset += seconds * SECOND
+
     def _code(self, value: int) -> int:
         return value if self.memory[REG_B] & B_BINARY else value // 10 << 4 | value % 10
 

@@ -17,9 +17,7 @@ NSEC = 1_000_000_000
 
 
 class PlatformOps(DomainHooks):
-    """A wall clock that Dom0 set is told to every domain (order `wallclock`); until then each domain's
-    process takes
-    the host's."""
+    """A wall clock that Dom0 set is told to every domain (order `wallclock`); until then each domain's process takes the host's."""
 
     def __init__(
         self, domains: DomainTable, outbox: Outbox, config: MachineConfig, dispatcher: Dispatcher
@@ -48,11 +46,15 @@ class PlatformOps(DomainHooks):
         op = call.payload
         if getattr(op, "mbz", 0) or op.nsecs >= NSEC or op.secs >= 1 << 40:
             raise XenError(EINVAL)
-        self.wallclock_ns = op.secs * NSEC + op.nsecs - op.system_time
+        self.set_wallclock(op.secs * NSEC + op.nsecs - op.system_time)
+        return call.reply(0)
+
+    def set_wallclock(self, ns_at_system_time_0: int) -> None:
+        """Tell all domains the time of day: ns since 1970 at system time 0."""
+        self.wallclock_ns = ns_at_system_time_0
         for domain in self._domains:
             if domain.dying is Dying.ALIVE and domain.process_alive:
                 self._tell(domain)
-        return call.reply(0)
 
     def _tell(self, domain: Domain) -> None:
         self._outbox.tell(domain.domid, "wallclock", {"ns_at_system_time_0": self.wallclock_ns})

@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,11 @@ TABLE_AT: Final = 3 << 16
 TABLE_MAX: Final = 1 << 15
 MAX_FAULTS: Final = 256
 ANSWER_S: Final = 5.0
+HELLO: Final = 0xFFFFFFFF
+"""In the place of a fault's number: the hypervisor's observer says who it is."""
+GONE: Final = -1
+TIMED: Final = 1 << 31
+"""With a fault's number: its time has come, and the observer is to carry it out, or has done so."""
 _GENERATION, _LENGTH, _FAIL, _LOSSES, _TABLE = 0, 1, 2, 3, 4
 
 
@@ -149,6 +155,44 @@ class Edge:
         self._generation = -1
         self._by_event: dict[str, list[tuple[int, Fault]]] = {}
         self._patterns: list[tuple[re.Pattern[str], int, Fault]] = []
+        self._gone = False
+        self.timed: list[int] = []
+        """Faults whose time has come, which this process is to carry out (`obey`)."""
+        if role == "hypervisor":
+            self._socket.send(struct.pack("<II", HELLO, os.getpid()))
+
+    def fileno(self) -> int:
+        """Readable when the controller has something to say."""
+        return self._socket.fileno()
+
+    def obey(self, act: Callable[[list[Fault]], None]) -> bool:
+        """Carry out, by `act`, what is in `timed` and what the controller has said since, and tell it. False: it is gone."""
+        here = True
+        while (packet := self._packet()) is not None:
+            here = packet != GONE
+            if packet & TIMED and here:
+                self.timed.append(packet & ~TIMED)
+        due, self.timed = self.timed, []
+        plan = self.board.read_plan() if due else []
+        for index in due:
+            if index < len(plan):
+                act([plan[index]])
+                with contextlib.suppress(OSError):
+                    self._socket.send(struct.pack("<II", index | TIMED, os.getpid()))
+        return here
+
+    def _packet(self) -> int | None:
+        """A number that came, if one did; GONE once, and then nothing, if nobody is there any more."""
+        if self._gone:
+            return None
+        try:
+            raw = self._socket.recv(16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            raw = b""
+        self._gone = not raw
+        return int.from_bytes(raw[:4], "little") if raw else GONE
 
     def _refresh(self) -> None:
         generation = self.board.generation
@@ -200,4 +244,6 @@ class Edge:
                 return False
             if packet == struct.pack("<I", index):
                 return True
+            if len(packet) == 4 and (number := struct.unpack("<I", packet)[0]) & TIMED:
+                self.timed.append(number & ~TIMED)
         return False

@@ -24,7 +24,7 @@ from hypervisor.shell.devices import address_of, is_device
 from hypervisor.shell.peers import Peer
 from hypervisor.shell.server import Server
 from simulation.live.edge import Edge
-from simulation.live.plan import Fault, What
+from simulation.live.plan import LINKS, Fault, What
 
 STRANGE_IOVA: Final = 0x7FFF_0000_0000
 NAMES: Final = {
@@ -45,19 +45,28 @@ def damaged(raw: bytes, fault: Fault) -> bytes:
     return raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :]
 
 
+def size_of(message: Message) -> int:
+    """Bytes of it, and of the data that it has moved."""
+    moved = sum(item[1] for item in message.items) if isinstance(message, Dma) else 0
+    return len(encode(message)) + moved
+
+
 class _Link:
     """One process's link: until when it is slow or silent, and when what it holds is due."""
 
     def __init__(self) -> None:
         self.until = 0
         self.latency = self.jitter = 0
+        self.bytes_per_s, self.narrow_until = 0, 0
         self.due = {"from": 0, "to": 0}
         """Nothing passes before this: messages keep their order."""
         self.rng = random.Random(0)
 
-    def delay(self, now: int, way: str, more: int = 0) -> int:
-        """When a message of now passes; 0: at once."""
+    def delay(self, now: int, way: str, more: int = 0, size: Callable[[], int] = lambda: 0) -> int:
+        """When a message of now passes; 0: at once. `size`: in bytes, asked for where it matters."""
         when = now + more
+        if now < self.narrow_until:  # it begins when what was before it is through
+            when = max(when, self.due[way]) + size() * 1_000_000_000 // self.bytes_per_s
         if now < self.until:
             when += self.latency + (self.rng.randrange(self.jitter) if self.jitter else 0)
         when = max(when, self.due[way])
@@ -79,6 +88,8 @@ class FaultyServer(Server):
         self._timer = product_timer()
         self._by_fd[self._timer] = self._clock = _Clock()  # type: ignore[assignment]  # told apart in `_serve`
         self._epoll.register(self._timer, 1)
+        self._by_fd[EDGE.fileno()] = self._clock  # type: ignore[assignment]  # as well
+        self._epoll.register(EDGE.fileno(), 1)
         EDGE.board.write_table({"hypervisor": ["hypervisor", os.getpid()]})
 
     # ------------------------------------------------------------------ who is who
@@ -116,13 +127,24 @@ class FaultyServer(Server):
             os.read(self._timer, 8)
             self._release()
             return
+        if fd == EDGE.fileno():
+            self._obey_times()
+            return
         super()._serve(peer, fd, events)
+
+    def _obey_times(self) -> None:
+        """Faults whose time has come."""
+        if not EDGE.obey(lambda faults: self._act(faults, time.monotonic_ns())):
+            self._epoll.unregister(EDGE.fileno())
+        self._apply()
 
     def _hold(self, when: int, action: Callable[[], None]) -> None:
         heapq.heappush(self._held, (when, next(self._serial), action))
         set_timer(self._timer, self._held[0][0])
 
     def _release(self) -> None:
+        if EDGE.timed:
+            EDGE.obey(lambda faults: self._act(faults, time.monotonic_ns()))
         now = time.monotonic_ns()
         while self._held and self._held[0][0] <= now:
             heapq.heappop(self._held)[2]()
@@ -136,12 +158,20 @@ class FaultyServer(Server):
     def _act(self, faults: list[Fault], now: int) -> None:
         """Faults of links; those of processes were carried out by the controller."""
         for fault in faults:
-            for number in self._targets(fault) if fault.what in (What.DELAY, What.SILENCE, What.CUT) else ():
+            if fault.what is What.CLOCK_JUMP:
+                platform = self.core.platform
+                here = platform.wallclock_ns
+                if here is None:
+                    here = time.time_ns() - time.monotonic_ns()
+                platform.set_wallclock(here + int(fault.by_ms * MS))
+            for number in self._targets(fault) if fault.what in LINKS else ():
                 link = self._link(number)
                 if fault.what is What.DELAY:
                     link.rng = random.Random(fault.seed)
                     link.until = now + int(fault.for_ms * MS)
                     link.latency, link.jitter = int(fault.latency_ms * MS), int(fault.jitter_ms * MS)
+                elif fault.what is What.BANDWIDTH:
+                    link.bytes_per_s, link.narrow_until = fault.bytes_per_s, now + int(fault.for_ms * MS)
                 elif fault.what is What.SILENCE:
                     link.due = dict.fromkeys(link.due, now + int(fault.for_ms * MS))
                 else:
@@ -175,7 +205,9 @@ class FaultyServer(Server):
         changed = self._changed(peer, message, [*faults, *own])
         if changed is None:
             return
-        when = self._link(peer.domain).delay(now, "from", held)
+        if EDGE.timed:  # they came while an answer was waited for
+            set_timer(self._timer, now)
+        when = self._link(peer.domain).delay(now, "from", held, lambda: size_of(changed))
         if when:
             self._hold(when, lambda: self._pass(peer, changed))
         else:
@@ -232,7 +264,7 @@ class FaultyServer(Server):
             put = self._put(peer, message, faults, plain)
             if put is None:
                 return
-            when = self._link(peer.domain).delay(now, "to")
+            when = self._link(peer.domain).delay(now, "to", 0, lambda: size_of(message))
             if when:
                 self._hold(when, put)
             else:

@@ -53,6 +53,8 @@ class What(StrEnum):
     DELAY = "delay"
     """Messages of the target's link, in both directions, come `latency_ms` (and up to `jitter_ms`) later, for `for_ms`. At a hypercall or
     `dma`: this message comes so much later, and what follows it on the link after it."""
+    BANDWIDTH = "bandwidth"
+    """What passes on the target's link, and of a device's DMA, is at most `bytes_per_s` in each direction, for `for_ms`."""
     SILENCE = "silence"
     """Nothing passes on the target's link for `for_ms`; then all of it does, in order."""
     CUT = "cut"
@@ -77,11 +79,15 @@ class What(StrEnum):
     """The DMA of the event goes to an address that the device was never given."""
     DEVICE_ERROR = "device-error"
     """The media fail the next `count` requests."""
+    CLOCK_JUMP = "clock-jump"
+    """The machine's time of day jumps by `by_ms`: the wall clock of every guest, and the RTC of full HVM guests."""
     POWER_CUT = "power-cut"
     """The disk loses power and starts again. What it wrote since the last flush is `kept`, `lost`, or each sector by chance (`torn`)."""
 
 
-LINKS: Final = (What.DELAY, What.SILENCE, What.CUT)
+LINKS: Final = (What.DELAY, What.BANDWIDTH, What.SILENCE, What.CUT)
+HYPERVISORS: Final = (*LINKS, What.CLOCK_JUMP)
+"""What the hypervisor's observer carries out."""
 PASSIVE: Final = (
     What.LOSE, What.SPURIOUS, What.CORRUPT, What.TRUNCATE, What.NO_MEMORY, What.NO_PORTS, What.NO_GRANTS, What.NO_IOMMU, What.WRONG_DMA,
 )  # fmt: skip
@@ -109,6 +115,8 @@ class Fault(BaseModel):
     for_ms: Annotated[float, Field(ge=0, le=60_000)] = 50.0
     latency_ms: Annotated[float, Field(ge=0, le=10_000)] = 10.0
     jitter_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0
+    bytes_per_s: Annotated[int, Field(ge=1, le=1 << 40)] = 1_000_000
+    by_ms: Annotated[float, Field(ge=-1e14, le=1e14)] = 3_600_000.0
     factor: Annotated[int, Field(ge=2, le=100)] = 10
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     keep: Literal["kept", "lost", "torn"] = "torn"
@@ -126,6 +134,8 @@ class Fault(BaseModel):
             raise ValueError(f"{self.what} needs an event of {', '.join(needs)}")
         if self.what in (What.POWER_CUT, What.DEVICE_ERROR) and not self.target.startswith("nvme"):
             raise ValueError(f"{self.what} needs target = 'nvme'")
+        if self.what is What.CLOCK_JUMP and self.target != "hypervisor":
+            raise ValueError("clock-jump needs target = 'hypervisor': the time of day is the whole machine's")
         if self.what in LINKS and self.target.startswith("hypervisor"):
             raise ValueError(f"{self.what}: the hypervisor has no link of its own: name the other end")
         return self

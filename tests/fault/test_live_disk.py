@@ -127,13 +127,14 @@ def put(worker: ChaosMachine, vdev: str, image: Path) -> str:
         (What.CUT, "domio"),
         (What.CUT, "nvme"),
         (What.DELAY, "nvme"),
+        (What.BANDWIDTH, "nvme"),
         (What.SLOW, "domio"),
     ],
 )
 def test_links_that_are_late_silent_or_cut(worker: ChaosMachine, what: What, target: str) -> None:
     """At a DMA request, for 300 ms: the guest sees a pause at most."""
     fault = worker.faults.add(
-        what, target=target, event="ring:request", for_ms=300, latency_ms=3, jitter_ms=3
+        what, target=target, event="ring:request", for_ms=300, latency_ms=3, jitter_ms=3, bytes_per_s=500_000
     )
     assert worker.does("worker", DISK, "put", 90.0)
     assert worker.faults.hit(fault)

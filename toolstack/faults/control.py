@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from simulation.live.edge import Board
-from simulation.live.plan import LINKS, PASSIVE, Fault, What
+from simulation.live.edge import HELLO, TIMED, Board
+from simulation.live.plan import HYPERVISORS, PASSIVE, Fault, What
 
 SIGNALS: Final = {What.KILL: signal.SIGKILL, What.SEGFAULT: signal.SIGSEGV, What.FREEZE: signal.SIGSTOP}
 SLICE_S: Final = 0.01
@@ -61,6 +61,8 @@ class Faults:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, "listener")
         self._selector.register(self._woken, selectors.EVENT_READ, "wake")
+        self._hypervisor: socket.socket | None = None
+        """Its observer's connection."""
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
         self._thread.start()
@@ -168,8 +170,16 @@ class Faults:
         if len(packet) != 8:
             self._selector.unregister(connection)
             connection.close()
+            if connection is self._hypervisor:
+                self._hypervisor = None
             return
         index, pid = struct.unpack("<II", packet)
+        if index == HELLO:
+            self._hypervisor = connection
+            return
+        if index & TIMED:  # the hypervisor has done what its time had come for
+            self._done(index & ~TIMED)
+            return
         if index < len(self._faults) and not self.board.missed(index):  # else the event is long over
             self._strike(self._faults[index], pid)
         with contextlib.suppress(OSError):
@@ -177,12 +187,25 @@ class Faults:
 
     def _timed(self, index: int) -> None:
         fault = self._faults[index]
-        self.board.mark(index)
-        self._strike(fault, 0)
+        if fault.what not in HYPERVISORS:
+            self.board.mark(index)
+            self._strike(fault, 0)
+            return
+        try:
+            if self._hypervisor is None:
+                raise OSError("no hypervisor runs")
+            self._hypervisor.send(struct.pack("<I", index | TIMED))
+        except OSError:
+            self.board.miss(index)
+
+    def _done(self, index: int) -> None:
+        if index < len(self._faults) and not self.board.counts(index)[1]:
+            self.board.mark(index)
+            self._strike(self._faults[index], 0)
 
     def _strike(self, fault: Fault, observer: int) -> None:
         pids: list[int] = []
-        if fault.what not in PASSIVE and fault.what not in LINKS:
+        if fault.what not in PASSIVE and fault.what not in HYPERVISORS:
             pids = self._hit(fault, observer)
         self.struck.append(Struck(fault, time.monotonic(), tuple(pids)))
 

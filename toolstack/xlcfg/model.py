@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 import uuid as uuid_module
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from toolstack.xlcfg.vnc import HVM_VNC_KEYS, Vnc, parse_vnc
 Action = Literal[
     "destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset"
 ]
+MAX_TIME_OFFSET_S: Final = 100_000_000_000
+"""Three thousand years: what a clock of seconds and years of four digits can show."""
 Parsed = TypeVar("Parsed")
 MAX_FILE: Final = 1 << 20
 HVM_KEYS: Final = ("boot", "serial", "vga", "firmware_override", "bios_path_override")
@@ -71,6 +74,8 @@ class XlConfig(BaseModel):
     """"": libxl's."""
     vnc: Vnc | None = None
     hap: bool = True
+    time_offset: int = 0
+    """Seconds: `rtc_timeoffset`, and the time zone's with `localtime`."""
     warnings: list[str] = []
 
     def domain_fields(self) -> dict[str, Any]:
@@ -86,6 +91,7 @@ class XlConfig(BaseModel):
             "cpu_weight",
             "cap",
             "uuid",
+            "time_offset",
         )
         actions = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
         fields = {name: getattr(self, name) for name in (*same, *actions, "disks", "vifs", "pci")}
@@ -206,6 +212,7 @@ def understand(settings: dict[str, Setting], source: str, base: Path = Path()) -
         "vga": _vga(read),
         "vnc": _vnc(read),
         "hap": _hap(read),
+        "time_offset": _time_offset(read),
         "serial_by_default": "serial" not in settings and "firmware_override" not in settings,
         "firmware_path": _path(read.string("firmware_override") or read.string("bios_path_override"), base),
         "bios_path": _path(read.string("bios_path_override"), base),
@@ -322,6 +329,17 @@ def _shim(read: _Reader, base: Path) -> dict[str, Any]:
         "shim_path": _path(read.string("pvshim_path"), base),
         "shim_cmdline": " ".join(word for word in words if word),
     }
+
+
+def _time_offset(read: _Reader) -> int:
+    """Seconds; negative ones are given in quotes, as the grammar has no sign."""
+    setting = read.settings.get("rtc_timeoffset")
+    data = setting.value.data if setting is not None else 0
+    if isinstance(data, str) and re.fullmatch(r"-?[0-9]{1,12}", data):
+        data = int(data)
+    if not isinstance(data, int) or abs(data) > MAX_TIME_OFFSET_S:
+        raise read.fail("rtc_timeoffset", f"must be a number of seconds, at most {MAX_TIME_OFFSET_S}")
+    return data + (time.localtime().tm_gmtoff if read.number("localtime", 0) else 0)
 
 
 def _hap(read: _Reader) -> bool:

@@ -210,6 +210,8 @@ class Manager:
         xc.max_vcpus(domid, vcpus)
         extra = slack_kib(vcpus, pv=config.type == "pv")
         xc.max_mem(domid, (max(config.memory_mb, config.maxmem_mb) << 10) + extra)
+        if config.time_offset:
+            xc.set_time_offset(domid, config.time_offset)
         self.hardware.give(domid, config.pci)
         xenstore_port = host.alloc_unbound(domid, DOMID_SELF)
         console_port = host.alloc_unbound(domid, DOMID_SELF)

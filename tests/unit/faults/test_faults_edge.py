@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Edge, socket.s
         monkeypatch.setattr(edge, "ANSWER_S", 0.1)
         observer = Edge("hypervisor")
         connection, _ = listener.accept()
+        assert connection.recv(16) == struct.pack("<II", edge.HELLO, os.getpid())
         try:
             yield observer, connection
         finally:
@@ -101,3 +104,71 @@ def test_what_comes_too_late_is_not_carried_out_and_told(monkeypatch: pytest.Mon
         observer._socket.close()
         observer.board.close()
         faults.close()
+
+
+def test_what_time_brings_to_the_hypervisor_is_carried_out_there_and_told(
+    controller: tuple[Edge, socket.socket],
+) -> None:
+    """Also what comes while an answer to another fault is waited for; and the end of the controller is seen once."""
+    observer, connection = controller
+    late = Fault(what=What.DELAY, target="nvme", at_ms=1.0)
+    observer.board.write_plan([*PLAN, late])
+    done: list[Fault] = []
+    connection.send(struct.pack("<I", 2 | edge.TIMED))
+    assert observer.obey(done.extend)
+    assert done == [late]
+    assert connection.recv(16) == struct.pack("<II", 2 | edge.TIMED, os.getpid())
+
+    connection.send(struct.pack("<I", 2 | edge.TIMED))  # first, and then the answer to the kill
+    connection.send(struct.pack("<I", 0))
+    assert [fault.event for fault in observer.happen("dma")] == ["dma"]
+    assert observer.timed == [2]
+    assert observer.obey(done.extend)
+    assert done == [late, late]
+
+    connection.close()
+    assert not observer.obey(done.extend)
+    assert observer.obey(done.extend)
+    assert len(done) == 2
+
+
+def test_a_timed_fault_of_a_link_counts_when_the_hypervisor_has_carried_it_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not before; without a hypervisor it is missed."""
+    faults = Faults()
+    try:
+        monkeypatch.setenv("DOMICILE_FAULTS", faults.directory)
+        nobody = faults.add("silence", target="domio", at_ms=0)
+        with pytest.raises(AssertionError, match="not carried out in time"):
+            faults.wait(nobody, timeout=10.0)
+        observer = Edge("hypervisor")
+        table = faults._selector.get_map()
+        deadline = time.monotonic() + 5.0
+        while faults._hypervisor is None:
+            assert time.monotonic() < deadline, len(table)
+            select.select([], [], [], 0.01)
+        fault = faults.add("bandwidth", target="nvme", at_ms=0, bytes_per_s=1000)
+        assert select.select([observer], [], [], 5.0)[0]
+        assert not faults.hit(fault)
+        done: list[Fault] = []
+        assert observer.obey(done.extend)
+        assert faults.wait(fault, timeout=10.0).pids == ()
+        assert done == [fault]
+        observer._socket.close()
+        observer.board.close()
+    finally:
+        faults.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"what": "clock-jump", "target": "domu", "at_ms": 1}, "clock-jump needs target = 'hypervisor'"),
+        ({"what": "bandwidth", "target": "hypervisor", "at_ms": 1}, "the hypervisor has no link of its own"),
+        ({"what": "bandwidth", "target": "nvme", "at_ms": 1, "bytes_per_s": 0}, "bytes_per_s"),
+    ],
+)
+def test_faults_that_make_no_sense_are_refused(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Fault.model_validate(fields)

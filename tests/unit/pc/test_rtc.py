@@ -243,3 +243,15 @@ def test_what_firmware_finds(clock: Clock) -> None:
     for bad in ("x", "cdna"):
         with pytest.raises(ValueError, match="boot order"):
             cmos_for_firmware(clock.rtc.memory, low_memory=8 << 20, high_memory=0, boot=bad, vcpus=1)
+
+
+def test_who_sets_the_machines_clock_moves_this_one(clock: Clock) -> None:
+    """Backwards, too; but not one that software is setting."""
+    clock.rtc.shift(3)
+    assert clock.date() == [0x20, 0x24, 3, 1, 0, 0, 0]
+    clock.rtc.shift(-86_400)
+    assert clock.date()[1:] == [0x24, 2, 0x29, 0, 0, 0]
+    clock.set(0xB, 0x82)
+    clock.rtc.shift(3600)
+    clock.set(0xB, 0x02)
+    assert clock.date()[1:] == [0x24, 2, 0x29, 0, 0, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -360,13 +362,48 @@ OTHERS = {
     "on_soft_reset": '"restart"', "uuid": '"00112233-4455-6677-8899-aabbccddeeff"', "disk": '["/d,raw,xvda,w"]', "vif": '["bridge=x"]', "pci": '["01:00.0"]',
     "boot": '"d"', "serial": '"pty"', "vga": '"none"', "pvshim": "1", "pvshim_path": '"/s"', "pvshim_cmdline": '"x"', "pvshim_extra": '"x"',
     "firmware_override": '"/f"', "bios_path_override": '"/f"', "hap": "0", "vnc": "1", "vnclisten": '"::1"',
-    "vncdisplay": "7", "vncunused": "0", "vncpasswd": '"x"',
+    "vncdisplay": "7", "vncunused": "0", "vncpasswd": '"x"', "localtime": "1", "rtc_timeoffset": '"-3600"',
 }  # fmt: skip
 """A value of each key that is not its default."""
 
 
+def made_with(lines: str) -> XlConfig:
+    return model(f'name = "a"\nkernel = "/k"\nmemory = 32\n{lines}')
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """India's local time is five and a half hours ahead, all the year."""
+    monkeypatch.setenv("TZ", "Asia-5:30")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("lines", "offset"),
+    [
+        ("", 0),
+        ("rtc_timeoffset = 3600", 3600),
+        ('rtc_timeoffset = "-7200"', -7200),
+        ("localtime = 1", 19_800),
+        ("localtime = 0\nrtc_timeoffset = 5", 5),
+        ('localtime = 1\nrtc_timeoffset = "-19800"', 0),
+    ],
+)
+def test_the_offset_of_a_guests_clock(zone: None, lines: str, offset: int) -> None:
+    assert made_with(lines).domain_fields()["time_offset"] == offset
+
+
+@pytest.mark.parametrize("value", ['"1h"', "[1]", "1000000000000", '"-1000000000000"'])
+def test_an_offset_that_is_none(value: str) -> None:
+    with pytest.raises(ConfigError, match="rtc_timeoffset"):
+        made_with(f"rtc_timeoffset = {value}")
+
+
 @pytest.mark.parametrize("key", UNDERSTOOD)
-def test_each_key_that_is_understood_has_an_effect_or_gives_a_warning(key: str) -> None:
+def test_each_key_that_is_understood_has_an_effect_or_gives_a_warning(key: str, zone: None) -> None:
     base = {"name": '"a"', "kernel": '"/k"', "memory": "32", "uuid": '"00000000-0000-0000-0000-000000000001"'}
 
     def made(settings: dict[str, str]) -> XlConfig:
