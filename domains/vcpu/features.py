@@ -26,8 +26,9 @@ MASKED: Final[dict[tuple[int, int, int], int]] = {
         21, 24,  # x2APIC, TSC deadline: the machine's, once their MSRs are trapped
     ),
     (1, 0, EDX): _bits(18, 21, 22, 27, 28, 29, 31),  # PSN, DS, ACPI, SS, HTT, TM, PBE
-    (7, 0, EBX): ~_bits(0, 3, 7, 8, 9) & 0xFFFFFFFF,  # all but FSGSBASE, BMI1, SMEP, BMI2, ERMS: SMAP (CLAC is #UD),
-    # INVPCID, AVX2, AVX512, RTM, HLE, MPX, ADX, CLFLUSHOPT, CLWB, SHA, RDSEED stay hidden
+    (7, 0, EBX): ~_bits(0, 3, 7, 8) & 0xFFFFFFFF,  # all but FSGSBASE, BMI1, SMEP, BMI2: SMAP (CLAC is #UD),
+    # INVPCID, AVX2, AVX512, RTM, HLE, MPX, ADX, CLFLUSHOPT, CLWB, SHA, RDSEED stay hidden; ERMS: a step of REP MOVSB takes as long as
+    # one of REP MOVSQ here, and guests that see ERMS copy by the former
     (7, 0, ECX): 0xFFFFFFFF,  # UMIP, PKU, LA57, RDPID
     (7, 0, EDX): 0xFFFFFFFF,
     (0xD, 0, EAX): ~3 & 0xFFFFFFFF,  # XCR0: x87 and SSE only
