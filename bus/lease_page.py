@@ -1,4 +1,4 @@
-"""The lease page: one sealed memfd page a domain, shared by the hypervisor and the domain's process.
+"""The lease page: one sealed memfd a domain, shared by the hypervisor and the domain's process.
 
 Words are u64, little-endian, written by one side each. The hypervisor believes nothing that the domain writes: it measures CPU
 time itself. Beside the page go two doorbells: one by which the hypervisor says "look at the page", one by which the domain does.
@@ -12,7 +12,7 @@ from typing import Final
 
 from bus import sealed
 
-SIZE: Final = 4096
+SIZE: Final = 5 * 4096
 MAX_VCPUS: Final = 128
 
 NONE: Final = 0
@@ -27,9 +27,10 @@ EPOCH: Final = 1
 END: Final = 2
 """CLOCK_MONOTONIC ns at which a GRANTED lease ends."""
 STALE: Final = 3
-"""Counts the times at which frames of the domain were written by others whose translated code is stale then: an order `drop_code`
-whose `seq` has reached it says which. The order goes by another way than what tells of the write (a doorbell, a ring in shared
-memory) and may come later: guest code must not run before it."""
+"""Counts the entries of the ring of stale frames: what others wrote to, so that code translated from it is stale. An entry, and this
+count, are written before anybody is told of the write: the domain's process takes them before it runs guest code."""
+STALE_ALL: Final = 4
+"""The ring was full when STALE had this value: any frame may be stale up to there. Written before STALE."""
 
 # written by the domain
 WANTS: Final = 8
@@ -42,8 +43,17 @@ CURRENT: Final = 11
 """The vCPU that ran last."""
 YIELDS: Final = 12
 """Counts how often it let others go first. The hypervisor answers each by an EPOCH of its own, whatever it decides."""
+DROPPED: Final = 13
+"""Entries of the ring of stale frames that it has taken: room for more. Said too high, its own guest runs stale code."""
 VCPU_TIME: Final = 16
 """From here on, for each vCPU: ns on a CPU."""
+
+# written by the hypervisor
+STALE_RING: Final = 512
+"""From here on the ring: entry n is in word STALE_RING + n % STALE_ENTRIES: the first MFN, and above STALE_RUN_SHIFT the count of frames."""
+STALE_ENTRIES: Final = 2048
+STALE_RUN_SHIFT: Final = 48
+MAX_STALE_RUN: Final = (1 << 16) - 1
 
 
 class LeasePage:

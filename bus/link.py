@@ -153,6 +153,8 @@ class DomainLink(_Link):
         self._answers: dict[int, HypercallReply] = {}
         """Answers that an inner exchange, or a `dispatch` within a handler, took for an outer one. At most one for each of `_waiting`."""
         self.calls = 0
+        self.before_return: Callable[[], None] = lambda: None
+        """Called before an answer is given to who waited for it."""
         self.trace: Trace = off()
         """Of a native domain: a guest's process notes its guest's hypercalls itself."""
 
@@ -190,6 +192,7 @@ class DomainLink(_Link):
         finally:
             self._waiting.discard(token)
             self._answers.pop(token, None)
+        self.before_return()
         return found.rc, found.data
 
     def _dispatched(self, message: Message) -> None:

@@ -59,7 +59,6 @@ class GuestProcess(PvProcess):
                     "get_hvm_context": self._get_hvm_context,
                     "hvm_param": self._hvm_param,
                     "trigger": self._trigger,
-                    "drop_code": self._hvm_drop_code,
                     "device_attached": self._device_attached,
                     "msi": self._msi,
                     "grant_attach": self._hvm_attach,
@@ -87,12 +86,13 @@ class GuestProcess(PvProcess):
             self.physmap.changed(gfn, mfn, count, kind)
         return 0, b""
 
-    def _hvm_drop_code(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
-        assert self.physmap is not None
-        for mfn in order.body["frames"]:
-            self.physmap.drop_code(mfn)
-        self._lease.dropped(order.body["seq"])
-        return 0, b""
+    def _drop_runs(self, runs: list[tuple[int, int]]) -> None:
+        if self.physmap is None:
+            super()._drop_runs(runs)
+            return
+        for first, count in runs:
+            for mfn in range(first, first + count):
+                self.physmap.drop_code(mfn)
 
     # ------------------------------------------------------------------ start
 
@@ -228,6 +228,7 @@ class GuestProcess(PvProcess):
         while self.link.dispatch():
             pass
         self._take_doorbells(self._ear.ready(0))
+        self._drop_stale()
 
     def _take_doorbells(self, fds: list[int]) -> None:
         super()._take_doorbells(fds)

@@ -37,14 +37,21 @@ class Lease:
         self._ours.take()
         return True
 
-    def dropped(self, number: int) -> None:
-        """Stale code is dropped up to that number."""
-        self._dropped = max(self._dropped, number)
-
-    @property
-    def stale(self) -> bool:
-        """Frames were written by others, and the order that says which has not come yet: no guest code may run."""
-        return self._page is not None and self._page.words[lp.STALE] > self._dropped
+    def take_stale(self) -> list[tuple[int, int]] | None:
+        """Runs (first MFN, count) of frames that others wrote to since the last call: their translated code must be dropped before guest
+        code runs. None: there may be any."""
+        page = self._page
+        if page is None or (end := page.words[lp.STALE]) == self._dropped:
+            return []
+        words, begin = page.words, self._dropped
+        runs: list[tuple[int, int]] | None = None
+        if words[lp.STALE_ALL] <= begin and begin < end <= begin + lp.STALE_ENTRIES:
+            runs = []
+            for number in range(begin, end):
+                entry = words[lp.STALE_RING + number % lp.STALE_ENTRIES]
+                runs.append((entry & ((1 << lp.STALE_RUN_SHIFT) - 1), entry >> lp.STALE_RUN_SHIFT))
+        words[lp.DROPPED] = self._dropped = end
+        return runs
 
     def may_run(self) -> bool:
         """The domain holds a lease that is not over."""

@@ -43,8 +43,6 @@ from domains.vcpu.unicorn_vcpu import UnicornVcpu
 MAX_MFN: Final = 1 << 24
 """The machine-to-physical table covers this many frames (hypervisor.core.config.MachineConfig.mfn_limit)."""
 IDLE_S: Final = 60.0
-STALE_S: Final = 1.0
-"""So long at a time the order is waited for that says what code is stale."""
 YIELD_BOUND_NS: Final = 10_000_000
 Handler = Callable[[Order, list[int]], tuple[int, bytes]]
 
@@ -60,6 +58,7 @@ class PvProcess:
             from_descriptor(start.fds["keys"]), socket.socket(fileno=start.fds["descriptors"])
         )
         self.link.on_message = self._message
+        self.link.before_return = self._drop_stale
         self.upstream = BusUpstream(self.link)
         self.upstream.deliver = self._deliver
         self.upstream.before_shutdown = self._report_counters
@@ -107,7 +106,6 @@ class PvProcess:
             "doorbell": self._doorbell,
             "doorbell_off": self._doorbell_off,
             "loop": self._loop,
-            "drop_code": self._drop_code,
             "trigger": self._pv_trigger,
             "own_windows": self._own_windows,
             "channels": self._known_channels,
@@ -156,10 +154,7 @@ class PvProcess:
                 if not lease.may_run():
                     self._wait(IDLE_S)
                 continue
-            if lease.stale:
-                self._ear.set_deadline(0)
-                self._wait(STALE_S)
-                continue
+            self._drop_stale()
             self._ear.set_deadline(min((t for t in (deadline, lease.end) if t), default=0))
             self._ear.arm()
             lease.running()
@@ -380,13 +375,20 @@ class PvProcess:
         self.upstream.loops[order.body["port"]] = Port(order.body["other"])
         return 0, b""
 
-    def _drop_code(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
-        """Others wrote to these frames: what was translated from them is stale."""
+    def _drop_stale(self) -> None:
+        """Others wrote to frames: what was translated from them is dropped. Before guest code runs, and before it goes on after anything
+        that the hypervisor did for it."""
+        runs = self._lease.take_stale()
+        if runs is None:
+            assert self.memory is not None
+            runs = [(self.memory.base, self.memory.frames)]
+        if runs:
+            self._drop_runs(runs)
+
+    def _drop_runs(self, runs: list[tuple[int, int]]) -> None:
         if self.domain is not None:
-            for mfn in order.body["frames"]:
-                self.domain.cpu.drop_code(Mfn(mfn))
-        self._lease.dropped(order.body["seq"])
-        return 0, b""
+            for first, count in runs:
+                self.domain.vcpu.drop_code(MachineAddr(first << PAGE_SHIFT), count << PAGE_SHIFT)
 
     def counters(self) -> dict[str, Any]:
         """What the guest did, for the record of a run: hypercalls by name, exceptions by vector, events delivered."""

@@ -115,7 +115,6 @@ class NativeDomain:
             "memory": self._memory_news,
             "own_windows": self._own_windows,
             "channels": self._known_channels,
-            "drop_code": lambda order, fds: b"",
             "loop": lambda order, fds: b"",
             "start": lambda order, fds: b"",
             "wallclock": lambda order, fds: b"",  # it has the host's

@@ -123,8 +123,8 @@ _KINDS = (
     OrderKind(
         "drop_code",
         False,
-        "frames (MFNs), seq (the lease page's STALE has at least that)",
-        "the hypervisor wrote to them: translated code is stale",
+        "frames (MFNs)",
+        "the hypervisor wrote to them: translated code is stale. Told by the lease page (bus.lease_page), not by a message",
     ),
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,18 @@ def cpu_clock(pid: int) -> int:
         return 0
 
 
+def _runs(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of frames that follow each other."""
+    first, count = frames[0], 0
+    for frame in frames:
+        if frame == first + count and count < lp.MAX_STALE_RUN:
+            count += 1
+            continue
+        yield first, count
+        first, count = frame, 1
+    yield first, count
+
+
 @dataclass(slots=True)
 class _Lease:
     domain: DomId
@@ -51,6 +63,7 @@ class _Lease:
     enabled: bool = False
     offences: int = 0
     stale: int = 0
+    """Entries of stale frames that were written."""
     yields: int = 0
 
 
@@ -129,16 +142,24 @@ class Leases:
             if unit.state is State.HOLDING:
                 self._trace.add(Kind.LEASE, unit.cpu, unit.domain, 1, unit.end or 0, time=now)
 
-    def stale(self, domain: DomId) -> int:
-        """Frames of the domain were written: an order that says which follows. Its number; 0: it has no page. Its vCPUs stop and look."""
+    def stale(self, domain: DomId, frames: Sequence[int]) -> None:
+        """These frames of the domain were written by somebody else: its process drops what it translated from them before it runs guest
+        code, and stops its vCPUs to do so. A domain without a process, or that runs no guest code, has nothing to drop."""
         lease = self._leases.get(domain)
-        if lease is None:
-            return 0
-        lease.stale += 1
-        lease.page.words[lp.STALE] = lease.stale
-        if lease.to_domain is not None:
-            lease.to_domain.ring()
-        return lease.stale
+        if lease is None or not frames:
+            return
+        words = lease.page.words
+        taken = words[lp.DROPPED]  # its own word: what it says wrong harms its own guest
+        runs = list(_runs(frames))
+        if taken > lease.stale or lease.stale + len(runs) - taken > lp.STALE_ENTRIES:
+            lease.stale += 1
+            words[lp.STALE_ALL] = lease.stale
+        else:
+            for first, count in runs:
+                words[lp.STALE_RING + lease.stale % lp.STALE_ENTRIES] = first | count << lp.STALE_RUN_SHIFT
+                lease.stale += 1
+        words[lp.STALE] = lease.stale
+        self._ring(lease)
 
     def rang(self, fd: int) -> bool:
         """A descriptor was readable. False if it is none of a lease."""

@@ -37,8 +37,6 @@ HANDSHAKE_S: Final = 2.0
 DESCRIPTOR_BUFFER: Final = 256 << 10
 PADDING: Final = 512
 """Bytes of the descriptor socket's buffer (which the kernel makes twice as large) that each descriptor under way takes."""
-MERGED: Final = 512
-"""Most frames in one of the messages that are put together while a peer is slow."""
 REPORT_BURST: Final = 16
 REPORTS_A_SECOND: Final = 2
 BEHIND_MESSAGES: Final = 256
@@ -93,13 +91,8 @@ class _Raised:
         self.events: dict[tuple[int, int], None] = {}
 
 
-class _Stale:
-    """Frames whose translated code is to be dropped."""
-
-    def __init__(self) -> None:
-        self.frames: dict[int, None] = {}
-        self.number = 0
-        """Of the lease page's STALE: with this order all is told up to there."""
+class _Look:
+    """The order `lease`: look at the lease page."""
 
 
 class Peer:
@@ -122,11 +115,11 @@ class Peer:
         descriptors.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESCRIPTOR_BUFFER)
         self._descriptors = PacketLink(descriptors, DESCRIPTORS, descriptors=False)
         self._bundles = itertools.count(1)
-        self._backlog: deque[bytes | _Raised | _Stale] = deque()
+        self._backlog: deque[bytes | _Raised | _Look] = deque()
         self._telling: dict[tuple[int, int], _Raised] = {}
         """Events in the backlog: one that waits already is not queued again, whoever raises it how often."""
-        self._stale: dict[int, _Stale] = {}
-        """The same of frames."""
+        self._looks = False
+        """That order is in the backlog."""
         self._partial = b""
         self.listener: socket.socket | None = None
         self._connection: _Connection | None = None
@@ -315,12 +308,9 @@ class Peer:
             for event in item.events:
                 del self._telling[event]
             return encode(Raised(events=list(item.events)))
-        if isinstance(item, _Stale):
-            for frame in item.frames:
-                del self._stale[frame]
-            return encode(
-                Order(order=0, what="drop_code", body={"frames": list(item.frames), "seq": item.number})
-            )
+        if isinstance(item, _Look):
+            self._looks = False
+            return encode(Order(order=0, what="lease"))
         return item
 
     def raised(self, events: list[tuple[int, int]]) -> None:
@@ -336,21 +326,11 @@ class Peer:
             self._telling[event] = last
         self._send()
 
-    def drop_code(self, frames: Sequence[int], number: int = 0) -> None:
-        """Order `drop_code`, of that number: others wrote to these frames. They were written before this is called, so a message that waits already
-        may say it as well."""
-        for frame in frames:
-            if frame in self._stale:
-                continue
-            last = next(reversed(self._stale.values()), None)
-            if last is None or len(last.frames) >= MERGED:
-                last = _Stale()
-                self._backlog.append(last)
-            last.frames[frame] = None
-            self._stale[frame] = last
-        newest = next(reversed(self._stale.values()), None)
-        if newest is not None:
-            newest.number = number  # the last one that waits: those before it are taken before it
+    def look_at_lease(self) -> None:
+        """Order `lease`, where there is no doorbell for it: one that waits already says it as well."""
+        if not self._looks:
+            self._looks = True
+            self._backlog.append(_Look())
         self._send()
 
     @property

@@ -180,7 +180,7 @@ class Server:
         peer = self.peers.get(domain)
         if peer is not None:
             try:
-                peer.order(0, "lease", {})
+                peer.look_at_lease()
                 self._watch(peer)
             except PeerLost as lost:
                 self._lost.append((domain, str(lost)))
@@ -586,7 +586,7 @@ class Server:
 
     def _order(self, peer: Peer, order: fx.Order) -> None:
         if order.kind == "drop_code":
-            peer.drop_code(cast("list[int]", order.body["frames"]), self.leases.stale(order.domain))
+            self.leases.stale(order.domain, cast("list[int]", order.body["frames"]))
             return
         body = order.body
         if order.windows:

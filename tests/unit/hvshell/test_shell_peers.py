@@ -17,15 +17,15 @@ import pytest
 from bus import credentials, packets
 from bus.addresses import DomId, Port, VcpuId
 from bus.doorbell import Doorbell
-from bus.messages.domain import Hello, Hypercall, HypercallReply, Order, Report
-from bus.messages.envelope import decode, encode, registry
+from bus.messages.domain import Hello, Hypercall, HypercallReply, Report
+from bus.messages.envelope import encode
 from hypervisor.core import effects as fx
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.domains import DomainSpec, Kind
 from hypervisor.shell import peers as module
 from hypervisor.shell.memory import MemfdMemory
-from hypervisor.shell.peers import MERGED, Peer, PeerLost
+from hypervisor.shell.peers import Peer, PeerLost
 from hypervisor.shell.server import Server
 from hypervisor.shell.trace_pages import TracePages
 from tests.support.raw_zmtp import RawClient
@@ -148,7 +148,7 @@ def test_events_of_a_flood_wait_once_each(link: Link) -> None:
     link.connect()
     for number in range(FLOOD):
         link.peer.raised([(number % 7, 0)])
-        link.peer.drop_code([number % 9])
+        link.peer.look_at_lease()
     link.peer.raised([(port, 0) for port in range(FLOOD)])  # one batch of more events than a message may have
     for number in range(100):
         link.peer.send(HypercallReply(token=number, rc=0))
@@ -191,8 +191,8 @@ def test_events_that_waited_are_all_told_in_order(link: Link) -> None:
     link.peer.send(HypercallReply(token=1, rc=0))
     link.peer.raised([(6, 1), (5, 0)])
     link.peer.raised([(7, 0)])
-    link.peer.drop_code([1, 2])
-    link.peer.drop_code([2, 3])
+    link.peer.look_at_lease()
+    link.peer.look_at_lease()
     waiting = []
     while link.peer._backlog:
         waiting.append(link.peer._next())
@@ -201,23 +201,10 @@ def test_events_that_waited_are_all_told_in_order(link: Link) -> None:
     assert b"hypercall_reply" in waiting[1]
     assert texts[0].endswith(b"\x91\x92\x05\x00")
     assert texts[2].endswith(b"\x92\x92\x06\x01\x92\x07\x00")
-    assert b"drop_code" in waiting[3]
-    assert b"\x93\x01\x02\x03" in waiting[3]
+    assert b"lease" in waiting[3]
     link.peer.raised([(5, 0)])
-    assert len(link.peer._backlog) == 1, "what was sent may be raised anew"
-
-
-def test_an_order_to_drop_code_tells_up_to_where_all_is_told(link: Link) -> None:
-    """Merged orders have the newest number; where frames fill several, only the last of them has it."""
-    link.peer.drop_code([1], 4)
-    link.peer.drop_code([1], 5)
-    link.peer.drop_code(range(100, 100 + MERGED), 6)
-    link.peer.drop_code([1], 7)
-    orders = []
-    while link.peer._backlog:
-        orders.append(cast(Order, decode(link.peer._next(), registry(Order))))
-    assert [order.body["seq"] for order in orders] == [5, 7]
-    assert [frame for order in orders for frame in order.body["frames"]] == [1, *range(100, 100 + MERGED)]
+    link.peer.look_at_lease()
+    assert len(link.peer._backlog) == 2, "what was sent may be raised anew"
 
 
 def test_a_process_that_goes_while_much_waits_for_it(server: Server, link: Link) -> None:
