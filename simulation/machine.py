@@ -233,8 +233,8 @@ class Machine:
             self._bind(effect)
         elif isinstance(effect, fx.ToDevice):
             self._to_device(effect)
-        elif isinstance(effect, fx.JoinModel):
-            raise RuntimeError("the simulation has no device models")
+        elif isinstance(effect, fx.JoinModel | fx.DmaAnswer):
+            raise RuntimeError("the simulation has no device models, and no DMA lanes")
         else:
             process = self.processes.get(effect.domain)
             if process is None:

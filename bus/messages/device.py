@@ -4,7 +4,8 @@ Device to hypervisor: `DeviceHello`, `Dma`, `AccessDone`. Hypervisor to device: 
 Which device it is comes from the link. See docs/decisions/0004-devices.md.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -14,6 +15,7 @@ from bus.messages.envelope import MAX_DESCRIPTORS, Message, registry
 MAX_DMA_ITEMS = 1024
 MAX_DMA_LENGTH = 1 << 20
 """Bytes of one DMA item."""
+MAX_DMA_VECTORS = 64
 Size = Literal[1, 2, 4, 8]
 Space = Annotated[int, Field(ge=-1, le=5)]
 """-1: configuration space; 0 to 5: that base address register."""
@@ -51,7 +53,20 @@ class Dma(Message):
     token: U64
     epoch: U64
     items: Annotated[list[DmaItem], Field(max_length=MAX_DMA_ITEMS)]
-    vectors: Annotated[list[U16], Field(max_length=64)] = []
+    vectors: Annotated[list[U16], Field(max_length=MAX_DMA_VECTORS)] = []
+
+
+Item = tuple[int, int, bool, int]
+"""(I/O virtual address, length in bytes, to memory?, offset in the staging memory)."""
+
+
+class DmaRequest(NamedTuple):
+    """The same, come by the DMA lane (`bus.dma_lane`): counts and lengths are within the limits of `Dma`."""
+
+    token: int
+    epoch: int
+    items: list[Item]
+    vectors: list[int]
 
 
 class AccessDone(Message):
@@ -74,6 +89,8 @@ class Attach(Message):
     """Bytes of staging memory."""
     descriptors: Annotated[int, Field(ge=0, le=MAX_DESCRIPTORS)] = 0
     bundle: U64 = 0
+    lane: bool = False
+    """The last descriptor is a DMA lane (`bus.dma_lane`): batches go that way in this epoch, and their answers come by it."""
 
 
 class Access(Message):

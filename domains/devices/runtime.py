@@ -15,8 +15,9 @@ from typing import Final, Protocol
 
 from bus import sealed
 from bus.credentials import from_descriptor
+from bus.dma_lane import DeviceEnd, LaneClosed, pack
 from bus.doorbell import Doorbell
-from bus.link import DeviceLink, HypervisorGone
+from bus.link import CALL_TIMEOUT_S, DeviceLink, HypervisorGone
 from bus.log import Logger
 from bus.messages.device import Access, AccessDone, Attach, Bar, DeviceHello, Dma, DmaDone
 from bus.messages.domain import Refused
@@ -117,6 +118,7 @@ class DeviceProcess:
         self._staging: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._pages: list[_Page] = []
+        self._lane: DeviceEnd | None = None
         self._answers: list[AccessDone] = []
         self._timer = 0
         self.batches = 0
@@ -172,6 +174,8 @@ class DeviceProcess:
             sealed.check(fds[0], attach.staging)
             self._staging = mmap.mmap(fds[0], attach.staging)
             os.close(fds.pop(0))
+            if attach.lane and fds:
+                self._lane = DeviceEnd(fds.pop())
             self._view = memoryview(self._staging)
             ranges = [bar for bar in self.kind.bars if bar.doorbell_length]
             while len(fds) >= 2 and ranges:
@@ -181,6 +185,8 @@ class DeviceProcess:
             close_all(fds)
         for one in self._pages:
             self.reactor.reader(one.bell.fd, self._rung)
+        if self._lane is not None:
+            self.reactor.reader(self._lane.fileno(), self._lane_ready)
         self.epoch = attach.epoch
         self.model = self.kind.make(self._view)
 
@@ -189,6 +195,10 @@ class DeviceProcess:
             self.reactor.forget(page.bell.fd)
             page.close()
         self._pages.clear()
+        if self._lane is not None:
+            self.reactor.forget(self._lane.fileno())
+            self._lane.close()
+            self._lane = None
         if self.model is not None:
             self.model.detach()
             self.model = None
@@ -203,6 +213,19 @@ class DeviceProcess:
         for page in self._pages:
             page.bell.take()
         self._look()
+        self.poll()
+
+    def _lane_ready(self) -> None:
+        """Answers came by the lane. A hypervisor that closed it says on the link what is now; or it is gone."""
+        lane = self._lane
+        assert lane is not None
+        assert self.model is not None
+        try:
+            now = self._now()
+            for token, fault in lane.receive():
+                self.model.dma_done(now, token, fault)
+        except LaneClosed:
+            self.reactor.forget(lane.fileno())
         self.poll()
 
     def _look(self) -> None:
@@ -229,15 +252,24 @@ class DeviceProcess:
         sent = bool(self._answers or batches)
         self._answer()
         for batch in batches:
-            # Made here and checked by the hypervisor: validating it here too would be for nothing.
-            self.link.send(
-                Dma.model_construct(
-                    token=batch.token, epoch=self.epoch, items=batch.items, vectors=batch.vectors
-                )
-            )
+            self._send(batch)
             self.batches += 1
         self._set_timer()
         return sent
+
+    def _send(self, batch: Batch) -> None:
+        if self._lane is None:
+            # Made here and checked by the hypervisor: validating it here too would be for nothing.
+            message = Dma.model_construct(
+                token=batch.token, epoch=self.epoch, items=batch.items, vectors=batch.vectors
+            )
+            self.link.send(message)
+            return
+        try:
+            self._lane.send(pack(batch.token, self.epoch, batch.items, batch.vectors), CALL_TIMEOUT_S)
+        except LaneClosed as error:
+            # A new epoch is on its way on the link, in which this batch means nothing; or there is no hypervisor any more.
+            LOG.warning(str(error))
 
     def _answer(self) -> None:
         answers, self._answers = self._answers, []

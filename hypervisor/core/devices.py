@@ -24,10 +24,11 @@ from bus.messages.device import (
     DeviceVector,
     Dma,
     DmaDone,
+    DmaRequest,
 )
 from bus.messages.envelope import Message
 from hypervisor.core.domains import Domain, DomainTable, Dying, Kind
-from hypervisor.core.effects import Order, Reply, ToDevice
+from hypervisor.core.effects import DmaAnswer, Order, Reply, ToDevice
 from hypervisor.core.errors import XenError
 from hypervisor.core.event_channels import EventChannels
 from hypervisor.core.frames import FrameTable
@@ -175,12 +176,27 @@ class DeviceService(DomainHooks):
                 reason = result.reason.name if result.reason is not None else ""
                 self._send(bdf, DmaDone.made(token=message.token, fault=result.fault, reason=reason))
 
-        items = [DmaItem(*item) for item in message.items]
+        self._submit(now, plugged, message, done)
+
+    def receive_dma(self, now: int, bdf: Bdf, request: DmaRequest) -> None:
+        """A batch that came by the device's lane. Its answer is of the same epoch, or it is lost with the lane."""
+        plugged = self._plugged.get(bdf)
+        if plugged is None:
+            return
+
+        def done(result: DmaResult) -> None:
+            if self._plugged.get(bdf) is plugged and self.iommu.device(bdf).epoch == request.epoch:
+                self._outbox.emit(DmaAnswer(bdf, request.token, result.fault))
+
+        self._submit(now, plugged, request, done)
+
+    def _submit(
+        self, now: int, plugged: _Plugged, batch: Dma | DmaRequest, done: Callable[[DmaResult], None]
+    ) -> None:
+        items = [DmaItem(*item) for item in batch.items]
+        vectors = list(batch.vectors)
         self._dma.submit(
-            now,
-            DmaBatch(bdf, message.epoch, items, list(message.vectors), message.token),
-            plugged.staging,
-            done,
+            now, DmaBatch(plugged.bdf, batch.epoch, items, vectors, batch.token), plugged.staging, done
         )
 
     # -- registers ------------------------------------------------------------------------------------------------

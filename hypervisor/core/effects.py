@@ -115,6 +115,15 @@ class ToDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class DmaAnswer:
+    """The answer to a batch that came by the DMA lane of a device's process (`DmaDone` by another way)."""
+
+    bdf: Bdf
+    token: int
+    fault: int
+
+
+@dataclass(frozen=True, slots=True)
 class JoinModel:
     """A device model made an ioreq server: give it and the guest's process the memory and the doorbells by which they talk
     (`bus.ioreq_area`), each in an order `ioreq_area`."""
@@ -126,6 +135,7 @@ class JoinModel:
 
 Effect = (
     ToDevice
+    | DmaAnswer
     | JoinModel
     | Reply
     | Order

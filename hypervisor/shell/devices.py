@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from bus import sealed
 from bus.addresses import Bdf, DomId, Mfn
+from bus.dma_lane import HypervisorEnd
 from bus.doorbell import Doorbell
 from bus.messages.device import Attach, DeviceHello
 from bus.packets import close_all
@@ -98,7 +99,7 @@ class DeviceShell:
         self, attach: Attach, hello: DeviceHello, device: Peer, owner: Peer | None, doorbells: bool
     ) -> PeerLost | None:
         """Send `Attach` with its descriptors, and the other ends of the doorbells to the owner. PeerLost is the device's; the owner's is
-        returned."""
+        returned. With `doorbells` it gets a new DMA lane, too."""
         slot = self.slots.get(Bdf(attach.bdf))
         if slot is None:
             return None
@@ -120,7 +121,14 @@ class DeviceShell:
                     ranges.append(
                         {"bar": bar.index, "offset": bar.doorbell_offset, "length": bar.doorbell_length}
                     )
-            device.send_with(attach.model_copy(update={"descriptors": len(fds)}), fds)
+                lane, theirs = HypervisorEnd.pair()
+                device.set_lane(lane)
+                own.append(theirs.detach())
+                fds.append(own[-1])
+            device.send_with(
+                attach.model_copy(update={"descriptors": len(fds), "lane": doorbells}),
+                fds,
+            )
             if owner is not None:
                 body = {
                     "bdf": attach.bdf,

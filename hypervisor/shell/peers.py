@@ -14,7 +14,8 @@ from typing import Final
 
 from bus.addresses import DomId
 from bus.credentials import ServerCredentials
-from bus.messages.device import FROM_ANY_DOMAIN, Attach
+from bus.dma_lane import HypervisorEnd, LaneClosed
+from bus.messages.device import FROM_ANY_DOMAIN, Attach, DmaRequest
 from bus.messages.domain import DESCRIPTORS, Descriptors, HypercallReply, Order, Raised, Refused
 from bus.messages.envelope import (
     MAX_ITEMS,
@@ -129,7 +130,9 @@ class Peer:
         self.bad = 0
         """Messages that did not validate."""
         self.received = 0
-        self.inbox: deque[Message] = deque()
+        self.lane: HypervisorEnd | None = None
+        """Of a device: the DMA lane of its present epoch."""
+        self.inbox: deque[Message | DmaRequest] = deque()
         """Messages that were received and wait for this peer's turn; nothing more is read from it meanwhile."""
         self._reports = float(REPORT_BURST)
         self._reported = time.monotonic()
@@ -183,9 +186,11 @@ class Peer:
                 connection.deadline = 0.0
             output.clear()
 
-    def receive(self, fd: int) -> list[Message]:
+    def receive(self, fd: int) -> list[Message | DmaRequest]:
         """What came on one of this peer's connections, validated. Bad messages are counted and refused."""
         connection = self._connection
+        if self.lane is not None and fd == self.lane.fileno():
+            return [] if self.inbox else self.drain_lane()
         if connection is None or connection.socket.fileno() != fd:
             connection = self._handshakes.get(fd)
             if connection is None:
@@ -211,7 +216,8 @@ class Peer:
                 self._connection.socket.close()
             self._connection = connection
             self._partial = b""
-        messages: list[Message] = []
+        # What a device sent on its lane before this is in the lane by now, and comes first.
+        messages: list[Message | DmaRequest] = self.drain_lane()
         for raw in raws:
             try:
                 messages.append(decode(raw, self._kinds))
@@ -224,6 +230,33 @@ class Peer:
             self.send(Refused(why="message of several frames", count=self.bad))
         self.received += len(messages)
         return messages
+
+    def drain_lane(self) -> list[Message | DmaRequest]:
+        """What waits in the DMA lane, if there is one."""
+        found: list[Message | DmaRequest] = []
+        if self.lane is not None:
+            try:
+                for request in self.lane.receive():
+                    if isinstance(request, BadMessage):
+                        self.bad += 1
+                        self.send(Refused(why=str(request)[:400], count=self.bad))
+                    else:
+                        found.append(request)
+            except LaneClosed:
+                self.set_lane(None)
+        return found
+
+    def set_lane(self, lane: HypervisorEnd | None) -> None:
+        """A new lane in place of the one of before, which is closed."""
+        if self.lane is not None:
+            self.lane.close()
+        self.lane = lane
+
+    def answer_dma(self, token: int, fault: int) -> None:
+        """Answer a batch that came by the lane, as `send` does."""
+        if self.lane is not None:
+            self.lane.answer(token, fault)
+            self._send()
 
     def _close(self, connection: _Connection, fd: int) -> None:
         if connection is self._connection:
@@ -260,6 +293,11 @@ class Peer:
 
     def flush(self) -> None:
         """Send what waits, as far as it goes."""
+        if self.lane is not None:
+            try:
+                self.lane.flush()
+            except LaneClosed as error:
+                raise PeerLost(str(error)) from None
         connection = self._connection
         if not self.connected or connection is None:
             if len(self._backlog) > MAX_BACKLOG:
@@ -353,6 +391,7 @@ class Peer:
         self.connected = False
         if self.listener is not None:
             self.listener.close()
+        self.set_lane(None)
         self._descriptors.close()
 
     def descriptors(self) -> list[int]:
@@ -362,4 +401,6 @@ class Peer:
             fds.append(self._connection.socket.fileno())
         if self.listener is not None:
             fds.append(self.listener.fileno())
+        if self.lane is not None:
+            fds.append(self.lane.fileno())
         return fds

@@ -24,6 +24,7 @@ from bus.messages.device import (
     DeviceHello,
     DeviceVector,
     Dma,
+    DmaRequest,
     Inspect,
     Plug,
 )
@@ -246,7 +247,7 @@ class Server:
         while peer.inbox:
             message = peer.inbox.popleft()
             # Batches of DMA that came together: their answers, interrupts and stale frames go out together.
-            self._take(peer, message, apply=not isinstance(message, Dma))
+            self._take(peer, message, apply=not isinstance(message, Dma | DmaRequest))
             if time.monotonic_ns() >= end:
                 break
         self._apply()
@@ -261,7 +262,7 @@ class Server:
             if self.peers.get(peer.domain) is peer:
                 self._guarded(peer, partial(self._turn, peer))
 
-    def _take(self, peer: Peer, message: Message, *, apply: bool = True) -> None:
+    def _take(self, peer: Peer, message: Message | DmaRequest, *, apply: bool = True) -> None:
         if self.peers.get(peer.domain) is not peer:
             peer.inbox.clear()  # it was lost meanwhile: what it still had to say is of no interest
             return
@@ -280,9 +281,12 @@ class Server:
         if apply:
             self._apply()
 
-    def _obey(self, peer: Peer, message: Message) -> None:
+    def _obey(self, peer: Peer, message: Message | DmaRequest) -> None:
         now = time.monotonic_ns()
         self._heartbeats.alive(peer.domain)
+        if isinstance(message, DmaRequest):
+            self.devices.receive_dma(now, address_of(peer.domain), message)
+            return
         if isinstance(message, Hello | DeviceHello):
             peer.connected = True
             peer.flush()
@@ -546,6 +550,10 @@ class Server:
             self._to_device(effect)
         elif isinstance(effect, fx.JoinModel):
             self._joins.model(effect)
+        elif isinstance(effect, fx.DmaAnswer):
+            device = self.peers.get(peer_id(effect.bdf))
+            if device is not None:
+                device.answer_dma(effect.token, effect.fault)
         else:
             self._to_peer(effect)
 
@@ -558,11 +566,17 @@ class Server:
             if isinstance(effect.message, Attach):
                 owner = self.devices.owner(effect.bdf)
                 target = self.peers.get(owner) if owner is not None else None
+                for late in peer.drain_lane():  # of the epoch that is over: each is refused, and logged
+                    if isinstance(late, DmaRequest):
+                        self.devices.receive_dma(time.monotonic_ns(), effect.bdf, late)
                 gone = self._device_shell.attach(effect.message, hello, peer, target, self.doorbells)
                 if target is not None and gone is not None:
                     self._lost.append((target.domain, str(gone)))
                 elif target is not None:
                     self._watch(target)
+                if peer.lane is not None:
+                    self._by_fd[peer.lane.fileno()] = peer
+                    self._epoll.register(peer.lane.fileno(), select.EPOLLIN)
             else:
                 peer.send(effect.message)
             self._watch(peer)

@@ -17,7 +17,8 @@ from bus.abi import grant_table as gt
 from bus.abi.errno import XEN_ENOMEM, XEN_ENOSPC
 from bus.abi.hypercalls import HYPERCALLS
 from bus.abi.xen import HYPERVISOR_grant_table_op
-from bus.messages.device import FROM_ANY_DOMAIN, FROM_DEVICE, Dma
+from bus.dma_lane import pack, unpack
+from bus.messages.device import FROM_ANY_DOMAIN, FROM_DEVICE, Dma, DmaRequest
 from bus.messages.domain import Hypercall, HypercallReply, Raised, Refused
 from bus.messages.envelope import BadMessage, Message, decode, encode
 from hypervisor.shell.devices import address_of, is_device
@@ -182,7 +183,7 @@ class FaultyServer(Server):
 
     # ------------------------------------------------------------------ messages that come
 
-    def _obey(self, peer: Peer, message: Message) -> None:
+    def _obey(self, peer: Peer, message: Message | DmaRequest) -> None:
         if self._passing:
             super()._obey(peer, message)
             return
@@ -196,7 +197,7 @@ class FaultyServer(Server):
                     names.append("grant:map")
                 elif message.cmd in (gt.GNTTABOP_unmap_grant_ref, gt.GNTTABOP_unmap_and_replace):
                     names.append("grant:unmap")
-        elif isinstance(message, Dma):
+        elif isinstance(message, Dma | DmaRequest):
             names.append("dma")
         own = [fault for name in names for fault in EDGE.happen(name)]
         # A delay at this very message holds it; any other is of its target's link.
@@ -213,7 +214,7 @@ class FaultyServer(Server):
         else:
             super()._obey(peer, changed)
 
-    def _pass(self, peer: Peer, message: Message) -> None:
+    def _pass(self, peer: Peer, message: Message | DmaRequest) -> None:
         if self.peers.get(peer.domain) is peer:
             self._passing = True
             try:
@@ -221,14 +222,19 @@ class FaultyServer(Server):
             finally:
                 self._passing = False
 
-    def _changed(self, peer: Peer, message: Message, faults: list[Fault]) -> Message | None:
+    def _changed(
+        self, peer: Peer, message: Message | DmaRequest, faults: list[Fault]
+    ) -> Message | DmaRequest | None:
         """The message after its faults; None: it was answered, or refused."""
         for fault in faults:
             what = fault.what
             if what in (What.CORRUPT, What.TRUNCATE) and fault.event.startswith("from:"):
                 kinds = FROM_DEVICE if is_device(peer.domain) else FROM_ANY_DOMAIN
                 try:
-                    message = decode(damaged(encode(message), fault), kinds)
+                    if isinstance(message, DmaRequest):
+                        message = unpack(damaged(pack(*message), fault))
+                    else:
+                        message = decode(damaged(encode(message), fault), kinds)
                 except BadMessage as error:
                     peer.bad += 1
                     peer.send(Refused(why=str(error)[:400], count=peer.bad))
@@ -241,14 +247,14 @@ class FaultyServer(Server):
                 status = gt.GNTST_no_space if what is What.NO_GRANTS else gt.GNTST_general_error
                 peer.send(HypercallReply(token=message.token, rc=0, data=refused(message.data, status)))
                 return None
-            elif isinstance(message, Dma) and what is What.WRONG_DMA and message.items:
+            elif isinstance(message, Dma | DmaRequest) and what is What.WRONG_DMA and message.items:
                 _, length, write, position = message.items[0]
                 items = [(STRANGE_IOVA, length, write, position), *message.items[1:]]
-                message = message.model_copy(update={"items": items})
-            elif isinstance(message, Dma) and what is What.LOSE:
-                message = message.model_copy(update={"vectors": []})
-            elif isinstance(message, Dma) and what is What.SPURIOUS:
-                message = message.model_copy(update={"vectors": sorted({*message.vectors, 0, 1})})
+                message = with_changes(message, items=items)
+            elif isinstance(message, Dma | DmaRequest) and what is What.LOSE:
+                message = with_changes(message, vectors=[])
+            elif isinstance(message, Dma | DmaRequest) and what is What.SPURIOUS:
+                message = with_changes(message, vectors=sorted({*message.vectors, 0, 1}))
         return message
 
     # ------------------------------------------------------------------ messages that go
@@ -270,7 +276,26 @@ class FaultyServer(Server):
             else:
                 put()
 
+        at_once = peer.answer_dma
+
+        def answer_dma(token: int, fault: int) -> None:
+            """An answer on the DMA lane: it can be late, and not be damaged (its way is the kernel's alone)."""
+            now = time.monotonic_ns()
+            self._act(EDGE.happen(f"to:{self._role(peer.domain)}"), now)
+            when = self._link(peer.domain).delay(now, "to")
+            lane = peer.lane
+
+            def put() -> None:
+                if self.peers.get(peer.domain) is peer and peer.lane is lane:
+                    at_once(token, fault)
+
+            if when:
+                self._hold(when, put)
+            else:
+                put()
+
         peer.send = send  # type: ignore[method-assign]  # this edge
+        peer.answer_dma = answer_dma  # type: ignore[method-assign]  # the same
         super()._add_peer(peer)
 
     def _put(
@@ -289,6 +314,13 @@ class FaultyServer(Server):
                 peer.flush()
 
         return put
+
+
+def with_changes(message: Dma | DmaRequest, **changes: Any) -> Dma | DmaRequest:
+    """The batch with other fields."""
+    if isinstance(message, DmaRequest):
+        return message._replace(**changes)
+    return message.model_copy(update=changes)
 
 
 class _Clock:

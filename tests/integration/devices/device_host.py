@@ -19,7 +19,7 @@ from types import TracebackType
 from bus import credentials
 from bus.addresses import Bdf, DomId, Mfn
 from bus.doorbell import Doorbell
-from bus.messages.device import FROM_DEVICE, Access, AccessDone, Attach, DeviceHello, Dma, DmaDone
+from bus.messages.device import FROM_DEVICE, Access, AccessDone, Attach, DeviceHello, Dma, DmaDone, DmaRequest
 from bus.messages.envelope import Message
 from bus.messages.warden import Begin
 from bus.packets import PacketLink, pair
@@ -124,6 +124,8 @@ class DeviceHost:
 
         message = Attach(bdf=BDF, epoch=self.epoch, staging=self.staging.size)
         self.shell.attach(message, self.hello, self.peer, _Owner(), self.doorbells)  # type: ignore[arg-type]  # what it uses
+        if self.peer.lane is not None:
+            self._epoll.register(self.peer.lane.fileno(), select.EPOLLIN)
 
     def _interrupt(self, now: int, entry: InterruptEntry) -> None:
         self.interrupts.append(entry.pirq)
@@ -151,19 +153,22 @@ class DeviceHost:
                 self._take(message)
             self.peer.flush()
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: Message | DmaRequest) -> None:
         if isinstance(message, DeviceHello):
             self.hello = message
             self.peer.connected = True
         elif isinstance(message, AccessDone):
             self._answers[message.token] = message.value
-        elif isinstance(message, Dma):
+        elif isinstance(message, Dma | DmaRequest):
             self.batches += 1
-            token = message.token
+            token, by_lane = message.token, isinstance(message, DmaRequest)
 
             def done(result: DmaResult) -> None:
                 reason = result.reason.name if result.reason is not None else ""
-                self.peer.send(DmaDone(token=token, fault=result.fault, reason=reason))
+                if by_lane:
+                    self.peer.answer_dma(token, result.fault)
+                else:
+                    self.peer.send(DmaDone(token=token, fault=result.fault, reason=reason))
 
             items = [DmaItem(*item) for item in message.items]
             batch = DmaBatch(BDF, message.epoch, items, list(message.vectors))
