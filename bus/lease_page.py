@@ -12,7 +12,7 @@ from typing import Final
 
 from bus import sealed
 
-SIZE: Final = 5 * 4096
+SIZE: Final = 6 * 4096
 MAX_VCPUS: Final = 128
 
 NONE: Final = 0
@@ -27,8 +27,9 @@ EPOCH: Final = 1
 END: Final = 2
 """CLOCK_MONOTONIC ns at which a GRANTED lease ends."""
 STALE: Final = 3
-"""Counts the entries of the ring of stale frames: what others wrote to, so that code translated from it is stale. An entry, and this
-count, are written before anybody is told of the write: the domain's process takes them before it runs guest code."""
+"""Counts the entries of the ring of stale frames: what others wrote to, so that code translated from it is stale. An entry, this count,
+and then BELL, are written before anybody is told of the write: a vCPU that runs stops before its next block of code, and the domain's process
+takes the entries before it runs guest code again."""
 STALE_ALL: Final = 4
 """The ring was full when STALE had this value: any frame may be stale up to there. Written before STALE."""
 
@@ -55,6 +56,12 @@ STALE_ENTRIES: Final = 2048
 STALE_RUN_SHIFT: Final = 48
 MAX_STALE_RUN: Final = (1 << 16) - 1
 
+# written by both
+CONTROL: Final = 5 * 4096
+"""Byte offset of the page that the vCPU's machine code looks at (domains.vcpu.thunks.Control): the domain's own, but for its bell."""
+BELL: Final = (CONTROL + 8) // 8
+"""The bell, as a word of the page: 1 makes the vCPU stop before its next block. The domain clears it, and looks at all else after that."""
+
 
 class LeasePage:
     """A mapping of the page: `words[STATE]` and so on."""
@@ -64,6 +71,11 @@ class LeasePage:
         sealed.check(fd, SIZE)
         self._map: Final = mmap.mmap(fd, SIZE)
         self.words: Final = memoryview(self._map).cast("Q")
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """The mapping itself."""
+        return self._map
 
     def close(self) -> None:
         """Unmap."""

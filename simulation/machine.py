@@ -233,6 +233,8 @@ class Machine:
             self._bind(effect)
         elif isinstance(effect, fx.ToDevice):
             self._to_device(effect)
+        elif isinstance(effect, fx.BindInterrupt):
+            pass  # interrupts go by messages
         elif isinstance(effect, fx.JoinModel | fx.DmaAnswer):
             raise RuntimeError("the simulation has no device models, and no DMA lanes")
         else:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from bus import lease_page as lp
 from bus.doorbell import Doorbell
+from domains.vcpu.thunks import lend_control_page
 
 
 class Lease:
@@ -25,6 +26,7 @@ class Lease:
         """The page and the doorbells of the order `lease_page`, which are taken over. A descriptor to listen to, if any: `take`
         when it is readable."""
         self._page = lp.map_page(fds[0])
+        lend_control_page(self._page.memory, lp.CONTROL)
         if len(fds) < 3:
             return None
         self._ours, self._theirs = Doorbell(fds[1]), Doorbell(fds[2])
@@ -40,6 +42,7 @@ class Lease:
     def take_stale(self) -> list[tuple[int, int]] | None:
         """Runs (first MFN, count) of frames that others wrote to since the last call: their translated code must be dropped before guest
         code runs. None: there may be any."""
+        # A vCPU's bell was cleared before this, with system calls in between: a write that is not seen here rings it anew.
         page = self._page
         if page is None or (end := page.words[lp.STALE]) == self._dropped:
             return []

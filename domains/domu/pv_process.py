@@ -130,6 +130,9 @@ class PvProcess:
     def run(self) -> None:
         """Until the process is killed: that is how a domain's process ends. HypervisorGone, if the machine goes down."""
         while True:
+            domain = self.domain
+            if domain is not None:
+                domain.cpu.vcpu.clear_bell()  # all that it can have been rung for is looked at from here on
             while self.link.dispatch():
                 pass
             self._take_doorbells(self._ear.ready(0))
@@ -364,8 +367,9 @@ class PvProcess:
     def _doorbell(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         port = Port(order.body["port"])
         self._silence(port)
-        self.upstream.doorbells[port] = Doorbell(fds[0])
-        listen = Doorbell(fds[1])
+        if len(fds) > 1:  # an interrupt is only listened to
+            self.upstream.doorbells[port] = Doorbell(fds[0])
+        listen = Doorbell(fds[-1])
         self._listen[listen.fd] = (port, listen)
         self._ear.add(listen.fd)
         return 0, b""

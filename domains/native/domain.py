@@ -378,7 +378,8 @@ class NativeDomain:
 
         channel = self._channels.setdefault(port, _Channel(port, early))
         self._silence(channel)
-        channel.ring, channel.listen = Doorbell(fds[0]), Doorbell(fds[1])
+        channel.ring = Doorbell(fds[0]) if len(fds) > 1 else None  # an interrupt is only listened to
+        channel.listen = Doorbell(fds[-1])
         self.reactor.reader(channel.listen.fd, lambda: self._rung(channel))
         return b""
 

@@ -58,14 +58,24 @@ class Control:
     """u64: the guest's, for which they are."""
 
 
+_lent: list[tuple[mmap.mmap, int]] = []
+
+
+def lend_control_page(memory: mmap.mmap, offset: int) -> None:
+    """The next vCPU object that this process makes has its control page there, and whoever else has that memory can ring its bell: one
+    store, and the vCPU stops before its next block. The memory stays mapped from then on."""
+    _lent[:] = [(memory, offset)]
+
+
 class ControlPage:
-    """The control page: private memory of the process that stays where it is."""
+    """The control page: memory that stays where it is, private to the process unless it was lent."""
 
     def __init__(self) -> None:
-        self._map: Final = mmap.mmap(-1, PAGE)
-        self.address: Final = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.q: Final = memoryview(self._map).cast("Q")
-        self.d: Final = memoryview(self._map).cast("I")
+        self._map, offset = _lent.pop() if _lent else (mmap.mmap(-1, PAGE), 0)
+        self.address: Final = ctypes.addressof(ctypes.c_char.from_buffer(self._map, offset))
+        page = memoryview(self._map)[offset : offset + PAGE]
+        self.q: Final = page.cast("Q")
+        self.d: Final = page.cast("I")
 
 
 class Code:

@@ -66,6 +66,14 @@ class Bind:
 
 
 @dataclass(frozen=True, slots=True)
+class BindInterrupt:
+    """The port of `domain` now stands for a device's interrupt: it may be told of it by a doorbell."""
+
+    domain: DomId
+    port: Port
+
+
+@dataclass(frozen=True, slots=True)
 class Unbind:
     """The channel of `domain`'s `port` is no more: take its doorbells away."""
 
@@ -141,6 +149,7 @@ Effect = (
     | Order
     | Raise
     | Bind
+    | BindInterrupt
     | Unbind
     | StartProcess
     | KillProcess

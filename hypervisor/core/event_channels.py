@@ -22,7 +22,7 @@ from bus.abi.xen import NR_VIRQS, VIRQ_DEBUG, VIRQ_TIMER, VIRQ_XENOPROF, VIRQ_XE
 from bus.addresses import DomId, Port, VcpuId
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.domains import DOMID_SELF, Domain, DomainTable, Dying
-from hypervisor.core.effects import Bind, Raise, Unbind
+from hypervisor.core.effects import Bind, BindInterrupt, Raise, Unbind
 from hypervisor.core.errors import XenError
 from hypervisor.core.event_fifo import FifoState
 from hypervisor.core.frames import FrameTable
@@ -263,6 +263,7 @@ class EventChannels(DomainHooks):
         port = self._new_port(caller)
         ports.channels[port] = Channel(State.PIRQ, 0, number=pirq)
         ports.pirqs[pirq] = port
+        self._outbox.emit(BindInterrupt(caller.domid, port))
         return port
 
     def close(self, caller: Domain, port: int) -> None:
@@ -280,6 +281,7 @@ class EventChannels(DomainHooks):
             del ports.virqs[bound, channel.number]
         elif channel.state is State.PIRQ:
             del ports.pirqs[channel.number]
+            self._outbox.emit(Unbind(domain.domid, Port(port)))
         elif channel.state is State.INTERDOMAIN:
             self._outbox.emit(Unbind(domain.domid, Port(port)))
             far_ports = self._ports[channel.remote_domain]

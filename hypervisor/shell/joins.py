@@ -30,6 +30,10 @@ class Joins:
         self._doorbells = doorbells
         self._joined: set[tuple[DomId, int]] = set()
         """Ports that were given doorbells, or told of their other end."""
+        self.interrupts = doorbells
+        """Devices' interrupts go by doorbells, too."""
+        self._bells: dict[tuple[DomId, int], Doorbell] = {}
+        """Those that are rung here, by domain and port."""
 
     def _tell(self, domain: DomId, what: str, body: dict[str, object], fds: Sequence[int] = ()) -> bool:
         peer = self._peers.get(domain)
@@ -67,8 +71,33 @@ class Joins:
             for bell in (to_left, left, to_right, right):
                 bell.close()
 
+    def interrupt(self, domain: DomId, port: int) -> None:
+        """A doorbell for a port that stands for a device's interrupt: rung here. As with `bind`, a domain that is behind gets none.
+        OSError: no descriptors are left."""
+        peer = self._peers.get(domain)
+        if not self.interrupts or peer is None or peer.behind:
+            return
+        bell, listen = Doorbell.pair()
+        if self._tell(domain, "doorbell", {"port": port}, [listen.fd]):
+            self._joined.add((domain, port))
+            self._bells[domain, port] = bell
+        else:
+            bell.close()
+        listen.close()
+
+    def ring(self, domain: DomId, port: int) -> bool:
+        """A device's interrupt was raised. False: that port has no doorbell."""
+        bell = self._bells.get((domain, port))
+        if bell is None:
+            return False
+        bell.ring()
+        return True
+
     def unbind(self, domain: DomId, port: int) -> None:
         """The channel is no more: the port's doorbells, if it had any, are taken away."""
+        bell = self._bells.pop((domain, port), None)
+        if bell is not None:
+            bell.close()
         if (domain, port) in self._joined:
             self._joined.discard((domain, port))
             self._tell(domain, "doorbell_off", {"port": port})
@@ -91,3 +120,5 @@ class Joins:
     def gone(self, domain: DomId) -> None:
         """Its process is."""
         self._joined = {end for end in self._joined if end[0] != domain}
+        for end in [end for end in self._bells if end[0] == domain]:
+            self._bells.pop(end).close()

@@ -144,7 +144,8 @@ class Leases:
 
     def stale(self, domain: DomId, frames: Sequence[int]) -> None:
         """These frames of the domain were written by somebody else: its process drops what it translated from them before it runs guest
-        code, and stops its vCPUs to do so. A domain without a process, or that runs no guest code, has nothing to drop."""
+        code. A vCPU that runs stops before its next block; one that does not needs no waking. A domain without a process, or that runs
+        no guest code, has nothing to drop."""
         lease = self._leases.get(domain)
         if lease is None or not frames:
             return
@@ -159,7 +160,7 @@ class Leases:
                 words[lp.STALE_RING + lease.stale % lp.STALE_ENTRIES] = first | count << lp.STALE_RUN_SHIFT
                 lease.stale += 1
         words[lp.STALE] = lease.stale
-        self._ring(lease)
+        words[lp.BELL] = 1
 
     def rang(self, fd: int) -> bool:
         """A descriptor was readable. False if it is none of a lease."""

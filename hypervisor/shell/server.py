@@ -474,7 +474,8 @@ class Server:
                 if isinstance(effect, fx.Raise):
                     if self._trace.on[0]:
                         self._trace.add(TraceKind.EVENT, effect.vcpu, effect.domain, effect.port)
-                    raised[effect.domain].append((effect.port, effect.vcpu))
+                    if not self._joins.ring(effect.domain, effect.port):
+                        raised[effect.domain].append((effect.port, effect.vcpu))
                     continue
                 if raised and isinstance(effect, fx.Reply) and effect.domain in raised:
                     self._send_raised(effect.domain, raised.pop(effect.domain))
@@ -546,6 +547,8 @@ class Server:
             self.log(effect.level, effect.text, effect.domain)
         elif isinstance(effect, fx.Bind):
             self._joins.bind(effect)
+        elif isinstance(effect, fx.BindInterrupt):
+            self._joins.interrupt(effect.domain, effect.port)
         elif isinstance(effect, fx.ToDevice):
             self._to_device(effect)
         elif isinstance(effect, fx.JoinModel):

@@ -82,6 +82,7 @@ class FaultyServer(Server):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self._joins.interrupts = False  # they stay messages, which can be lost
         self._links: dict[int, _Link] = {}
         self._held: list[tuple[int, int, Callable[[], None]]] = []
         self._serial = itertools.count()
