@@ -506,7 +506,7 @@ class Server:
         self.log("critical", "".join(traceback.format_exception(error))[-4000:], domain)
         if isinstance(effect, fx.StartProcess):
             self.core.process_ended(time.monotonic_ns(), effect.domain, f"not started: {error}"[:200])
-        elif isinstance(effect, fx.ToDevice):
+        elif isinstance(effect, fx.ToDevice | fx.DmaAnswer):
             self._lost.append((peer_id(effect.bdf), f"hypervisor fault: {error!r}"[:200]))
         elif domain is None or domain == 0:
             raise error
@@ -569,6 +569,7 @@ class Server:
             if isinstance(effect.message, Attach):
                 owner = self.devices.owner(effect.bdf)
                 target = self.peers.get(owner) if owner is not None else None
+                old = peer.lane
                 for late in peer.drain_lane():  # of the epoch that is over: each is refused, and logged
                     if isinstance(late, DmaRequest):
                         self.devices.receive_dma(time.monotonic_ns(), effect.bdf, late)
@@ -577,7 +578,7 @@ class Server:
                     self._lost.append((target.domain, str(gone)))
                 elif target is not None:
                     self._watch(target)
-                if peer.lane is not None:
+                if peer.lane is not None and peer.lane is not old:
                     self._by_fd[peer.lane.fileno()] = peer
                     self._epoll.register(peer.lane.fileno(), select.EPOLLIN)
             else:

@@ -96,6 +96,10 @@ class Consoles:
                 )
             self.poll(min(left, 1.0))
 
+    def forget(self, name: str) -> None:
+        """What came so far is not expected any more."""
+        self._seen[name] = len(self.text[name])
+
     def type(self, name: str, text: str) -> None:
         """Type on its console."""
         self.client.request("type", {"domain": name, "data": text.encode()})
