@@ -7,7 +7,7 @@ time reads as all ones, as a missing device does. See docs/decisions/0004-device
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from errno import EINVAL, ENODEV, EPERM
 from typing import Final
@@ -189,6 +189,12 @@ class DeviceService(DomainHooks):
                 self._outbox.emit(DmaAnswer(bdf, request.token, result.fault))
 
         self._submit(now, plugged, request, done)
+
+    def receive_late(self, now: int, bdf: Bdf, requests: Iterable[Message | DmaRequest]) -> None:
+        """What still lay in the lane when its epoch ended: each is refused, and in the fault log."""
+        for request in requests:
+            if isinstance(request, DmaRequest):
+                self.receive_dma(now, bdf, request)
 
     def _submit(
         self, now: int, plugged: _Plugged, batch: Dma | DmaRequest, done: Callable[[DmaResult], None]

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from errno import EINVAL, ENODEV, ESRCH
 from typing import Any, Final
 
+import msgpack
+
 from bus.addresses import PAGE_SHIFT, Bdf, DomId
 from hypervisor.core.errors import XenError
 from hypervisor.core.iommu import Device, Iommu
@@ -25,6 +27,14 @@ def _number(args: dict[str, Any], name: str) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
         raise XenError(EINVAL)
     return value
+
+
+def iommu_answer(iommu: Iommu, args: dict[str, Any], present: Callable[[Bdf], bool]) -> tuple[int, bytes]:
+    """(0, the view in msgpack), or (-errno, nothing)."""
+    try:
+        return 0, msgpack.packb(iommu_view(iommu, args, present))
+    except XenError as error:
+        return -error.errno, b""
 
 
 def iommu_view(iommu: Iommu, args: dict[str, Any], present: Callable[[Bdf], bool]) -> dict[str, Any]:

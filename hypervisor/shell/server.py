@@ -12,8 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, cast
 
-import msgpack
-
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
 from bus.log import Logger
@@ -39,7 +37,7 @@ from hypervisor.core.errors import XenError
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
 from hypervisor.shell.heartbeat import PING_ORDER, Heartbeats
-from hypervisor.shell.inspection import iommu_view
+from hypervisor.shell.inspection import iommu_answer
 from hypervisor.shell.joins import Joins
 from hypervisor.shell.leases import Leases
 from hypervisor.shell.memory import MemfdMemory
@@ -144,12 +142,8 @@ class Server:
         """Ask devices, the driver domains that own them, and the network's, for a sign of life; end those that owe one."""
         devices = self.devices.iommu.devices()
         owners = {device.domain for device in devices if device.domain is not None}
-        watched = [peer_id(device.bdf) for device in devices]
-        watched += [
-            domain.domid
-            for domain in self.core.domains
-            if domain.restartable and (domain.domid in owners or domain.serves)
-        ]
+        serving = (d for d in self.core.domains if d.restartable and (d.domid in owners or d.serves))
+        watched = [*(peer_id(device.bdf) for device in devices), *(domain.domid for domain in serving)]
         there = [peer for peer in watched if peer in self.peers]
         up = [peer for peer in there if self.peers[peer].connected]
         starting = [p for p in there if not self.peers[p].connected and self.processes.started(p)]
@@ -158,11 +152,7 @@ class Server:
             if is_device(peer):
                 self.devices.access(now, address_of(peer), -1, 0, 2, None, lambda value: None)
             else:
-                try:
-                    self.peers[peer].order(PING_ORDER, "ping", {})
-                    self._watch(self.peers[peer])
-                except PeerLost as lost:
-                    self._lost.append((peer, str(lost)))
+                self._say(self.peers[peer], partial(self.peers[peer].order, PING_ORDER, "ping", {}))
         for peer in late:
             name = f"device {address_of(peer):#x}" if is_device(peer) else f"domain {peer}"
             self.log("warning", f"{name}: its process gives no sign of life: it is ended")
@@ -180,11 +170,15 @@ class Server:
     def _ring_lease(self, domain: DomId) -> None:
         peer = self.peers.get(domain)
         if peer is not None:
-            try:
-                peer.look_at_lease()
-                self._watch(peer)
-            except PeerLost as lost:
-                self._lost.append((domain, str(lost)))
+            self._say(peer, peer.look_at_lease)
+
+    def _say(self, peer: Peer, say: Callable[[], None]) -> None:
+        """Send something; a peer that takes nothing is lost."""
+        try:
+            say()
+            self._watch(peer)
+        except PeerLost as lost:
+            self._lost.append((peer.domain, str(lost)))
 
     def _open_lease(self, peer: Peer) -> None:
         """The lease page goes to a guest's process as its first order."""
@@ -375,19 +369,15 @@ class Server:
         caller = self.core.domains.get(peer.domain)
         rc, data = -errno.EPERM, b""
         if caller is not None and caller.spec.privileged:
-            try:
-                if inspect.what == "trace":
-                    self.traces.switch(bool(inspect.args.get("on")))
-                    if self._trace.on[0]:
-                        self.leases.note(time.monotonic_ns())
-                    rc, data = 0, b""
-                else:
-                    view = iommu_view(
-                        self.devices.iommu, inspect.args, lambda bdf: self.devices.hello_of(bdf) is not None
-                    )
-                    rc, data = 0, msgpack.packb(view)
-            except XenError as error:
-                rc = -error.errno
+            if inspect.what == "trace":
+                self.traces.switch(bool(inspect.args.get("on")))
+                if self._trace.on[0]:
+                    self.leases.note(time.monotonic_ns())
+                rc, data = 0, b""
+            else:
+                rc, data = iommu_answer(
+                    self.devices.iommu, inspect.args, lambda bdf: self.devices.hello_of(bdf) is not None
+                )
         peer.send(HypercallReply(token=inspect.token, rc=rc, data=data))
 
     def _device_ended(self, bdf: Bdf, how: str) -> None:
@@ -437,11 +427,7 @@ class Server:
     def _tell_control(self, what: str, body: dict[str, object], fds: list[int]) -> None:
         control = self.peers.get(DomId(0))
         if control is not None:
-            try:
-                control.order(0, what, body, fds)
-                self._watch(control)
-            except PeerLost as lost:
-                self._lost.append((control.domain, str(lost)))
+            self._say(control, partial(control.order, 0, what, body, fds))
 
     def _lose(self, domain: DomId, why: str) -> None:
         """A domain's link is useless: end its process; the rest follows from that."""
@@ -516,11 +502,7 @@ class Server:
     def _send_raised(self, domain: DomId, events: list[tuple[int, int]]) -> None:
         peer = self.peers.get(domain)
         if peer is not None:
-            try:
-                peer.raised(events)
-                self._watch(peer)
-            except PeerLost as lost:
-                self._lost.append((domain, str(lost)))
+            self._say(peer, partial(peer.raised, events))
 
     def _one(self, effect: fx.Effect) -> None:
         if isinstance(effect, fx.StartProcess):
@@ -570,9 +552,7 @@ class Server:
                 owner = self.devices.owner(effect.bdf)
                 target = self.peers.get(owner) if owner is not None else None
                 old = peer.lane
-                for late in peer.drain_lane():  # of the epoch that is over: each is refused, and logged
-                    if isinstance(late, DmaRequest):
-                        self.devices.receive_dma(time.monotonic_ns(), effect.bdf, late)
+                self.devices.receive_late(time.monotonic_ns(), effect.bdf, peer.drain_lane())
                 gone = self._device_shell.attach(effect.message, hello, peer, target, self.doorbells)
                 if target is not None and gone is not None:
                     self._lost.append((target.domain, str(gone)))

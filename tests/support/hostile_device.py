@@ -1,9 +1,9 @@
 """An NVMe controller in an attacker's hands (a program, started in place of `domains.devices.nvme`): it serves honestly, and does
 beside that whatever DMA the plan asks for.
 
-The plan (DOMICILE_HOSTILE_PLAN, JSON): {"serial": N, "device": name, "dma": [[address, length, write], ...], "epoch": relative,
+Each goes by the DMA lane, too, if the device has one: just before the message. The plan (DOMICILE_HOSTILE_PLAN, JSON): {"serial": N, "device": name, "dma": [[address, length, write], ...], "epoch": relative,
 "vectors": [...], "position": staging position}. A new serial starts a round: each item goes in a message of its own, then each vector.
-Told on standard output: `HOSTILE {"serial", "results": [[fault, reason], ...]}`.
+Told on standard output: `HOSTILE {"serial", "results": [[fault, reason], ...], "lane": whether}`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 from typing import Any
 
+from bus.dma_lane import pack
 from bus.messages.device import Dma, DmaDone
 from bus.messages.envelope import Message
 from domains.devices import runtime
@@ -57,10 +58,15 @@ class HostileDevice(runtime.DeviceProcess):
     def more(self) -> None:
         """Keep some under way."""
         while self.todo and self.sent - len(self.results) < WINDOW:
-            self.link.send(self.todo.pop(0))
+            batch = self.todo.pop(0)
+            if self._lane is not None:  # the same by the lane, which is obeyed first
+                token = batch.token + TOKENS
+                self._lane.send(pack(token, batch.epoch, batch.items, batch.vectors), 10.0)
+            self.link.send(batch)
             self.sent += 1
         if len(self.results) == self.wanted:
-            print("HOSTILE " + json.dumps({"serial": self.serial, "results": self.results}), flush=True)
+            told = {"serial": self.serial, "results": self.results, "lane": self._lane is not None}
+            print("HOSTILE " + json.dumps(told), flush=True)
             self.wanted = -1
 
     def _message(self, message: Message) -> None:
