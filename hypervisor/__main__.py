@@ -63,7 +63,15 @@ def main() -> None:
     def interrupt(now: int, entry: InterruptEntry) -> None:
         devices.interrupt(now, entry)
 
-    dma = DmaService(iommu, grants, written, interrupt, trace=traces.own, owner=core.frames.owner)
+    dma = DmaService(
+        iommu,
+        grants,
+        written,
+        interrupt,
+        trace=traces.own,
+        owner=core.frames.owner,
+        tell_written=core.outbox.tell_stale,
+    )
     devices = DeviceService(
         iommu,
         dma,

@@ -108,8 +108,10 @@ class DmaService:
         *,
         trace: Trace | None = None,
         owner: Callable[[Mfn], DomId | None] = lambda mfn: None,
+        tell_written: Callable[[], None] = lambda: None,
     ) -> None:
-        """`owner` of a frame: for the trace."""
+        """`owner` of a frame: for the trace. `tell_written`: what `written` was told of, has to be known before more is written."""
+        self._tell_written = tell_written
         self._iommu = iommu
         self._frames = frames
         self._written = written
@@ -225,6 +227,7 @@ class DmaService:
                 staging.to_frame(position, mfn, offset, length)
                 position += length
                 self._written(mfn)
+            self._tell_written()  # the next item may be the completion that says so
             device.bytes_written += item.length
             return
         for mfn, offset, length in pieces:

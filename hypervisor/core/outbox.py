@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bus.addresses import DomId, Mfn
@@ -39,6 +39,8 @@ class Outbox:
         self._next_id = 1
         self._max_orders = max_orders
         self._stale: dict[DomId, list[int]] = {}
+        self.stale_now: Callable[[DomId, Sequence[int]], None] | None = None
+        """The shell's: tells a domain's process of stale frames at once. None: the order `drop_code` does, in its turn."""
 
     def emit(self, effect: Effect) -> None:
         """Append one effect."""
@@ -60,6 +62,16 @@ class Outbox:
             self.tell(domain, "drop_code", {"frames": frames})
         if not frames or frames[-1] != mfn:
             frames.append(int(mfn))
+
+    def tell_stale(self) -> None:
+        """What `code_is_stale` collected is told at once, where the shell has a way for that (`stale_now`): before the next byte is written
+        that says to anybody that those frames were. A domain that polls its memory learns of it in no other order."""
+        if self.stale_now is None or not self._stale:
+            return
+        for domain, frames in self._stale.items():
+            self.stale_now(domain, list(frames))
+            frames.clear()  # the order that waits says nothing more
+        self._stale.clear()
 
     def log(self, level: str, text: str, domain: DomId | None = None) -> None:
         """A line for the hypervisor's log."""

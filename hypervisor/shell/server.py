@@ -100,6 +100,7 @@ class Server:
             log=self.log,
             trace=traces.own,
         )
+        core.outbox.stale_now = self.leases.stale
 
     def run(self) -> str:
         """Serve until the machine stops; why it did."""

@@ -25,6 +25,25 @@ def test_the_frames_of_a_step_go_in_one_order_for_each_domain() -> None:
     assert orders(outbox) == [(ONE, [13])]
 
 
+def test_what_is_told_at_once_is_not_told_again() -> None:
+    """DMA tells of an item's frames before it writes the next item, which may be the completion."""
+    outbox = Outbox(8)
+    outbox.code_is_stale(ONE, Mfn(9))
+    outbox.tell_stale()
+    assert orders(outbox) == [(ONE, [9])], "a shell without a way for it gets the order"
+    told: list[tuple[DomId, list[int]]] = []
+    outbox.stale_now = lambda domain, frames: told.append((domain, list(frames)))
+    for mfn in (10, 11):
+        outbox.code_is_stale(ONE, Mfn(mfn))
+    outbox.code_is_stale(TWO, Mfn(20))
+    outbox.tell_stale()
+    outbox.tell_stale()
+    assert told == [(ONE, [10, 11]), (TWO, [20])]
+    outbox.code_is_stale(ONE, Mfn(12))
+    assert [frames for _, frames in orders(outbox) if frames] == [[12]]
+    assert len(told) == 2
+
+
 def test_an_order_names_no_more_frames_than_a_message_may() -> None:
     """What is beyond goes in another one."""
     outbox = Outbox(8)
