@@ -4,7 +4,6 @@ Device to hypervisor: `DeviceHello`, `Dma`, `AccessDone`. Hypervisor to device: 
 Which device it is comes from the link. See docs/decisions/0004-devices.md.
 """
 
-
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
