@@ -112,7 +112,7 @@ def endure(tmp_path: Path, domio: str, deaths: Sequence[str], rounds: int) -> No
 @pytest.mark.parametrize("domio", KINDS)
 def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
     """DomIO and the device are killed with the ring full: each request is answered once, without error, and what was written is read."""
-    endure(tmp_path, domio, ("domio", "nvme", "domio"), 120)
+    endure(tmp_path, domio, ("domio", "nvme", "domio"), 400)
 
 
 @pytest.mark.long
