@@ -28,6 +28,8 @@ from simulation.live.edge import Edge
 from simulation.live.plan import LINKS, Fault, What
 
 STRANGE_IOVA: Final = 0x7FFF_0000_0000
+ANSWER_BYTES: Final = 12
+"""Of a DMA batch, on the lane."""
 NAMES: Final = {
     (number, command.number): command.name.lower()
     for number, call in HYPERCALLS.items()
@@ -46,10 +48,10 @@ def damaged(raw: bytes, fault: Fault) -> bytes:
     return raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :]
 
 
-def size_of(message: Message) -> int:
+def size_of(message: Message | DmaRequest) -> int:
     """Bytes of it, and of the data that it has moved."""
-    moved = sum(item[1] for item in message.items) if isinstance(message, Dma) else 0
-    return len(encode(message)) + moved
+    moved = sum(item[1] for item in message.items) if isinstance(message, Dma | DmaRequest) else 0
+    return len(pack(*message) if isinstance(message, DmaRequest) else encode(message)) + moved
 
 
 class _Link:
@@ -283,7 +285,7 @@ class FaultyServer(Server):
             """An answer on the DMA lane: it can be late, and not be damaged (its way is the kernel's alone)."""
             now = time.monotonic_ns()
             self._act(EDGE.happen(f"to:{self._role(peer.domain)}"), now)
-            when = self._link(peer.domain).delay(now, "to")
+            when = self._link(peer.domain).delay(now, "to", 0, lambda: ANSWER_BYTES)
             lane = peer.lane
 
             def put() -> None:
