@@ -20,7 +20,8 @@ from toolstack.warden import uids, warden
 from toolstack.warden.runtime import RuntimeDirectory
 from toolstack.warden.uids import end_all
 
-UID = uids.FIRST - 7
+UID = uids.FIRST - 7 - 10 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+"""And the two below: of this worker alone, for the tests kill all that have them."""
 ROOT = os.getuid() == 0
 
 
