@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import hvm_rig
 import pytest
+from model_rig import Pair
 
 
 @pytest.fixture(params=["hap", "shadow"])
@@ -11,3 +15,17 @@ def paging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """The test runs with two-level paging, and with shadow page tables."""
     monkeypatch.setattr(hvm_rig, "PAGING", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[..., Pair]]:
+    """`pairs(code, device)`: a guest and its device model, closed at the test's end."""
+    made: list[Pair] = []
+
+    def make(*arguments: Any, **more: Any) -> Pair:
+        made.append(Pair(*arguments, **more))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.close()
