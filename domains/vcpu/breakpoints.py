@@ -24,6 +24,9 @@ STATUS: Final = 0x400F
 """DR6: which breakpoint, and BS."""
 # helper_single_step: or qword [rdi + dr6], 0x4000 (BS).
 _DR6: Final = re.compile(rb"\x48\x81\x8f(....)\x00\x40\x00\x00", re.DOTALL)
+# helper_set_dr: lea r14, [r13 + places]; mov rsi, [r12 + 8 * r14 + 8]: what was set for the register in r13, of the state in r12.
+_PLACE: Final = re.compile(rb"\x4d\x8d\xb5(....)\x4b\x8b\x74\xf4\x08", re.DOTALL)
+_SET_DR_BYTES: Final = 0x160
 _BACK: Final = 6 * 8
 """From DR6 back to DR0."""
 
@@ -43,6 +46,11 @@ class Breakpoints:
         first = env + int.from_bytes(found.group(1), "little") - _BACK
         self._registers: Final = (ctypes.c_uint64 * 8).from_address(first)
         self._set: Final = (ctypes.c_uint64 * 4).from_address(first + 8 * 8)
+        place = _PLACE.search(lib.code("helper_set_dr_x86_64", _SET_DR_BYTES))
+        if place is None or 8 * int.from_bytes(place.group(1), "little") + 8 != first - env + 8 * 8:
+            raise insides.UnknownUnicorn(
+                f"{insides.described()}: what is set for the debug registers is not kept behind them"
+            )
         self._registers[2] = 0x1357_9BDF_2468
         seen = machine.reg_read(x86_const.UC_X86_REG_DR2)  # type: ignore[attr-defined]  # unicorn has no types
         self._registers[2] = 0

@@ -13,8 +13,6 @@ from domains.vcpu.api import StopReason, Trap
 from domains.vcpu.hvm_testing import HANDLERS, HvmGuest
 from domains.vcpu.testing import CODE, STACK, PvGuest
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 DATA = 0x30000
 WRITE, ACCESS = 1, 3
 LENGTH = {1: 0, 2: 1, 8: 2, 4: 3}
