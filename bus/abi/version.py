@@ -52,4 +52,15 @@ XEN_MINOR: Final = 17
 XEN_VERSION: Final = XEN_MAJOR << 16 | XEN_MINOR
 """What XENVER_version returns: the interface that this package describes is that of Xen 4.17."""
 
-NOT_IN_HEADER: Final = ("XEN_COMMANDLINE_LEN", "XEN_MAJOR", "XEN_MINOR", "XEN_VERSION")
+XEN_EXTRAVERSION: Final = b".0-domicile"
+XEN_CAPABILITIES: Final = b"xen-3.0-x86_64 hvm-3.0-x86_32 hvm-3.0-x86_32p hvm-3.0-x86_64 "
+"""The kinds of guest that this Xen runs, each with a space behind it, as Xen has it."""
+
+NOT_IN_HEADER: Final = (
+    "XEN_COMMANDLINE_LEN",
+    "XEN_MAJOR",
+    "XEN_MINOR",
+    "XEN_VERSION",
+    "XEN_EXTRAVERSION",
+    "XEN_CAPABILITIES",
+)

@@ -14,8 +14,6 @@ from bus.addresses import PAGE_SIZE
 from domains.pv.calls import LOW32, Handler, Result
 from domains.pv.cpu import Cpu
 
-CAPABILITIES: Final = b"xen-3.0-x86_64 hvm-3.0-x86_32 hvm-3.0-x86_32p hvm-3.0-x86_64 "
-EXTRAVERSION: Final = b".0-domicile"
 DENIED: Final = b"<denied>"
 """What Xen shows an unprivileged domain of its command line."""
 PV_FEATURES: Final = (
@@ -92,9 +90,9 @@ class VersionCalls:
     def _content(self, cmd: int) -> bytes | None:
         identity = self._identity
         if cmd == version.XENVER_extraversion:
-            return _string(EXTRAVERSION, version.XEN_EXTRAVERSION_LEN)
+            return _string(version.XEN_EXTRAVERSION, version.XEN_EXTRAVERSION_LEN)
         if cmd == version.XENVER_capabilities:
-            return _string(CAPABILITIES, version.XEN_CAPABILITIES_INFO_LEN)
+            return _string(version.XEN_CAPABILITIES, version.XEN_CAPABILITIES_INFO_LEN)
         if cmd == version.XENVER_changeset:
             return _string(identity.changeset, version.XEN_CHANGESET_INFO_LEN)
         if cmd == version.XENVER_platform_parameters:

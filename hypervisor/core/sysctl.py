@@ -72,6 +72,8 @@ class SysctlOps:
 
     def _physinfo(self, call: Call) -> Result:
         capabilities = abi.XEN_SYSCTL_PHYSCAP_hvm | abi.XEN_SYSCTL_PHYSCAP_pv
+        capabilities |= abi.XEN_SYSCTL_PHYSCAP_hap | abi.XEN_SYSCTL_PHYSCAP_shadow
+        capabilities |= abi.XEN_SYSCTL_PHYSCAP_gnttab_v1 | abi.XEN_SYSCTL_PHYSCAP_gnttab_v2
         capabilities |= abi.XEN_SYSCTL_PHYSCAP_directio
         payload = abi.xen_sysctl_physinfo(
             threads_per_core=1,

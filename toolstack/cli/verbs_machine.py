@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bus.addresses import PAGE_SIZE
 from toolstack.cli.output import colours, pairs, say, uptime_table
 from toolstack.cli.state import ask, connect, state
 from toolstack.errors import EXIT_FAILED, InputError, MachineError, MachineGone, TimedOut
@@ -119,14 +120,23 @@ def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False)
         "release": names.release,
         "machine": names.machine,
         "nr_cpus": answer["nr_cpus"],
+        "max_cpu_id": answer["max_cpu_id"],
+        "nr_nodes": answer["nr_nodes"],
+        "cores_per_socket": answer["cores_per_socket"],
+        "threads_per_core": answer["threads_per_core"],
         "cpu_mhz": f"{answer['cpu_mhz']:.3f}",
+        "virt_caps": " ".join(answer["virt_caps"]),
         "total_memory": answer["total_memory"],
         "free_memory": answer["free_memory"],
+        "outstanding_claims": answer["outstanding_claims"],
         "xen_major": answer["xen_major"],
         "xen_minor": answer["xen_minor"],
-        "xen_version": f"{answer['xen_major']}.{answer['xen_minor']}",
+        "xen_extra": answer["xen_extra"],
+        "xen_version": f"{answer['xen_major']}.{answer['xen_minor']}{answer['xen_extra']}",
         "xen_caps": answer["xen_caps"],
         "xen_scheduler": answer["xen_scheduler"],
+        "xen_pagesize": PAGE_SIZE,
+        "platform_params": f"virt_start={answer['virt_start']:#x}",
         "domicile_version": _version(),
         "domicile_isolation": isolation,
         "domicile_doorbells": "on" if answer.get("doorbells") else "off",

@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
+from bus.abi import sysctl, version
+from bus.abi.arch_x86_64 import HYPERVISOR_VIRT_START
 from bus.addresses import DomId
 from bus.link import HypervisorGone
 from bus.messages.control import MAX_CONSOLE_CHUNK, TO_TOOLSTACK, DomainConfig, Notice, Request, Response
@@ -40,6 +42,16 @@ BURST: Final = 16
 MAX_KEYS: Final = 64
 LOG_SHOWN: Final = 56 << 10
 """Bytes of the hypervisor's log in one answer: the latest."""
+VIRT_CAPS: Final = (
+    ("pv", sysctl.XEN_SYSCTL_PHYSCAP_pv),
+    ("hvm", sysctl.XEN_SYSCTL_PHYSCAP_hvm),
+    ("hvm_directio", sysctl.XEN_SYSCTL_PHYSCAP_directio),
+    ("hap", sysctl.XEN_SYSCTL_PHYSCAP_hap),
+    ("shadow", sysctl.XEN_SYSCTL_PHYSCAP_shadow),
+    ("gnttab-v1", sysctl.XEN_SYSCTL_PHYSCAP_gnttab_v1),
+    ("gnttab-v2", sysctl.XEN_SYSCTL_PHYSCAP_gnttab_v2),
+)
+"""Names as `xl info` prints them. PV guests get no devices of their own here, so "pv_directio" is not among them."""
 Handler = Callable[["Client", dict[str, Any], list[int]], Any]
 
 
@@ -387,16 +399,25 @@ class ToolstackServer:
 
     def _machine_info(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         physical = self.manager.xc.physinfo()
+        capabilities = physical.capabilities
         return {
             **self._info,
             "nr_cpus": physical.nr_cpus,
+            "max_cpu_id": physical.max_cpu_id,
+            "nr_nodes": physical.nr_nodes,
+            "cores_per_socket": physical.cores_per_socket,
+            "threads_per_core": physical.threads_per_core,
+            "virt_caps": [name for name, bit in VIRT_CAPS if capabilities & bit],
             "cpu_mhz": physical.cpu_khz / 1000,
             "total_memory": physical.total_pages >> 8,
             "free_memory": physical.free_pages >> 8,
-            "xen_major": 4,
-            "xen_minor": 17,
+            "outstanding_claims": physical.outstanding_pages >> 8,
+            "xen_major": version.XEN_MAJOR,
+            "xen_minor": version.XEN_MINOR,
             "xen_scheduler": "credit2",
-            "xen_caps": "xen-3.0-x86_64",
+            "xen_extra": version.XEN_EXTRAVERSION.decode(),
+            "xen_caps": version.XEN_CAPABILITIES.decode().strip(),
+            "virt_start": HYPERVISOR_VIRT_START,
         }
 
     def _check(self, client: Client, args: dict[str, Any], fds: list[int]) -> dict[str, Any]:

@@ -274,9 +274,9 @@ class Core:
         return domid == 0 or domid in self.domains or self._exists is None or self._exists(domid)
 
     def is_introduced(self, domid: int) -> bool:
-        """Whether the domain was introduced and not released."""
+        """Whether the domain was introduced and not released. Domain 0 is from the start, as with Xen's own daemon."""
         domain = self.domains.get(domid)
-        return domain is not None and domain.introduced
+        return domid == 0 or (domain is not None and domain.introduced)
 
     def special_perms(self, conn: Connection, name: bytes) -> Perms:
         """Permissions of a special event. XsError EINVAL (no such event), EACCES."""

@@ -45,6 +45,10 @@ def test_a_machine_comes_up_is_listed_and_goes_down(domicile: Domicile, machine:
     isolated = "a uid of its own" if os.getuid() == 0 else "UNENFORCED"
     assert isolated in info["domicile_isolation     "]
     assert json.loads(ask("info", "--json"))["xen_major"] == 4
+    caps = next(value for name, value in info.items() if name.strip() == "xen_caps")
+    assert caps.split() == ["xen-3.0-x86_64", "hvm-3.0-x86_32", "hvm-3.0-x86_32p", "hvm-3.0-x86_64"]
+    virt = next(value for name, value in info.items() if name.strip() == "virt_caps")
+    assert set(virt.split()) >= {"pv", "hvm", "hap", "shadow"}
     assert ask("uptime").splitlines()[1].split()[:2] == ["Domain-0", "0"]
     ask("dmesg", "-c")
     assert ask("domid", "Domain-0") == "0\n"

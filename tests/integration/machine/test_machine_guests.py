@@ -16,9 +16,9 @@ from toolstack.client import MachineError
 from toolstack.guestfetch import fetch
 
 WAYS: dict[str, dict[str, Any]] = {
-    "doorbells": {},
+    "doorbells": {"doorbells": True},
     "zeromq-alone": {"doorbells": False},
-    "tcp": {"transport": "tcp"},
+    "tcp": {"transport": "tcp", "doorbells": True},
 }
 """The transports: event channels by doorbells, everything over ZeroMQ, and the bus over TCP with CURVE."""
 

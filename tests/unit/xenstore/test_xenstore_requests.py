@@ -182,6 +182,7 @@ def test_introduce_waits_for_the_ring_and_tells_failure() -> None:
     assert dom0.take_events() == [("@introduceDomain", "new")]
     assert dom0.replies.pop().payload == b"OK\0"
     assert dom0.ask(xs.XS_IS_DOMAIN_INTRODUCED, b"5\0") == b"T\0"
+    assert dom0.ask(xs.XS_IS_DOMAIN_INTRODUCED, b"0\0") == b"T\0"
 
 
 @pytest.mark.parametrize(
