@@ -23,12 +23,10 @@ from pathlib import Path
 import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "unit" / "pvcpu"))
-
-import rig as pv
 
 from benchmarks.programs.native_guest import create, machine_of, wait
 from bus.abi import xen
+from tests.unit.pvcpu import rig as pv
 
 ROUNDS = 3000
 LOOPS = 100_000

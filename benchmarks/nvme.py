@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration" / "devices"))
-
-from device_driver import DATA, Driver
-from device_host import DeviceHost
 
 from drivers.hw.nvme.spec import Command, IoOpcode
+from tests.integration.devices.device_driver import DATA, Driver
+from tests.integration.devices.device_host import DeviceHost
 
 DISK = 64 << 20
 

@@ -12,10 +12,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "unit" / "pvcpu"))
 
-import harness
-
+from tests.unit.pvcpu import harness
 from toolstack.guestfetch import fetch
 
 

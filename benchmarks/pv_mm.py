@@ -8,16 +8,11 @@
 from __future__ import annotations
 
 import struct
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "unit" / "pvmm"))
-
-from pvmm_support import BASE, KERNEL_RO, KERNEL_RW, TABLE, Guest
 
 from bus.abi import xen
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL_RO, KERNEL_RW, TABLE, Guest
 
 ROUNDS = 5
 

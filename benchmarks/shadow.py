@@ -30,6 +30,7 @@ def user_seconds(pid: int) -> float:
 def boot(*, hap: bool) -> tuple[float, float]:
     """Seconds of CPU to init, and a process started in the guest, in milliseconds."""
     guest = debian()
+    assert guest.pvh_kernel is not None
     with running_machine() as machine:
         domid = machine.create(
             "g", guest.pvh_kernel, ramdisk=guest.ramdisk, memory_mb=256, cmdline="console=hvc0", type="pvh", hap=hap

@@ -36,11 +36,11 @@ def guest_without_block_hook(code: bytes) -> PvGuest:
         if kind != UC_HOOK_BLOCK:
             add(self, kind, address, user, instruction)
 
-    machine_module.Machine._add_hook = without  # type: ignore[method-assign]  # for this one measurement
+    machine_module.Machine._add_hook = without  # for this one measurement
     try:
         return PvGuest(code)
     finally:
-        machine_module.Machine._add_hook = add  # type: ignore[method-assign]
+        machine_module.Machine._add_hook = add
 
 
 def speed(guest: PvGuest, iterations: int, instructions: int) -> float:

@@ -124,7 +124,7 @@ class _Subprocess:
 def machine_of(module: str) -> Iterator[RunningMachine]:
     """A machine whose guests' processes are the program `module`."""
     os.environ[MODULE] = module
-    toolstack.machine.subprocess = _Subprocess  # type: ignore[assignment]  # all that it uses of it
+    vars(toolstack.machine)["subprocess"] = _Subprocess  # all that it uses of it
     with running_machine() as machine:
         yield machine
 

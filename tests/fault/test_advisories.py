@@ -8,35 +8,30 @@ import ast
 import random
 import re
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
+from bus.abi import event_channel as ec
+from bus.abi.grant_table import GNTMAP_device_map
+from bus.abi.io.xs_wire import XENSTORE_DOMAIN_INTERFACE, XENSTORE_RING_SIZE
+from bus.abi.xen import DOMID_SELF, HYPERVISOR_event_channel_op
+from bus.addresses import PAGE_SIZE, DomId, Mfn
+from bus.credentials import make
+from drivers.block.backend import Backend
+from drivers.block.ledger import Ledger
+from drivers.block.requests import Disk
+from drivers.block.wire import X86_64, pack_indirect, pack_request
+from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.ring import ServerRing
+from hypervisor.core.iommu import DmaFault, Iommu, Segment
+from hypervisor.core.pool import XenPool
+from hypervisor.shell.peers import Peer, _Raised
+from tests.unit.block.block_machine import FakeDisk, Grants
+from tests.unit.grants.grants_world import HOST, World
+from tests.unit.hvcore.hvcore_machine import Machine
+
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests" / "unit" / "grants"))
-sys.path.append(str(ROOT / "tests" / "unit" / "block"))
-sys.path.append(str(ROOT / "tests" / "unit" / "hvcore"))
-
-from block_machine import FakeDisk, Grants  # noqa: E402
-from grants_world import HOST, World  # noqa: E402
-from hvcore_machine import Machine  # noqa: E402
-
-from bus.abi import event_channel as ec  # noqa: E402
-from bus.abi.grant_table import GNTMAP_device_map  # noqa: E402
-from bus.abi.io.xs_wire import XENSTORE_DOMAIN_INTERFACE, XENSTORE_RING_SIZE  # noqa: E402
-from bus.abi.xen import DOMID_SELF, HYPERVISOR_event_channel_op  # noqa: E402
-from bus.addresses import PAGE_SIZE, DomId, Mfn  # noqa: E402
-from bus.credentials import make  # noqa: E402
-from drivers.block.backend import Backend  # noqa: E402
-from drivers.block.ledger import Ledger  # noqa: E402
-from drivers.block.requests import Disk  # noqa: E402
-from drivers.block.wire import X86_64, pack_indirect, pack_request  # noqa: E402
-from drivers.xenbus.paged_ring import PagedRing  # noqa: E402
-from drivers.xenbus.ring import ServerRing  # noqa: E402
-from hypervisor.core.iommu import DmaFault, Iommu, Segment  # noqa: E402
-from hypervisor.core.pool import XenPool  # noqa: E402
-from hypervisor.shell.peers import Peer, _Raised  # noqa: E402
 
 
 class _Once:

@@ -22,6 +22,7 @@ from hypervisor.core.grants import GrantTables
 from hypervisor.core.invariants import InvariantChecker
 from hypervisor.core.iommu import Iommu
 from hypervisor.core.iommu_dma import DmaService
+from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.pool import XenPool
 from hypervisor.core.scheduler import CreditScheduler
 from hypervisor.core.scheduler_calls import SchedulerCalls
@@ -75,11 +76,15 @@ class WholeCore:
         calls = GrantCalls(self.grants, core.dispatcher, core.outbox)
         core.attach_hooks(calls)
         core.physmap.grant_frame = calls.physmap_frame
+
+        def raise_interrupt(now: int, entry: InterruptEntry) -> None:
+            core.events.raise_pirq(entry.domain, entry.pirq)
+
         dma = DmaService(
             iommu,
             self.grants,
             lambda mfn: None,
-            lambda now, entry: core.events.raise_pirq(entry.domain, entry.pirq),
+            raise_interrupt,
         )
         self.devices = DeviceService(
             iommu,

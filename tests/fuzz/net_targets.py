@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import struct
 
-from net_machine import MAC, OTHER, Memory, Pair
-
 from bus.abi.io.netif import NETIF_RSP_ERROR, NETIF_RSP_NULL, NETIF_RSP_OKAY
 from drivers.net.backend import QUEUE_BYTES, QUEUE_FRAMES
 from drivers.net.frames import Frame
@@ -17,6 +15,7 @@ from drivers.net.transmit import REQUEST, RESPONSE
 from drivers.net.transmit import SLOT as TX_SLOT
 from drivers.xenbus.paged_ring import PagedRing
 from tests.fuzz.parts import Bytes
+from tests.unit.net.net_machine import MAC, OTHER, Memory, Pair
 
 
 def net_back(data: bytes) -> None:
@@ -24,7 +23,7 @@ def net_back(data: bytes) -> None:
     source = Bytes(data)
     bits = source.number()
     pair = Pair(Abilities(*(bool(bits >> n & 1) for n in range(7))), pages=200)
-    pair.front.poll = lambda: 0  # type: ignore[method-assign]  # the input is the frontend
+    pair.front.poll = lambda: 0  # the input is the frontend
     tx, rx = pair.rings[0]
     pages = pair.memory.allocate(4)
     refs = pair.memory.grant(pages, False)

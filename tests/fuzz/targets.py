@@ -4,52 +4,46 @@ a broken invariant, a loop without end (libFuzzer's own timeout)."""
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-UNIT = Path(__file__).parents[1] / "unit"
-for area in ("block", "net", "xenstore", "hvcore"):
-    sys.path.append(str(UNIT / area))
+import msgpack
 
-import msgpack  # noqa: E402
-from block_machine import FakeDisk, Grants, Trouble  # noqa: E402
-
-from bus.abi import domctl, platform, sysctl  # noqa: E402
-from bus.abi import grant_table as gt  # noqa: E402
-from bus.abi.hypercalls import HYPERCALLS  # noqa: E402
-from bus.abi.hypercalls_model import Form  # noqa: E402
-from bus.abi.io import xs_wire as xs  # noqa: E402
-from bus.abi.xen import (  # noqa: E402
+from bus.abi import domctl, platform, sysctl
+from bus.abi import grant_table as gt
+from bus.abi.hypercalls import HYPERCALLS
+from bus.abi.hypercalls_model import Form
+from bus.abi.io import xs_wire as xs
+from bus.abi.xen import (
     HYPERVISOR_domctl,
     HYPERVISOR_grant_table_op,
     HYPERVISOR_platform_op,
     HYPERVISOR_sysctl,
 )
-from bus.messages.device import FROM_ANY_DOMAIN, FROM_DEVICE, TO_DEVICE  # noqa: E402
-from bus.messages.domain import TO_DOMAIN  # noqa: E402
-from bus.messages.envelope import BadMessage, decode, encode  # noqa: E402
-from bus.zmtp import ProtocolError, ServerConnection  # noqa: E402
-from domains.dom0.builder.errors import BuildError  # noqa: E402
-from domains.dom0.builder.kernel import load_kernel  # noqa: E402
-from domains.dom0.xenstore import dump  # noqa: E402
-from domains.dom0.xenstore.core import Core  # noqa: E402
-from domains.dom0.xenstore.effects import ConnId  # noqa: E402
-from domains.dom0.xenstore.quota import Quota  # noqa: E402
-from drivers.block.backend import Backend  # noqa: E402
-from drivers.block.frontend import DiskError, Features, Frontend  # noqa: E402
-from drivers.block.ledger import Ledger, LedgerError  # noqa: E402
-from drivers.block.requests import Disk  # noqa: E402
-from drivers.block.wire import X86_32, X86_64  # noqa: E402
-from drivers.xenbus import wire  # noqa: E402
-from drivers.xenbus.paged_ring import PagedRing  # noqa: E402
-from drivers.xenbus.ring import ServerRing  # noqa: E402
-from tests.fuzz.core_machine import WholeCore, ready  # noqa: E402
-from tests.fuzz.net_targets import net_back, net_front  # noqa: E402
-from tests.fuzz.parts import Bytes  # noqa: E402
-from toolstack.errors import InputError  # noqa: E402
-from toolstack.xlcfg.grammar import parse  # noqa: E402
-from toolstack.xlcfg.model import understand  # noqa: E402
+from bus.messages.device import FROM_ANY_DOMAIN, FROM_DEVICE, TO_DEVICE
+from bus.messages.domain import TO_DOMAIN
+from bus.messages.envelope import BadMessage, decode, encode
+from bus.zmtp import ProtocolError, ServerConnection
+from domains.dom0.builder.errors import BuildError
+from domains.dom0.builder.kernel import load_kernel
+from domains.dom0.xenstore import dump
+from domains.dom0.xenstore.core import Core
+from domains.dom0.xenstore.effects import ConnId
+from domains.dom0.xenstore.quota import Quota
+from drivers.block.backend import Backend
+from drivers.block.frontend import DiskError, Features, Frontend
+from drivers.block.ledger import Ledger, LedgerError
+from drivers.block.requests import Disk
+from drivers.block.wire import X86_32, X86_64
+from drivers.xenbus import wire
+from drivers.xenbus.paged_ring import PagedRing
+from drivers.xenbus.ring import ServerRing
+from tests.fuzz.core_machine import WholeCore, ready
+from tests.fuzz.net_targets import net_back, net_front
+from tests.fuzz.parts import Bytes
+from tests.unit.block.block_machine import FakeDisk, Grants, Trouble
+from toolstack.errors import InputError
+from toolstack.xlcfg.grammar import parse
+from toolstack.xlcfg.model import understand
 
 MESSAGES = (FROM_ANY_DOMAIN, FROM_DEVICE, TO_DOMAIN, TO_DEVICE)
 COMMANDS = [(call.number, command) for call in HYPERCALLS.values() for command in call.commands]

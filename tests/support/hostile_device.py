@@ -78,5 +78,5 @@ class HostileDevice(runtime.DeviceProcess):
 
 
 if __name__ == "__main__":
-    honest.DeviceProcess = HostileDevice  # type: ignore[misc]  # the test's purpose
+    vars(honest)["DeviceProcess"] = HostileDevice
     honest.main()

@@ -50,11 +50,12 @@ class XenbusWorld:
             raise result
         return result
 
-    def one(self, request: xb.Request) -> object:
+    def one(self, request: xb.Request) -> Any:
         """A procedure of one request."""
 
         def procedure() -> Procedure[bytes]:
-            return (yield request)
+            answer: bytes = yield request
+            return answer
 
         return self.run(procedure())
 

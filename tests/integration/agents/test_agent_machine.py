@@ -74,7 +74,7 @@ def test_a_guest_reads_its_disk_while_driver_domain_and_device_are_killed_stoppe
                 else:
                     machine.operator.strike(agent, what)
                 machine.wait(
-                    lambda agent=agent, begun=begun: machine.operator.agents()[agent].begun > begun,  # type: ignore[misc]
+                    lambda agent=agent, begun=begun: machine.operator.agents()[agent].begun > begun,
                     f"{what} {agent}: another takes its place",
                 )
             machine.type("grub", f"cat (xen/xvda)/{name}\r")
@@ -104,7 +104,7 @@ def test_an_agent_that_lies_harms_its_own_container_alone(monkeypatch: pytest.Mo
             machine.kill_container("domu-pvh")
             machine.start_agent("domu-pvh")
             machine.wait(
-                lambda enrolled=enrolled: machine.operator.agents()["domu-pvh"].enrolled > enrolled,  # type: ignore[misc]
+                lambda enrolled=enrolled: machine.operator.agents()["domu-pvh"].enrolled > enrolled,
                 "the liar enrols",
             )
             name = f"victim{number}"
@@ -116,7 +116,7 @@ def test_an_agent_that_lies_harms_its_own_container_alone(monkeypatch: pytest.Mo
                 except MachineError:
                     pass  # it ended while it was built
                 else:
-                    machine.wait(lambda name=name: name in machine.ended, f"{lie}: the liar's domain ends")  # type: ignore[misc]
+                    machine.wait(lambda name=name: name in machine.ended, f"{lie}: the liar's domain ends")
             assert found in machine.said("warden"), lie
             is_prompt(machine, "honest")
         machine.check()

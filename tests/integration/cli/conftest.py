@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_command import Domicile, run_command
+
+from tests.integration.cli.cli_command import Domicile, run_command
 
 
 @pytest.fixture

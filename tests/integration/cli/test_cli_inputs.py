@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_command import Domicile
+
+from tests.integration.cli.cli_command import Domicile
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_an_output_that_nobody_reads_is_no_traceback(domicile: Domicile) -> None
     """`domicile doctor | true`."""
     import subprocess
 
-    from cli_command import COMMAND
+    from tests.integration.cli.cli_command import COMMAND
 
     process = subprocess.Popen([*COMMAND, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from cli_command import COMMAND, Domicile
+
+from tests.integration.cli.cli_command import COMMAND, Domicile
 
 
 @pytest.fixture

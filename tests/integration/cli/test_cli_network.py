@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cli_command import Domicile
+from tests.integration.cli.cli_command import Domicile
 
 HEAD = "Idx BE Mac Addr.         handle state evt-ch   tx-/rx-ring-ref BE-path                       "
 ROW = re.compile(

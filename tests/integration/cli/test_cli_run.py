@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from cli_command import COMMAND, Domicile
 
+from tests.integration.cli.cli_command import COMMAND, Domicile
 from toolstack.errors import MachineError
 
 Programs = Callable[[str], Path]

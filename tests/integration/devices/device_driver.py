@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from device_host import BDF, DOMAIN, DeviceHost
-
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.spec import AdminOpcode, Command, Completion
 from drivers.hw.pci import COMMAND, COMMAND_MASTER, COMMAND_MEMORY, MSIX_ENABLE
+from tests.integration.devices.device_host import BDF, DOMAIN, DeviceHost
 
 ASQ, ACQ, SQ, CQ, LIST, DATA = 0x1000, 0x2000, 0x4000, 0x8000, 0x10000, 0x100000
 MSIX_CAP = 0x84

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from device_driver import DATA, Driver
-from device_host import BDF, DOMAIN, DeviceHost
 
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.spec import AdminOpcode, IoOpcode, Status
+from tests.integration.devices.device_driver import DATA, Driver
+from tests.integration.devices.device_host import BDF, DOMAIN, DeviceHost
 
 SIZE = 8 << 20
 

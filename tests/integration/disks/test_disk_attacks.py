@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_images import make_ext4
 
 import tests.support.hostile_machine as support
+from tests.integration.disks.disk_images import make_ext4
 from tests.support.hostile_machine import HostileMachine, hostile_machine
 from toolstack.guestfetch import fetch
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from disk_images import MODULES, fsck, make_ext4, md5_of, tool
 
+from tests.integration.disks.disk_images import MODULES, fsck, make_ext4, md5_of, tool
 from tests.support.machines import Expected, RunningMachine, running_machine
 from toolstack.guestfetch import debian
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from disk_images import make_ext4
 
+from tests.integration.disks.disk_images import make_ext4
 from tests.support.machines import RunningMachine, running_machine
 from toolstack.domio import KINDS
 from toolstack.guestfetch import fetch

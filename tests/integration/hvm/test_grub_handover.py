@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_pvh_boot import COMMAND, guest
 
+from tests.integration.hvm.test_pvh_boot import COMMAND, guest
 from toolstack.guestfetch import INIT_LINE
 from toolstack.plugin.disks import make_disk
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pc_disks import SEABIOS, bootable_disk, need
 
+from tests.integration.hvm.pc_disks import SEABIOS, bootable_disk, need
 from toolstack.cli.script import Plain
 
 pytestmark = pytest.mark.timeout(2 * 150 + 60)

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pc_disks import SEABIOS, need
+
+from tests.integration.hvm.pc_disks import SEABIOS, need
 
 COMMAND = [
     sys.executable,

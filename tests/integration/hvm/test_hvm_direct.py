@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pc_disks import SEABIOS, need
+
+from tests.integration.hvm.pc_disks import SEABIOS, need
 
 pytestmark = pytest.mark.timeout(400)
 COMMAND = [sys.executable, "-m", "toolstack.cli", "run", "--type", "hvm"]

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pc_disks import GRUB, LINUX_MODULES, SEABIOS, bootable_disk, need
 
+from tests.integration.hvm.pc_disks import GRUB, LINUX_MODULES, SEABIOS, bootable_disk, need
 from toolstack.cli.script import Plain
 from toolstack.guestfetch import FetchError, debian
 

@@ -11,9 +11,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from pc_disks import bootable_disk
 
 from drivers.pc.keys import keys_of_character
+from tests.integration.hvm.pc_disks import bootable_disk
 from tests.support.machines import RunningMachine, running_machine
 from toolstack.cli.images import Images, make_config
 from toolstack.cli.script import Plain

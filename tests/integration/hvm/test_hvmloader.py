@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pc_disks import bootable_disk
-from test_pvh_boot import COMMAND, guest
+
+from tests.integration.hvm.pc_disks import bootable_disk
+from tests.integration.hvm.test_pvh_boot import COMMAND, guest
 
 
 @pytest.mark.long

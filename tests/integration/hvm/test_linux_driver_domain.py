@@ -4,18 +4,15 @@ the disk of Debian's Linux as a PV guest."""
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration.disks.disk_images import make_ext4
 from tests.support.machines import running_machine
 from toolstack.errors import MachineError
 from toolstack.guestfetch import INIT_LINE, debian, fetch
 from toolstack.xlcfg.devices import parse_disk
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "disks"))
-from disk_images import make_ext4
 
 BOOT_S = 90.0
 PHYSICAL_DEVICE = rb"""#!/bin/busybox sh
@@ -39,6 +36,7 @@ def test_debians_block_back_end_serves_debians_block_front_end(tmp_path: Path) -
     (content / "hello.txt").write_text("hello-through-blkback\n")
     image = make_ext4(tmp_path / "disk.img", 16, content)
     driver = debian(modules=("nvme", "xen-blkback"), extra={"bin/physical-device": PHYSICAL_DEVICE})
+    assert driver.pvh_kernel is not None
     user = debian(modules=("xen-blkfront", "crc32c_generic", "ext4"))
     with running_machine() as machine:
         with image.open("r+b") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ from typing import Any
 import pytest
 
 import tests.support.hostile_machine as support
+from tests.integration.disks.disk_images import make_ext4
 from tests.support.hostile_machine import HostileMachine, hostile_machine
 from tests.support.machines import RunningMachine, running_machine
 from toolstack.errors import MachineError
 from toolstack.guestfetch import INIT_LINE, debian, fetch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "disks"))
-from disk_images import make_ext4
 
 BOOT_S = 90.0
 BDF = 0x0100
@@ -53,6 +50,7 @@ def test_debians_own_nvme_driver_mounts_and_writes(image: Path) -> None:
     """It finds the controller on the PCI bus, gets its interrupts by MSI-X, reads and writes an ext4 file system through the IOMMU; what
     it wrote is in the image."""
     guest = debian(modules=("nvme", "crc32c_generic", "ext4"))
+    assert guest.pvh_kernel is not None
     with running_machine() as machine:
         bdf = plug(machine, image)
         assert bdf == BDF

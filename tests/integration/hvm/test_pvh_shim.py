@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_pvh_boot import guest, run
 
+from tests.integration.hvm.test_pvh_boot import guest, run
 from toolstack.guestfetch import INIT_LINE
 
 

@@ -19,6 +19,7 @@ def test_twenty_boots_in_a_row(kind: str) -> None:
     """One and two vCPUs in turn, on one machine; each powers off when told, and everything is given back."""
     guest = debian()
     kernel = guest.kernel if kind == "pv" else guest.pvh_kernel
+    assert kernel is not None
     with running_machine() as machine:
         for number in range(BOOTS):
             name = f"boot{number}"

@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 import pytest
-from net_packets import ADDRESS, MAC, OWN, PATTERN, US, echo, go_on, ours, udp
 from scapy.layers.inet import ICMP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from guests.build import build
+from tests.integration.network.net_packets import ADDRESS, MAC, OWN, PATTERN, US, echo, go_on, ours, udp
 from toolstack.plugin.guests import GuestMachine
 from toolstack.plugin.network import Network
 

@@ -7,12 +7,12 @@ import signal
 from typing import Any
 
 import pytest
-from net_packets import MAC, go_on
 from scapy.layers.dhcp import BOOTP, DHCP
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.l2 import ARP, Ether
 
 from guests.build import build
+from tests.integration.network.net_packets import MAC, go_on
 from toolstack.errors import MachineError
 from toolstack.plugin.guests import GuestMachine
 from toolstack.plugin.network import Network

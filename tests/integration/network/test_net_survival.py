@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 import pytest
-from net_packets import MAC, echo, go_on, ours, udp
 from scapy.layers.inet import ICMP, UDP
 
 from guests.build import build
+from tests.integration.network.net_packets import MAC, echo, go_on, ours, udp
 from toolstack.errors import MachineError
 from toolstack.plugin.guests import GuestMachine
 from toolstack.plugin.network import Network

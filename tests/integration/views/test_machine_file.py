@@ -39,9 +39,9 @@ def test_a_set_up_comes_up_whole_or_not_at_all(tmp_path: Path) -> None:
     domicile(machine, "list", status=1)
     file.write_text(text)
     try:
-        said = domicile(machine, "up", str(file)).splitlines()
-        assert said[0].endswith(": 1024 MB")
-        assert said[1:] == ["domain 1: a", "domain 3: b (paused)"]  # 2 is DomIO, for a's disk
+        lines = domicile(machine, "up", str(file)).splitlines()
+        assert lines[0].endswith(": 1024 MB")
+        assert lines[1:] == ["domain 1: a", "domain 3: b (paused)"]  # 2 is DomIO, for a's disk
         rows = {line.split()[0]: line.split()[4] for line in domicile(machine, "list").splitlines()[1:]}
         assert set(rows) == {"Domain-0", "a", "DomIO", "b"}
         assert "p" in rows["b"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import abi_compiler
 import pytest
+
+from tests.unit.abi import abi_compiler
 
 MODULES = abi_compiler.header_modules()
 BY_NAME = {module.__name__: module for module in MODULES}

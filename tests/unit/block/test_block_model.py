@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from block_machine import Crash, Machine, Trouble, race, scenario
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from drivers.block.ports import Command, Op
 from drivers.block.requests import Request
 from drivers.block.wire import X86_32, X86_64
 from drivers.xenbus.paged_ring import PagedRing
+from tests.unit.block.block_machine import Crash, Machine, Trouble, race, scenario
 
 OPTIONS: list[dict[str, Any]] = [
     {"queues": queues, "pages": pages, "persistent": persistent, "max_indirect": indirect, "abi": abi}
@@ -81,7 +81,7 @@ def test_a_crash_at_each_point_by_itself(point: str) -> None:
                     machine.fuse = 0
             Machine.hook(machine, name)
 
-        machine.hook = hook  # type: ignore[method-assign]  # the machine's own, with an aim
+        machine.hook = hook  # the machine's own, with an aim
         assert machine.back is not None
         machine.back._hook = hook  # type: ignore[misc]  # the first process as well
         machine.back.ledger.hook = machine.back.ledger.queues[0].hook = hook
@@ -186,7 +186,7 @@ def unmaps_late(original: Any) -> Any:
 def unmaps_early(original: Any) -> Any:
     def map_(self: GrantPool, requests: list[Request], writes: list[bool]) -> list[int]:
         """Frames are let go of before the device is done."""
-        good: list[bool] = original(self, requests, writes)
+        good: list[int] = original(self, requests, writes)
         mapped = [request.mapped for request in requests]
         self.release(requests)
         for request, extents in zip(requests, mapped, strict=True):

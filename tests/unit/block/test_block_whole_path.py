@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from block_machine import Grants
 
 from drivers.block.backend import Backend
 from drivers.block.frontend import Features, Frontend
@@ -20,6 +19,7 @@ from drivers.hw.nvme.driver_queue import Buffer
 from drivers.hw.nvme.io import MediaOp, MediaResult
 from drivers.hw.nvme.pages import Identity, Namespace
 from drivers.xenbus.paged_ring import PagedRing
+from tests.unit.block.block_machine import Grants
 
 SECTORS = 2048
 

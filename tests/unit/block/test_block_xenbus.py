@@ -171,7 +171,7 @@ def test_closing_by_the_frontend_and_coming_back() -> None:
 def test_resume_of_the_frontends_domain_with_fewer_queues() -> None:
     world = World(Wish(queues=3, order=2))
     world.settle()
-    world.front.wish = Wish(queues=1, order=0)  # type: ignore[misc]  # another kernel in the same domain
+    world.front.wish = Wish(queues=1, order=0)  # another kernel in the same domain
     world.run(world.front.restart())
     assert world.settle() == (S.Connected, S.Connected)
     assert world.back_port.link is not None
@@ -221,7 +221,8 @@ def test_the_frontends_domain_dies() -> None:
     world.settle()
 
     def gone() -> Procedure[bytes]:
-        return (yield xb.remove(FRONT))
+        answer: bytes = yield xb.remove(FRONT)
+        return answer
 
     world.run(gone())
     world.run(world.back.changed())

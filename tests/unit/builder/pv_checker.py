@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import struct
 
-from elf_maker import Memory, read_virtual, walk
-
 from bus.abi.xen import SIF_MOD_START_PFN, START_INFO
 from domains.dom0.builder import PvBuildRequest, PvBuilt
+from tests.unit.builder.elf_maker import Memory, read_virtual, walk
 
 
 def check(request: PvBuildRequest, memory: Memory, built: PvBuilt) -> None:
@@ -73,7 +72,7 @@ def check(request: PvBuildRequest, memory: Memory, built: PvBuilt) -> None:
         else:
             assert read_virtual(memory, found, info.mod_start, info.mod_len) == request.ramdisk
     # Order and no overlap of the elements.
-    order = [built.kernel_end]
+    order: list[int] = [built.kernel_end]
     if info.mod_len and not info.flags & SIF_MOD_START_PFN:
         order.append(info.mod_start)
     if notes_.init_p2m is None:

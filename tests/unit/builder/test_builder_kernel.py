@@ -13,7 +13,6 @@ from collections.abc import Callable
 import lz4.block
 import pytest
 import zstandard
-from elf_maker import Memory, Seg, bzimage, elf32, elf64, note, notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from domains.dom0.builder import (
 )
 from domains.dom0.builder.decompress import decompress
 from domains.dom0.builder.notes import parse_features
+from tests.unit.builder.elf_maker import Memory, Seg, bzimage, elf32, elf64, note, notes
 
 KERNEL = elf64([Seg(0, bytes(range(256)) * 64)], notes({1: 0x10, 3: 0, 18: 0x20}, {6: b"test"}), entry=0x10)
 SIZE = struct.pack("<I", len(KERNEL))

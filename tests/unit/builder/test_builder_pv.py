@@ -8,14 +8,14 @@ import struct
 import time
 
 import pytest
-from elf_maker import Memory, Seg, elf32, elf64, notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pv_checker import check
 
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.addresses import Mfn, Port
 from domains.dom0.builder import BuildError, PvBuildRequest, PvBuilt, build_pv, guest_context, load_kernel
+from tests.unit.builder.elf_maker import Memory, Seg, elf32, elf64, notes
+from tests.unit.builder.pv_checker import check
 
 ENTRY, HYPERCALL, BASE, PADDR_OFFSET, P2M, MOD_PFN = 1, 2, 3, 4, 15, 16
 FEATURES, HV_START_LOW, XEN_VERSION, LOADER, PHYS32 = 10, 12, 5, 8, 18

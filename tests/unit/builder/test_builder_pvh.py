@@ -4,12 +4,12 @@ it says."""
 from __future__ import annotations
 
 import pytest
-from elf_maker import Memory, Seg, elf32, elf64, notes
 
 from bus.abi.hvm import params
 from bus.abi.hvm.start_info import HVM_MEMMAP_TABLE_ENTRY, HVM_MODLIST_ENTRY, HVM_START_INFO
 from domains.dom0.builder import BuildError, MapEntry, PvhBuildRequest, build_pvh, load_kernel, ram_ranges
 from domains.dom0.builder.pvh import Module
+from tests.unit.builder.elf_maker import Memory, Seg, elf32, elf64, notes
 
 PHYS32 = 18
 NOTES = notes({PHYS32: 0x100010})

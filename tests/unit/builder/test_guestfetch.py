@@ -13,6 +13,7 @@ import pytest
 
 from toolstack.guestfetch import FetchError, debian, fetch, images, root_disk
 from toolstack.guestfetch.cpio import CpioError, CpioWriter
+from toolstack.guestfetch.debs import unpacked
 from toolstack.guestfetch.modules import ModuleError, ModuleTree, dependencies
 
 
@@ -158,14 +159,14 @@ def test_errors_name_the_thing(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(FetchError, match="no guest named 'bsd'"):
         fetch("bsd")
     with pytest.raises(FetchError, match="Unable to fetch"):
-        images.unpacked("broken")
+        unpacked("broken")
     with pytest.raises(FetchError, match=r"grub-x86_64-xen\.bin"):
         fetch("grub")
     with pytest.raises(FetchError, match="not the name"):
-        images.unpacked("../etc")
+        unpacked("../etc")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FetchError, match="apt-get is not here"):
-        images.unpacked("other")
+        unpacked("other")
 
 
 def test_root_disk(tools: Path, tmp_path: Path) -> None:
@@ -181,8 +182,8 @@ def test_root_disk(tools: Path, tmp_path: Path) -> None:
     assert debugfs is not None, "debugfs belongs to e2fsprogs, as mke2fs does"
     shown = subprocess.run([debugfs, "-R", "cat /sbin/init", str(target)], capture_output=True, check=True)
     assert images.INIT_LINE.encode() in shown.stdout
-    shown = subprocess.run([debugfs, "-R", "stat /", str(target)], capture_output=True, text=True, check=True)
-    assert "User:     0" in shown.stdout
+    shown = subprocess.run([debugfs, "-R", "stat /", str(target)], capture_output=True, check=True)
+    assert b"User:     0" in shown.stdout
     with pytest.raises(FetchError, match="MiB"):
         root_disk(target, 1)
     with pytest.raises(FetchError, match="leaves the image"):

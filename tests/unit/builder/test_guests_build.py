@@ -6,12 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from elf_maker import Memory
-from pv_checker import check
 
 from bus.addresses import Mfn, Port
 from domains.dom0.builder import PvBuildRequest, PvhBuildRequest, build_pv, build_pvh, load_kernel
 from guests import build as guests
+from tests.unit.builder.elf_maker import Memory
+from tests.unit.builder.pv_checker import check
 from toolstack.guestfetch import FetchError, fetch
 
 

@@ -91,7 +91,7 @@ def test_a_disk_that_is_asked_for_while_domio_starts_is_refused() -> None:
 
     host = cast(Any, SimpleNamespace(reactor=Reactor(), on_order={}))
     disks = Disks(host, XenstoreService(host), cast(Any, Control("none")), cast(Any, None), lambda text: None)
-    disks.driver.start = start  # type: ignore[method-assign,assignment]
+    disks.driver.start = start  # type: ignore[assignment]
     with pytest.raises(HypercallError, match="create_domain"):
         disks.attach(DomId(3), {"vdev": "xvda"}, 8)
     assert started == 1

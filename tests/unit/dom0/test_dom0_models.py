@@ -83,7 +83,7 @@ class Rig:
         )
         self.store = XenstoreService(host)
         self.disks = Disks(host, self.store, cast(Any, self.xc), cast(Any, None), self._log)
-        self.disks.deposit = self.deposit  # type: ignore[method-assign]  # the warden
+        self.disks.deposit = self.deposit  # the warden
         self.disks.driver.domid = DomId(1)
         self.manager = Manager(host, self.store, cast(Any, self.xc), self.disks, directory)
         self.ended: list[str] = []
@@ -214,7 +214,7 @@ def test_a_disk_that_cannot_be_handed_over_is_no_matter_of_dom0s(rig: Rig, refus
     fd = os.open(os.devnull, os.O_RDONLY)
     guest.files[0] = fd
     guest.config = guest.config.model_copy(update={"disks": [{"vdev": "hda", "file": 0}]})
-    rig.disks.wait_offered = lambda domid: None  # type: ignore[method-assign]  # no back end runs here
+    rig.disks.wait_offered = lambda domid: None  # no back end runs here
     rig.manager._attach_disks(guest)
     rig.xc.refuse.add(refused)
     assert rig.theirs is not None
@@ -303,7 +303,10 @@ def test_a_name_is_taken_while_its_domain_is_being_built(rig: Rig, monkeypatch: 
 
 
 def make_create(rig: Rig) -> Callable[[], None]:
-    disks = [{"vdev": "hda", "cdrom": True, "format": "empty"}, {"vdev": "xvda", "format": "raw"}]
+    disks: list[dict[str, Any]] = [
+        {"vdev": "hda", "cdrom": True, "format": "empty"},
+        {"vdev": "xvda", "format": "raw"},
+    ]
     config = DomainConfig(name="pc", uuid=bytes(16), type="hvm", disks=disks)
 
     def create() -> None:

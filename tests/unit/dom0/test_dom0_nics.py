@@ -38,7 +38,7 @@ class Rig:
             self.deposit,
             self.log.append,
         )
-        self.nics.driver.start = self.start  # type: ignore[method-assign]  # the hypervisor's part
+        self.nics.driver.start = self.start  # the hypervisor's part
 
     def deposit(self, name: str, fds: list[str], descriptors: list[int], settings: dict[str, Any]) -> None:
         self.deposits.append(name)
@@ -188,7 +188,7 @@ def test_whoever_needs_netio_while_it_is_started_is_told(rig: Rig) -> None:
             rig.nics.attach(GUEST, {}, "pv")
         return rig.start(wanted)
 
-    rig.nics.driver.start = start  # type: ignore[method-assign]  # the hypervisor's part
+    rig.nics.driver.start = start  # the hypervisor's part
     rig.nics.attach(GUEST, {}, "pv")
     assert len(rig.starts) == len(rig.nics.nics) == 1
 
@@ -218,11 +218,11 @@ def test_ports_and_links_are_told_when_netio_says_hello_and_again_to_its_success
         assert os.read(fd, 100) == b"x" * 60
         end.close()
     second, other = rig.nics.open_port("br2")
-    assert [message.port for message, fds in rig.hear() if not close_all(fds)] == [second]  # type: ignore[func-returns-value]
+    assert [message.port for message, fds in rig.hear() if not close_all(fds)] == [second]
     rig.say(NetPortGone(port=number))
     rig.say(NetPortGone(port=77))
     rig.say(NetHello())
-    assert [m.port for m, fds in rig.hear() if isinstance(m, NetPort) and not close_all(fds)] == [second]  # type: ignore[func-returns-value]
+    assert [m.port for m, fds in rig.hear() if isinstance(m, NetPort) and not close_all(fds)] == [second]
     close_all([fd, other])
 
 

@@ -201,7 +201,8 @@ def test_smbios(guest: Guest) -> None:
     assert sum(entry[16:]) & 0xFF == 0
     length, address, count = struct.unpack_from("<HIH", entry, 22)
     data = guest.read(address, length)
-    at, found = 0, {}
+    at = 0
+    found: dict[int, list[tuple[bytes, list[bytes]]]] = {}
     for _ in range(count):
         end = data.index(b"\0\0", at + data[at + 1])
         found.setdefault(data[at], []).append(

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import struct
-import sys
-from pathlib import Path
 from uuid import UUID
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "builder"))
-from elf_maker import Seg, elf32, notes
 
 from bus.abi.hvm.hvm_info_table import HVM_INFO_PADDR
 from bus.abi.hvm.start_info import (
@@ -22,6 +17,7 @@ from bus.abi.hvm.start_info import (
 from domains.dom0.builder.errors import BuildError
 from domains.dom0.builder.firmware.layout import FirmwareConfig
 from domains.dom0.builder.firmware.program import build_program
+from tests.unit.builder.elf_maker import Seg, elf32, notes
 
 CONFIG = FirmwareConfig(64 << 20, (1 << 32) + (16 << 20), 2, UUID(int=1))
 CODE = b"\xfa\xf4" * 8

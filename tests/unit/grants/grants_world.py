@@ -6,6 +6,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from bus.abi.grant_table import (
     GRANT_ENTRY_V1,
@@ -21,6 +22,7 @@ from bus.addresses import DomId, Gfn, Mfn
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.effects import Log, Order
 from hypervisor.core.frames import FrameTable
+from hypervisor.core.grant_state import Table
 from hypervisor.core.grants import GrantTables
 from hypervisor.core.outbox import Outbox
 
@@ -117,10 +119,11 @@ class Process:
         for number, writable in order.windows:
             self.windows[number] = self.world.memory.windows.get(number, [bytearray(4096)] * 512)
             self.descriptors[number] = self.descriptors.get(number, False) or writable
-        body: dict = order.body
-        return getattr(self, order.kind)(body)
+        body: dict[str, Any] = order.body
+        results: list[int] = getattr(self, order.kind)(body)
+        return results
 
-    def grant_map(self, body: dict) -> list[int]:
+    def grant_map(self, body: dict[str, Any]) -> list[int]:
         results = []
         for mfn, offset, expect, word_mfn, word_offset, bits, frame in body["checks"]:
             now = bytearray(self.page(mfn)[offset : offset + len(expect)])
@@ -139,7 +142,7 @@ class Process:
             results.append(0)
         return results
 
-    def grant_unmap(self, body: dict) -> list[int]:
+    def grant_unmap(self, body: dict[str, Any]) -> list[int]:
         for frame, window, index in body["moves"]:
             if self.views.get(frame) == (window, index):
                 content = bytes(self.page(frame))
@@ -150,12 +153,12 @@ class Process:
             struct.pack_into("<H", self.page(mfn), offset, word & ~bits)
         return [0] * (len(body["moves"]) + len(body["clears"]))
 
-    def grant_attach(self, body: dict) -> list[int]:
+    def grant_attach(self, body: dict[str, Any]) -> list[int]:
         for handle, mfn, window, index, writable, _host, _flags, _granter in body["items"]:
             self.attached.setdefault(mfn, {})[handle] = (window, index, writable)
         return [0] * len(body["items"])
 
-    def grant_detach(self, body: dict) -> list[int]:
+    def grant_detach(self, body: dict[str, Any]) -> list[int]:
         for handle, mfn, _host, _new, _flags in body["items"]:
             del self.attached[mfn][handle]
             if not self.attached[mfn]:
@@ -209,7 +212,7 @@ class World:
         self.now = 0
         self.orders: list[Order] = []
         self.logged: list[Log] = []
-        self.grants = GrantTables(self.frames, self, self.memory, self.outbox, self.dma)  # type: ignore[arg-type]
+        self.grants = GrantTables(self.frames, self, self.memory, self.outbox, self.dma)
         for number, kind in enumerate(kinds, 1):
             domain = DomId(number)
             dom = self.doms[domain] = Dom(
@@ -222,7 +225,7 @@ class World:
                 dom.p2m[index] = (mfn, "ram")
             self.grants.create(domain, max_maptrack=maptrack)
 
-    def make_dma(self) -> object:
+    def make_dma(self) -> Any:
         """The I/O page tables that the grants enter."""
         return Dma()
 
@@ -322,6 +325,18 @@ class World:
         self.pump(*frozen)
 
     # the guests
+    def process(self, domain: int) -> Process:
+        """Of a domain that has one."""
+        process = self.doms[DomId(domain)].process
+        assert process is not None
+        return process
+
+    def table(self, domain: int) -> Table:
+        """Of a domain that has one."""
+        table = self.grants.table(DomId(domain))
+        assert table is not None
+        return table
+
     def setup(self, domain: int, frames: int = 1) -> list[int]:
         op = gnttab_setup_table(DOMID_SELF, frames, 0, 0)
         op, numbers = self.grants.ops.setup_table(DomId(domain), op)
@@ -331,23 +346,24 @@ class World:
     def grant(self, domain: int, ref: int, to: int, index: int, *, readonly: bool = False) -> Mfn:
         """Version 1 entry `ref` for the domain's RAM frame number `index`, by the guest itself."""
         dom = self.doms[DomId(domain)]
-        if not (self.grants.table(DomId(domain)).shared):
+        if not (self.table(domain).shared):
             self.setup(domain)
         mfn = dom.ram[index]
         frame = index if dom.translated else mfn
         raw = GRANT_ENTRY_V1.pack(grant_entry_v1(1 | (4 if readonly else 0), to, frame))
-        table = self.grants.table(DomId(domain))
-        dom.process.page(table.shared[ref // 512])[ref % 512 * 8 : ref % 512 * 8 + 8] = raw
+        table = self.table(domain)
+        self.process(domain).page(table.shared[ref // 512])[ref % 512 * 8 : ref % 512 * 8 + 8] = raw
         return mfn
 
     def flags(self, domain: int, ref: int) -> int:
         """GTF_reading|GTF_writing of a version 1 entry as its guest sees it."""
-        page = self.doms[DomId(domain)].process.page(self.grants.table(DomId(domain)).shared[ref // 512])
-        return struct.unpack_from("<H", page, ref % 512 * 8)[0] & MASK
+        page = self.process(domain).page(self.table(domain).shared[ref // 512])
+        word: int = struct.unpack_from("<H", page, ref % 512 * 8)[0]
+        return word & MASK
 
-    def start_map(self, mapper: int, *ops: tuple[int, int, int, int]) -> list:
+    def start_map(self, mapper: int, *ops: tuple[int, int, int, int]) -> list[gnttab_map_grant_ref]:
         """(granter, ref, flags, host_addr) each. The list returned gets the answer when there is one."""
-        answers: list = []
+        answers: list[gnttab_map_grant_ref] = []
         batch = [gnttab_map_grant_ref(addr, flags, ref, dom, 99, 0, 0) for dom, ref, flags, addr in ops]
         self.grants.map(self.now, DomId(mapper), batch, answers.extend)
         return answers
@@ -358,9 +374,9 @@ class World:
         assert len(answers) == len(ops)
         return answers
 
-    def start_unmap(self, mapper: int, *ops: tuple[int, int, int]) -> list:
+    def start_unmap(self, mapper: int, *ops: tuple[int, int, int]) -> list[gnttab_unmap_grant_ref]:
         """(handle, host_addr, dev_bus_addr) each."""
-        answers: list = []
+        answers: list[gnttab_unmap_grant_ref] = []
         batch = [gnttab_unmap_grant_ref(addr, dev, handle, 99) for handle, addr, dev in ops]
         self.grants.unmap(self.now, DomId(mapper), batch, answers.extend)
         return answers

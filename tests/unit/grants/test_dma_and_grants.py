@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from grants_world import HOST, RO, World
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -28,6 +29,7 @@ from hypervisor.core.iommu_faults import FaultReason
 from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.iommu_tables import XenPool
 from hypervisor.core.p2m import P2m, P2mType
+from tests.unit.grants.grants_world import HOST, RO, World
 
 BDF = Bdf(0x0100)
 ONE, TWO = DomId(1), DomId(2)
@@ -52,8 +54,8 @@ class Staging:
 class Machine(World):
     """The world of the grant tests with a real p2m for domain 1 (DomIO) and a real IOMMU behind which it has a device."""
 
-    def make_dma(self) -> object:
-        self.iommu = Iommu(self.memory, XenPool(self.memory), tlb_entries=8)  # type: ignore[arg-type]
+    def make_dma(self) -> Any:
+        self.iommu = Iommu(self.memory, XenPool(self.memory), tlb_entries=8)
         self.iommu.create_context(ONE)
         return self.iommu
 
@@ -214,7 +216,7 @@ def test_a_granted_frame_is_reachable_while_it_is_mapped() -> None:
     (answer,) = m.map(1, (2, 8, DEVICE, 0x77000))
     m.staging.data[:4] = b"disk"
     assert m.request((0x77000, 4, True))[0] == DONE
-    assert m.doms[TWO].process.page(mfn)[:4] == b"disk"
+    assert m.process(TWO).page(mfn)[:4] == b"disk"
     unmap = m.start_unmap(1, (answer.handle, 0, 0x77000))
     assert m.request((0x77000, 4, True))[0].reason is FaultReason.NO_WRITE_PERMISSION
     m.pump()
@@ -235,7 +237,7 @@ def test_an_hvm_guests_device_reaches_what_it_maps_for_itself() -> None:
     (answer,) = m.map(1, (2, 8, HOST, 0x77000))
     m.staging.data[:4] = b"disk"
     assert m.request((0x77000, 4, True))[0] == DONE
-    assert m.doms[TWO].process.page(mfn)[:4] == b"disk"
+    assert m.process(TWO).page(mfn)[:4] == b"disk"
     unmap = m.start_unmap(1, (answer.handle, 0x77000, 0))
     assert m.request((0x77000, 4, True))[0].reason is FaultReason.NO_WRITE_PERMISSION
     m.pump()
@@ -265,7 +267,7 @@ def test_dma_waits_while_the_frame_moves_and_is_translated_anew() -> None:
     assert result == []  # the mapper has not attached it yet
     m.pump()
     assert result == [DONE]
-    assert m.doms[TWO].process.page(mfn)[:4] == b"late"
+    assert m.process(TWO).page(mfn)[:4] == b"late"
     again = m.start_unmap(3, (other[0].handle, 0x1000, 0))
     result = m.request((0x77000, 4, True))
     assert result == []
@@ -297,7 +299,7 @@ class Everything(RuleBasedStateMachine):
         super().__init__()
         self.m = Machine("pv", "pv", owner=self.owner)
         self.handles: list[tuple[int, int, int, int]] = []  # mapper, handle, host_addr, dev_bus_addr
-        self.calls: list[tuple[int, int, list, int]] = []
+        self.calls: list[tuple[int, int, list[Any], int]] = []
         self.seen = 0
         self.place = 0x70
         self.age = 0
@@ -331,7 +333,7 @@ class Everything(RuleBasedStateMachine):
             return
         if mapper != 1 and flags & DEVICE:
             flags = HOST
-        active = self.m.grants.table(DomId(granter)).active
+        active = self.m.table(granter).active
         batch = []
         for number, index in enumerate(indexes):
             ref = first + number
@@ -421,7 +423,7 @@ class Everything(RuleBasedStateMachine):
         if self.alive(guest):
             self.seen = (self.seen + 1) & 255
             dom = self.m.doms[DomId(guest)]
-            dom.process.page(dom.ram[index])[:2] = bytes((self.seen, 2))
+            self.m.process(guest).page(dom.ram[index])[:2] = bytes((self.seen, 2))
 
     def collect(self) -> None:
         """Handles of the calls that were answered meanwhile."""
@@ -460,7 +462,9 @@ class Everything(RuleBasedStateMachine):
     @invariant()
     def the_tlb_agrees_with_the_tables(self) -> None:
         for page, value in self.m.iommu.tlb.of(ONE).items():
-            mfn, writable = self.m.iommu.lookup(ONE, page)
+            found = self.m.iommu.lookup(ONE, page)
+            assert found is not None
+            mfn, writable = found
             assert value >> 2 == mfn
             assert bool(value & 2) == writable
 
@@ -476,7 +480,7 @@ class Everything(RuleBasedStateMachine):
                     if mfn in m.doms[DomId(domain)].ram:
                         continue
                     owner = next(d for d in (2, 3) if mfn in m.doms[DomId(d)].ram)
-                    active = m.grants.table(DomId(owner)).active.values()
+                    active = m.table(owner).active.values()
                     entries = [e for e in active if e.mfn == mfn and e.grantee == domain]
                     assert any(e.bits & (0x10 if writable else 0x08) for e in entries)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 
 import pytest
-from grants_world import HOST, World
 
 from bus.abi.grant_table import (
     GTF_permit_access,
@@ -18,12 +17,13 @@ from bus.abi.grant_table import (
 )
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId
+from tests.unit.grants.grants_world import HOST, World
 
 SOURCE, DEST = 1, 2
 
 
 def copy(w: World, caller: int, *ops: gnttab_copy) -> list[int]:
-    answers: list = []
+    answers: list[gnttab_copy] = []
     w.grants.copy(w.now, DomId(caller), list(ops), answers.extend)
     w.pump()
     return [a.status for a in answers]
@@ -35,12 +35,12 @@ def op(source: tuple[int, int, int], dest: tuple[int, int, int], length: int, fl
 
 
 def v2(w: World, domain: int, ref: int, raw: bytes) -> None:
-    table = w.grants.table(DomId(domain))
+    table = w.table(domain)
     w.memory.write(table.shared[ref // 256], ref % 256 * 16, raw)
 
 
 def version_2(w: World, domain: int) -> None:
-    if not w.grants.table(DomId(domain)).shared:
+    if not w.table(domain).shared:
         w.setup(domain)
     w.grants.ops.set_version(DomId(domain), gnttab_set_version(2))
 
@@ -139,7 +139,7 @@ def test_a_copy_waits_for_a_frame_on_the_move(home: bool) -> None:
     w = World("pv", "pv")
     mine, mfn = w.doms[DomId(1)].ram[0], w.grant(2, 8, 1, 3)
     w.memory.write(mine, 0, b"copied")
-    answers: list = []
+    answers: list[gnttab_copy] = []
     batch = [op((mine, DOMID_SELF, 0), (8, 2, 0), 6, DEST)]
     if home:
         (mapped,) = w.map(1, (2, 8, HOST, 0x1000))
@@ -151,7 +151,7 @@ def test_a_copy_waits_for_a_frame_on_the_move(home: bool) -> None:
     assert answers == []
     w.pump()
     assert answers[0].status == 0
-    assert w.doms[DomId(2)].process.page(mfn)[:6] == b"copied"
+    assert w.process(2).page(mfn)[:6] == b"copied"
     assert w.grants.check() == []
 
 
@@ -161,7 +161,7 @@ def test_a_copy_on_a_frame_of_a_silent_granter_is_refused() -> None:
     mine = w.doms[DomId(1)].ram[0]
     w.grant(2, 8, 1, 3)
     w.start_map(1, (2, 8, HOST, 0x1000))
-    answers: list = []
+    answers: list[gnttab_copy] = []
     w.grants.copy(0, DomId(1), [op((mine, DOMID_SELF, 0), (8, 2, 0), 6, DEST)], answers.extend)
     w.wait(1.1, 2)
     assert answers[0].status == -1

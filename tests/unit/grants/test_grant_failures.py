@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from grants_world import HOST, RO, Dom, Process, World
 
 from bus.abi.grant_table import GNTMAP_device_map, GNTST_eagain
 from bus.addresses import DomId
 from bus.messages.domain import Order as Message
 from bus.messages.envelope import encode
 from hypervisor.core import grant_core
+from tests.unit.grants.grants_world import HOST, RO, Dom, Process, World
 
 ONE, TWO = DomId(1), DomId(2)
 
@@ -20,7 +20,7 @@ def test_a_granter_that_does_not_answer_fails_the_map_after_a_second() -> None:
     w = World("pv", "pv", "pv")
     mfn = w.grant(2, 8, 1, 3)
     w.grant(2, 9, 3, 3)
-    w.doms[TWO].process.page(mfn)[:4] = b"data"
+    w.process(TWO).page(mfn)[:4] = b"data"
     answers = w.start_map(1, (2, 8, HOST, 0x1000))
     w.pump(2)
     assert answers == []
@@ -31,8 +31,8 @@ def test_a_granter_that_does_not_answer_fails_the_map_after_a_second() -> None:
     assert w.start_map(3, (2, 9, HOST, 0x1000))[0].status == -1
     assert TWO not in w.crashed
     w.pump()  # it wakes up: carries out the late map, then its undoing
-    assert w.doms[TWO].process.page(mfn)[:4] == b"data"
-    assert w.doms[TWO].process.views == {}
+    assert w.process(TWO).page(mfn)[:4] == b"data"
+    assert w.process(TWO).views == {}
     w.clean()
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
     assert answer.status == 0
@@ -146,8 +146,8 @@ def test_a_mapper_that_does_not_let_go_is_not_waited_for() -> None:
     w.wait(1.1, 1)
     w.pump(1)
     assert unmap[0].status == 0
-    w.doms[TWO].process.page(mfn)[:6] = b"secret"
-    assert w.doms[ONE].process.foreign(mfn)[:6] != b"secret"
+    w.process(TWO).page(mfn)[:6] = b"secret"
+    assert w.process(ONE).foreign(mfn)[:6] != b"secret"
     w.clean()
 
 
@@ -164,8 +164,8 @@ def test_the_grantee_dies_at_any_step(steps: int) -> None:
     w.destroy(ONE)
     w.pump()
     assert (w.flags(2, 8), w.flags(2, 9)) == (0, 0)
-    assert w.doms[TWO].process.views == {}
-    assert w.memory.page(mfn) is w.doms[TWO].process.page(mfn)
+    assert w.process(TWO).views == {}
+    assert w.memory.page(mfn) is w.process(TWO).page(mfn)
     w.clean()
     assert w.grants.quiet(ONE)
     w.grants.remove(ONE)
@@ -176,7 +176,7 @@ def test_the_granter_dies_at_any_step(steps: int) -> None:
     """Its frames stay, dying, while mapped; the mapper keeps what it maps; after the unmap all is free."""
     w = World("pv", "pv")
     w.grant(2, 8, 1, 3)
-    w.doms[TWO].process.page(w.doms[TWO].ram[3])[:4] = b"left"
+    w.process(TWO).page(w.doms[TWO].ram[3])[:4] = b"left"
     answers = w.start_map(1, (2, 8, HOST, 0x1000))
     for number in range(steps):
         w.step(DomId(2 - number % 2))
@@ -184,7 +184,7 @@ def test_the_granter_dies_at_any_step(steps: int) -> None:
     w.pump()
     if answers[0].status == 0:
         assert w.frames.references(w.doms[TWO].ram[3]) == 1
-        assert w.doms[ONE].process.foreign(w.doms[TWO].ram[3])[:4] == b"left"
+        assert w.process(ONE).foreign(w.doms[TWO].ram[3])[:4] == b"left"
         assert w.unmap(1, (answers[0].handle, 0x1000, 0)) == [0]
     w.clean()
     assert w.frames.extent_of(TWO) is None
@@ -196,13 +196,13 @@ def test_a_granters_process_that_starts_anew_keeps_the_mapping() -> None:
     w = World("pv", "pv")
     mfn = w.grant(2, 8, 1, 3)
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
-    w.doms[ONE].process.foreign(mfn)[:4] = b"kept"
+    w.process(ONE).foreign(mfn)[:4] = b"kept"
     w.end_process(TWO)
     (own,) = w.grants.own_windows(TWO)
     assert (own.mfn, own.index) == (mfn, 0)
     assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
     assert w.memory.read(mfn, 0, 4) == b"kept"
-    assert w.memory.read(w.grants.table(TWO).shared[0], 64, 1) == b"\x01"
+    assert w.memory.read(w.table(TWO).shared[0], 64, 1) == b"\x01"
     w.clean()
 
 
@@ -210,11 +210,11 @@ def test_a_granter_without_a_process_can_be_mapped() -> None:
     """A domain whose process is not there (between two lives): the hypervisor sets the bits and moves the frame."""
     w = World("pv", "pv")
     mfn = w.grant(2, 8, 1, 3)
-    w.doms[TWO].process.page(mfn)[:4] = b"data"
+    w.process(TWO).page(mfn)[:4] = b"data"
     w.end_process(TWO)
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
     assert answer.status == 0
-    assert w.doms[ONE].process.foreign(mfn)[:4] == b"data"
+    assert w.process(ONE).foreign(mfn)[:4] == b"data"
     assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
     w.clean()
 
@@ -239,7 +239,7 @@ def test_nonsense_from_the_granter_is_no_answer() -> None:
     """A process that answers a map with rubbish is asked to undo it; one that refuses an unmap is crashed."""
     w = World("pv", "pv")
     w.grant(2, 8, 1, 3)
-    process = w.doms[TWO].process
+    process = w.process(TWO)
     process.grant_map = lambda body: [0]  # two results are due
     assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -1
     w.clean()
@@ -261,7 +261,7 @@ def test_a_frame_given_back_while_mapped_stays_until_the_unmap() -> None:
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
     assert w.frames.release(mfn) is False
     assert w.map(1, (2, 8, HOST, 0x2000))[0].status == -1
-    w.doms[ONE].process.foreign(mfn)[:4] = b"mine"
+    w.process(ONE).foreign(mfn)[:4] = b"mine"
     assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
     assert w.frames.owner(mfn) is None
     assert w.frames.kind(mfn) == 0

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import struct
 
-from grants_world import HOST, RO, World
-
 from bus.abi.grant_table import GNTMAP_device_map
 from bus.addresses import DomId
+from tests.unit.grants.grants_world import HOST, RO, World
 
 
 def test_a_mapped_frame_is_shared_and_an_unmapped_one_is_private_again() -> None:
     """Content survives both moves; while mapped both sides see each other's writes; afterwards neither does."""
     w = World("pv", "pv")
     mfn = w.grant(2, 8, 1, 3)
-    granter, mapper = w.doms[DomId(2)].process, w.doms[DomId(1)].process
+    granter, mapper = w.process(2), w.process(1)
     granter.page(mfn)[:5] = b"hello"
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
     assert (answer.status, answer.dev_bus_addr) == (0, mfn << 12)
@@ -42,7 +41,7 @@ def test_read_only_grants_pass_read_only_descriptors() -> None:
     (answer,) = w.map(1, (2, 8, RO, 0x1000))
     assert answer.status == 0
     assert w.flags(2, 8) == 0x08
-    assert set(w.doms[DomId(1)].process.descriptors.values()) == {False}
+    assert set(w.process(1).descriptors.values()) == {False}
     assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
     w.clean()
 
@@ -52,11 +51,11 @@ def test_refusals_are_xens() -> None:
     w = World("pv", "pv", "pv", maptrack=2)
     mfn = w.grant(2, 8, 1, 3)
     w.grant(2, 9, 3, 3)
-    ring = w.doms[DomId(2)].process.page(w.grants.table(DomId(2)).shared[0])
+    ring = w.process(2).page(w.table(2).shared[0])
     struct.pack_into("<HHI", ring, 10 * 8, 1, 1, w.doms[DomId(3)].ram[0])  # another domain's frame
     struct.pack_into("<HHI", ring, 11 * 8, 1, 1, 0xFFFFFF)  # no frame at all
     struct.pack_into("<HHI", ring, 12 * 8, 2, 1, mfn)  # not GTF_permit_access
-    struct.pack_into("<HHI", ring, 13 * 8, 1, 1, w.grants.table(DomId(2)).shared[0])  # a Xen-heap frame
+    struct.pack_into("<HHI", ring, 13 * 8, 1, 1, w.table(2).shared[0])  # a Xen-heap frame
     cases = {
         (2, 8, 0): -3,
         (77, 8, HOST): -2,
@@ -128,7 +127,7 @@ def test_a_second_grantee_gets_a_window_of_its_own_frame_only() -> None:
     assert (one[0].status, two[0].status) == (0, 0)
     batch = w.map(1, (2, 10, HOST, 0x2000), (2, 11, HOST, 0x3000))
     assert w.map(3, (2, 12, HOST, 0x4000))[0].status == -1
-    assert w.doms[DomId(3)].process.descriptors == {1: False}
+    assert w.process(3).descriptors == {1: False}
     assert w.unmap(3, (two[0].handle, 0x1000, 0)) == [0]
     assert w.flags(2, 9) == 0x08  # domain 3 may still read by its descriptor
     assert w.unmap(1, (one[0].handle, 0x1000, 0)) == [0]
@@ -157,8 +156,8 @@ def test_a_domain_may_map_its_own_grant() -> None:
     (answer,) = w.map(1, (1, 8, HOST, 0x1000))
     assert answer.status == 0
     assert w.grants.window_count == 0
-    w.doms[DomId(1)].process.foreign(mfn)[:2] = b"me"
-    assert w.doms[DomId(1)].process.page(mfn)[:2] == b"me"
+    w.process(1).foreign(mfn)[:2] = b"me"
+    assert w.process(1).page(mfn)[:2] == b"me"
     assert w.flags(1, 8) == 0x18
     assert w.unmap(1, (answer.handle, 0x1000, 0)) == [0]
     assert w.flags(1, 8) == 0
@@ -183,7 +182,7 @@ def test_a_page_table_is_not_granted_for_writing() -> None:
     """The granter's process knows its page types and refuses; reading is no harm."""
     w = World("pv", "pv")
     mfn = w.grant(2, 8, 1, 3)
-    w.doms[DomId(2)].process.page_tables.add(mfn)
+    w.process(2).page_tables.add(mfn)
     assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -1
     (answer,) = w.map(1, (2, 8, RO, 0x1000))
     assert answer.status == 0
@@ -248,7 +247,7 @@ def test_an_attach_that_fails_is_undone() -> None:
     """A mapper that cannot write its page-table entry gets its status; the frame goes home."""
     w = World("pv", "pv")
     w.grant(2, 8, 1, 3)
-    w.doms[DomId(1)].process.grant_attach = lambda body: [-5]
+    w.process(1).grant_attach = lambda body: [-5]
     assert w.map(1, (2, 8, HOST, 0x1000))[0].status == -5
     assert w.flags(2, 8) == 0
     w.clean()
@@ -259,7 +258,7 @@ def test_a_detach_that_fails_keeps_the_mapping() -> None:
     w = World("pv", "pv")
     w.grant(2, 8, 1, 3)
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
-    process = w.doms[DomId(1)].process
+    process = w.process(1)
     process.grant_detach = lambda body: [-1]
     assert w.unmap(1, (answer.handle, 0x9000, 0)) == [-1]
     assert w.grants.check() == []
@@ -287,11 +286,11 @@ def test_a_map_waits_for_the_unmap_before_it() -> None:
     w = World("pv", "pv")
     mfn = w.grant(2, 8, 1, 3)
     (answer,) = w.map(1, (2, 8, HOST, 0x1000))
-    w.doms[DomId(1)].process.foreign(mfn)[:3] = b"one"
+    w.process(1).foreign(mfn)[:3] = b"one"
     unmap, again = w.start_unmap(1, (answer.handle, 0x1000, 0)), w.start_map(1, (2, 8, HOST, 0x2000))
     w.pump()
     assert (unmap[0].status, again[0].status) == (0, 0)
-    assert w.doms[DomId(1)].process.foreign(mfn)[:3] == b"one"
+    assert w.process(1).foreign(mfn)[:3] == b"one"
     w.unmap(1, (again[0].handle, 0x2000, 0))
     w.clean()
 
@@ -318,7 +317,7 @@ def test_a_frame_whose_grant_was_withdrawn_is_never_seen() -> None:
     """It was copied into the batch's window before its entry was found changed: it leaves it, with its bytes, before the
     mapper gets the descriptor."""
     w = World("pv", "pv")
-    granter, mapper = w.doms[DomId(2)].process, w.doms[DomId(1)].process
+    granter, mapper = w.process(2), w.process(1)
     secret = w.grant(2, 8, 1, 3)
     w.grant(2, 9, 1, 4)
     granter.page(secret)[:6] = b"secret"
@@ -341,7 +340,7 @@ def test_write_access_is_given_only_where_writing_was_granted() -> None:
     w.grant(2, 9, 1, 3)
     answers = w.map(1, (2, 9, RO, 0x70000), (2, 8, HOST, 0x70000))  # one place for both
     assert [a.status for a in answers] == [0, -1]
-    assert w.doms[DomId(1)].process.descriptors == {1: False}
+    assert w.process(1).descriptors == {1: False}
     w.unmap(1, (answers[0].handle, 0x70000, 0))
     w.clean()
     pending = w.start_map(1, (2, 9, RO, 0x71000), (2, 8, HOST, 0x72000), (2, 10, HOST, 0x73000))

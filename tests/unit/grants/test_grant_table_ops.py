@@ -6,7 +6,6 @@ import errno
 import struct
 
 import pytest
-from grants_world import HOST, World
 
 from bus.abi.grant_table import (
     gnttab_cache_flush,
@@ -21,6 +20,7 @@ from bus.abi.grant_table import (
 from bus.abi.xen import DOMID_SELF
 from bus.addresses import DomId
 from hypervisor.core.errors import XenError
+from tests.unit.grants.grants_world import HOST, World
 
 ONE, TWO = DomId(1), DomId(2)
 
@@ -55,7 +55,7 @@ def test_the_map_space_grows_the_table() -> None:
     assert refused(ops.map_space_frame, ONE, 64) == errno.EINVAL
     assert refused(ops.map_space_frame, ONE, 0x8000_0000) == errno.EINVAL
     ops.set_version(ONE, gnttab_set_version(2))
-    assert ops.map_space_frame(ONE, 0x8000_0000) == w.grants.table(ONE).status[0]
+    assert ops.map_space_frame(ONE, 0x8000_0000) == w.table(ONE).status[0]
     assert ops.resource_frames(ONE, status=False, first=0, count=3)[2] == third
 
 
@@ -67,7 +67,7 @@ def test_versions() -> None:
     w.grant(2, 9, 1, 4)
     (answer,) = w.map(1, (2, 1, HOST, 0x1000))
     assert ops.set_version(TWO, gnttab_set_version(2)).version == 2
-    table = w.grants.table(TWO)
+    table = w.table(TWO)
     mfn = w.doms[TWO].ram[3]
     assert w.memory.read(table.shared[0], 16, 16) == struct.pack("<HHIQ", 1, 1, 0, mfn)
     assert w.memory.read(table.status[0], 2, 2) == b"\x18\0"
@@ -93,9 +93,9 @@ def test_version_changes_are_refused_as_on_xen() -> None:
     assert refused(ops.set_version, TWO, gnttab_set_version(2)) == errno.EBUSY
     w.unmap(1, (answer.handle, 0x1000, 0))
     ops.set_version(TWO, gnttab_set_version(2))
-    w.memory.write(w.grants.table(TWO).shared[0], 0, struct.pack("<HHIQ", 1, 1, 0, 1 << 40))
+    w.memory.write(w.table(TWO).shared[0], 0, struct.pack("<HHIQ", 1, 1, 0, 1 << 40))
     assert refused(ops.set_version, TWO, gnttab_set_version(1)) == errno.ERANGE
-    w.grants.table(ONE).max_version = 1
+    w.table(ONE).max_version = 1
     assert refused(ops.set_version, ONE, gnttab_set_version(2)) == errno.ENOSYS
     assert refused(ops.get_version, TWO, gnttab_get_version(1, 0, 0)) == errno.EPERM
     assert refused(ops.get_version, TWO, gnttab_get_version(50, 0, 0)) == errno.ESRCH
@@ -106,7 +106,7 @@ def test_version_2_grants_are_mapped_with_their_bits_in_the_status_word() -> Non
     w = World("pv", "pv")
     w.setup(2)
     w.grants.ops.set_version(TWO, gnttab_set_version(2))
-    table, mfn = w.grants.table(TWO), w.doms[TWO].ram[3]
+    table, mfn = w.table(TWO), w.doms[TWO].ram[3]
     raw = struct.pack("<HHIQ", 1, 1, 0, mfn)
     w.memory.write(table.shared[0], 200 * 16, raw)
     (answer,) = w.map(1, (2, 200, HOST, 0x1000))

@@ -60,7 +60,7 @@ def test_one_that_is_stopped_before_its_hello_is_ended_and_a_slow_one_is_not() -
     """It cannot be asked. A stop of less than a second, twice, is none of a second."""
     stopped: set[DomId] = set()
     heartbeats = Heartbeats(lambda peer: peer in stopped)
-    found = []
+    found: list[tuple[DomId, int]] = []
     for number in range(START_BEATS):
         if number in (20, 100):
             stopped.add(A)

@@ -8,7 +8,6 @@ from errno import EEXIST, EINVAL, ENOENT, ENOSPC, ENOSYS, EOPNOTSUPP, EPERM, ESR
 from typing import Any
 
 import pytest
-from hvcore_machine import Machine
 
 from bus.abi import event_channel as abi
 from bus.abi.domctl import XEN_DOMCTL_pausedomain, XEN_DOMCTL_set_virq_handler, xen_domctl_set_virq_handler
@@ -17,6 +16,7 @@ from bus.addresses import DomId, Port
 from hypervisor.core.effects import Bind, Raise, Unbind
 from hypervisor.core.errors import XenError
 from hypervisor.core.invariants import InvariantChecker
+from tests.unit.hvcore.hvcore_machine import Machine
 
 
 class Pair:

@@ -9,7 +9,6 @@ from array import array
 from typing import Any
 
 import pytest
-from hvcore_machine import Machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -30,6 +29,7 @@ from bus.addresses import DomId
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.effects import Reply
 from hypervisor.core.invariants import InvariantChecker
+from tests.unit.hvcore.hvcore_machine import Machine
 
 COMMANDS = [(h.number, c) for h in HYPERCALLS.values() for c in h.commands]
 VERSIONS = {

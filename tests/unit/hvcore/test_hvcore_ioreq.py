@@ -6,16 +6,17 @@ from errno import EEXIST, EINVAL, ENOENT, ENOSPC, EPERM, ESRCH
 from typing import Any
 
 import pytest
-from hvcore_machine import Answer, Machine
 
 from bus.abi.domctl import XEN_DOMCTL_CDF_hvm, XEN_DOMCTL_set_target, xen_domctl_set_target
 from bus.abi.hvm import dm_op as abi
 from bus.abi.hypercalls_model import dm_op_arg
+from bus.abi.layout import Layout
 from bus.abi.sched import SHUTDOWN_poweroff
 from bus.abi.xen import HYPERVISOR_dm_op
 from bus.addresses import DomId
 from hypervisor.core.effects import JoinModel, KillProcess, Order
 from hypervisor.core.ioreq import MAX_CREATED
+from tests.unit.hvcore.hvcore_machine import Answer, Machine
 
 
 class Rig:
@@ -31,7 +32,7 @@ class Rig:
         assert self.machine.domctl(XEN_DOMCTL_set_target, self.model, target).rc == 0
 
     def op(self, caller: int, domid: int, op: int, value: Any) -> Answer:
-        layout = {
+        layouts: dict[int, Layout[Any]] = {
             abi.XEN_DMOP_create_ioreq_server: abi.XEN_DM_OP_CREATE_IOREQ_SERVER,
             abi.XEN_DMOP_get_ioreq_server_info: abi.XEN_DM_OP_GET_IOREQ_SERVER_INFO,
             abi.XEN_DMOP_map_io_range_to_ioreq_server: abi.XEN_DM_OP_IOREQ_SERVER_RANGE,
@@ -45,8 +46,8 @@ class Rig:
             abi.XEN_DMOP_inject_event: abi.XEN_DM_OP_INJECT_EVENT,
             abi.XEN_DMOP_remote_shutdown: abi.XEN_DM_OP_REMOTE_SHUTDOWN,
             abi.XEN_DMOP_nr_vcpus: abi.XEN_DM_OP_NR_VCPUS,
-        }[op]
-        member = layout.pack(value).ljust(abi.XEN_DM_OP.field_size("u"), b"\0")
+        }
+        member = layouts[op].pack(value).ljust(abi.XEN_DM_OP.field_size("u"), b"\0")
         return self.machine.call(caller, HYPERVISOR_dm_op, op, dm_op_arg(domid, abi.xen_dm_op(op, 0, member)))
 
     def create(self) -> int:

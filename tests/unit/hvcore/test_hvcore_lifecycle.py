@@ -8,7 +8,6 @@ from errno import EBUSY, EEXIST, EINVAL, EPERM, ERESTART, ESRCH
 from typing import Any
 
 import pytest
-from hvcore_machine import Machine
 
 from bus.abi import domctl, event_channel, memory, sched
 from bus.abi import grant_table as gt
@@ -18,6 +17,7 @@ from bus.addresses import DomId, Port
 from hypervisor.core.effects import Bind, KillProcess, Order, Raise, Reply, StartProcess, StopMachine
 from hypervisor.core.hypercalls import Call, Result
 from hypervisor.core.invariants import InvariantChecker
+from tests.unit.hvcore.hvcore_machine import Machine
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from errno import EACCES, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM
 from typing import Any
 
 import pytest
-from hvcore_machine import Answer, FakeMemory, Machine
 
 from bus.abi import memory as abi
 from bus.abi.domctl import (
@@ -29,6 +28,7 @@ from hypervisor.core.errors import XenError
 from hypervisor.core.frames import FrameTable
 from hypervisor.core.invariants import InvariantChecker
 from hypervisor.core.p2m import P2m, P2mType
+from tests.unit.hvcore.hvcore_machine import Answer, FakeMemory, Machine
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import random
 from errno import EINVAL, EPERM
 
 import pytest
-from hvcore_machine import Machine
-from test_hvcore_hostile import COMMANDS, VERSIONS, shape
 
 from bus.abi import domctl
 from bus.abi.hypercalls import HYPERCALLS
 from bus.abi.hypercalls_model import Command
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_platform_op, HYPERVISOR_sysctl
+from tests.unit.hvcore.hvcore_machine import Machine
+from tests.unit.hvcore.test_hvcore_hostile import COMMANDS, VERSIONS, shape
 
 CONTROL = (HYPERVISOR_domctl, HYPERVISOR_sysctl, HYPERVISOR_platform_op)
 CONTROL_COMMANDS = [(nr, command) for nr, command in COMMANDS if nr in CONTROL]

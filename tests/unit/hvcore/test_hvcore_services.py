@@ -10,7 +10,6 @@ from errno import E2BIG, EACCES, EAGAIN, EBUSY, EEXIST, EINVAL, ENOBUFS, ENODEV,
 from typing import Any
 
 import pytest
-from hvcore_machine import Answer, Machine
 
 from bus.abi import domctl, physdev, platform, sched, sysctl
 from bus.abi import event_channel as ec
@@ -34,6 +33,7 @@ from bus.addresses import Bdf, DomId
 from hypervisor.core.console import ConsoleRing
 from hypervisor.core.effects import Order, Raise
 from hypervisor.core.hypercalls import MAX_WAITING, Call, Result
+from tests.unit.hvcore.hvcore_machine import Answer, Machine
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import hvm_rig
 import pytest
-from model_rig import Pair
+
+from tests.unit.hvm import hvm_rig
+from tests.unit.hvm.model_rig import Pair
 
 
 @pytest.fixture(params=["hap", "shadow"])

@@ -9,12 +9,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from hvm_rig import Rig
-
 from bus import ioreq_area as area
 from domains.dm.guest import Guest
 from domains.hvm.model import Model
 from drivers.pc.bus import MmioSpace, PortSpace, Range
+from tests.unit.hvm.hvm_rig import Rig
 
 PORT, MMIO = 0x1F0, 0xE0000000
 HLT = "f4"

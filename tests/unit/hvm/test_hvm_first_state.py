@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hvm_rig import CODE, DATA, FLAT, STACK, TABLES, Rig, mov
 
 from bus.abi.errno import XEN_EEXIST, XEN_EFAULT, XEN_EINVAL, XEN_ENOENT
 from bus.abi.hvm.hvm_vcpu import (
@@ -17,14 +18,15 @@ from bus.abi.hvm.hvm_vcpu import (
 from bus.abi.vcpu import VCPUOP_get_physid, VCPUOP_initialise, VCPUOP_up
 from bus.abi.xen import HYPERVISOR_vcpu_op
 from domains.hvm.first_state import first_state
+from tests.unit.hvm.hvm_rig import CODE, DATA, FLAT, STACK, TABLES, Rig, mov
 
 SECOND, CONTEXT, RESULTS = 0x12000, 0x13000, DATA + 0x100
 CODE32, DATA32, TSS = 0xC9B, 0xC93, 0x8B
 
 
-def protected(**changes: object) -> bytes:
+def protected(**changes: Any) -> bytes:
     """Flat 32-bit code without paging."""
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "eip": SECOND,
         "esp": STACK,
         "ebx": 0x1234,
@@ -41,8 +43,8 @@ def protected(**changes: object) -> bytes:
     return whole(VCPU_HVM_MODE_32B, regs)
 
 
-def long(**changes: object) -> bytes:
-    fields: dict[str, object] = {
+def long(**changes: Any) -> bytes:
+    fields: dict[str, Any] = {
         "rip": SECOND,
         "rsp": STACK,
         "rbx": 0x1234,

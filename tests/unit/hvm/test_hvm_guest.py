@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hvm_rig import BASE, CODE, DATA, FRAMES, GDT, Rig, mov
 
 from bus.abi import grant_table as gt
 from bus.abi import memory as mem
@@ -24,6 +23,7 @@ from bus.abi.xen import (
 from domains.hvm.calls import HVM_FEATURES
 from domains.hvm.compat import hypercall_page
 from domains.hvm.context import first_cpu, load_cpu, save_cpu
+from tests.unit.hvm.hvm_rig import BASE, CODE, DATA, FRAMES, GDT, Rig, mov
 
 pytestmark = pytest.mark.usefixtures("paging")
 
@@ -362,8 +362,8 @@ def test_the_context_shows_what_the_guest_left_in_its_registers(bits: int) -> No
     assert (cpu.gdtr_base, cpu.gdtr_limit, cpu.rsp) == (GDT, 31, 0x8000)
     again = Rig("ebfe", bits=bits)
     load_cpu(again.domain.vcpu, cpu)
-    unlike = {"tsc": 0, "dr0": 0}  # of debug registers only reading is built
-    assert save_cpu(again.domain.vcpu, 0)._replace(**unlike) == cpu._replace(**unlike)
+    # Of debug registers only reading is built.
+    assert save_cpu(again.domain.vcpu, 0)._replace(tsc=0, dr0=0) == cpu._replace(tsc=0, dr0=0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

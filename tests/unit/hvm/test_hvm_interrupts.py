@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hvm_rig import CODE, DATA, Rig, mov
 
 from bus.addresses import Port, VcpuId
 from domains.hvm.events import COMPAT_MASK, COMPAT_PENDING
 from domains.hvm.lapic import APIC_BASE
+from tests.unit.hvm.hvm_rig import CODE, DATA, Rig, mov
 
 pytestmark = pytest.mark.usefixtures("paging")
 

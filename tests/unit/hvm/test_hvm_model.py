@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hvm_rig import CODE, DATA, mov
-from model_rig import HLT, MMIO, PORT, Pair, in8, out8
 
 from bus import ioreq_area as area
 from bus.abi.hvm import save
 from bus.abi.hvm.save import hvm_hw_cpu
 from bus.ioreq_area import Note
 from domains.hvm.context import first_cpu
+from tests.unit.hvm.hvm_rig import CODE, DATA, mov
+from tests.unit.hvm.model_rig import HLT, MMIO, PORT, Pair, in8, out8
 
 pytestmark = pytest.mark.usefixtures("paging")
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import pytest
-from model_rig import HLT, PORT, Pair, in8
 
 from bus import ioreq_area as area
 from bus.abi.hvm import dm_op
@@ -14,6 +13,7 @@ from bus.ioreq_area import Note
 from domains.dm.guest import GuestGone
 from domains.hvm import model as model_module
 from drivers.pc.bus import GuestMemoryError
+from tests.unit.hvm.model_rig import HLT, PORT, Pair, in8
 
 pytestmark = pytest.mark.usefixtures("paging")
 

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hvm_rig import DATA, mov
-from model_rig import HLT, PORT, Pair, in8, out8
 
 from bus import ioreq_area as area
 from bus.abi.hvm.ioreq import IOREQ_TYPE_PIO
 from bus.ioreq_area import Access
 from domains.dm import guest as guest_module
 from drivers.pc.bus import Range
+from tests.unit.hvm.hvm_rig import DATA, mov
+from tests.unit.hvm.model_rig import HLT, PORT, Pair, in8, out8
 
 pytestmark = pytest.mark.usefixtures("paging")
 COUNT = """
@@ -62,7 +62,7 @@ def test_a_write_that_is_posted_just_before_an_access_comes_before_it(pairs: Cal
             area_.set_word(area.POSTED, 1)
             area_.put_access(0, Access(PORT, 0, 1, 1, IOREQ_TYPE_PIO, True, False))
 
-    pair.guest._take_posts = late  # type: ignore[method-assign]
+    pair.guest._take_posts = late
     pair.guest._answer()
     assert seen == [7, None]
 

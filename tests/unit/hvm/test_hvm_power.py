@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hvm_rig import DATA, Rig, mov
 
 from bus.abi.sched import SHUTDOWN_poweroff
+from tests.unit.hvm.hvm_rig import DATA, Rig, mov
 
 pytestmark = pytest.mark.usefixtures("paging")
 

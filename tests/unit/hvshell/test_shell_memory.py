@@ -109,7 +109,7 @@ def test_destroying_a_domain_touches_no_memory_that_it_never_used(machine: Machi
     core.frames.get_ref(held)  # type: ignore[arg-type]  # an Mfn
     calls: list[int] = []
     clear = memory.clear
-    memory.clear = lambda mfn, count=1: (calls.append(count), clear(mfn, count))[1]  # type: ignore[method-assign]  # counted
+    memory.clear = lambda mfn, count=1: (calls.append(count), clear(mfn, count))[1]  # counted
     fd = os.dup(memory.extent_descriptor(extent.base))
     core.frames.release_domain(domain.domid)
     assert len(calls) <= 3

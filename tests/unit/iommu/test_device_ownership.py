@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from errno import EBUSY, EINVAL, ENODEV, ENOENT, EPERM
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +20,7 @@ from hypervisor.core.grants import GrantTables
 from hypervisor.core.iommu import DmaFault, Iommu
 from hypervisor.core.iommu_dma import DmaService
 from hypervisor.core.pool import XenPool
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hvcore"))
-from hvcore_machine import Machine
+from tests.unit.hvcore.hvcore_machine import Machine
 
 BDF = Bdf(8)
 SECRET = 0x1B36_0010

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 
 import pytest
-from test_iommu_tables import Frames
 
 from bus.addresses import Bdf, DomId, Gfn, Mfn
 from hypervisor.core.errors import XenError
@@ -14,6 +13,7 @@ from hypervisor.core.iommu_faults import BURST, MAX_SOURCES, OTHERS, FaultLog, F
 from hypervisor.core.iommu_tables import XenPool
 from hypervisor.core.iommu_tlb import IoTlb
 from hypervisor.core.p2m import P2m, P2mType
+from tests.unit.iommu.test_iommu_tables import Frames
 
 NVME, NIC = Bdf(0x0100), Bdf(0x0200)
 ONE, TWO = DomId(1), DomId(2)

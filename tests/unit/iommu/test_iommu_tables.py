@@ -77,7 +77,9 @@ def test_a_change_splits_and_a_run_that_is_whole_again_is_promoted() -> None:
     t.unmap(1000, 1)
     assert t.leaves[1:] == [511, 511, 0]
     assert t.lookup(1000) is None
-    assert t.lookup(1001).mfn == (1 << 18) + 1001
+    found = t.lookup(1001)
+    assert found is not None
+    assert found.mfn == (1 << 18) + 1001
     t.map(1000, Mfn((1 << 18) + 1000), 1, READ)  # the right frame with other rights is not a run
     assert t.leaves[1:] == [512, 511, 0]
     t.map(1000, Mfn((1 << 18) + 1000), 1, RW)

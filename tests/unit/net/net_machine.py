@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from drivers.net.backend import Backend, Queue
@@ -81,9 +82,9 @@ class Pair:
         self.back = self._backend()
         self.front.connect(
             [
-                FrontQueue(tx, rx, lambda n=n: self._kick(n), lambda n=n: self._kick(n))
+                FrontQueue(tx, rx, partial(self._kick, n), partial(self._kick, n))
                 for n, (tx, rx) in enumerate(self.rings)
-            ]  # type: ignore[misc]
+            ]
         )
         self.attach()
 

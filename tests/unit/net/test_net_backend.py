@@ -8,7 +8,6 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from net_machine import MAC, OTHER, Pair
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Raw
@@ -29,6 +28,7 @@ from drivers.net.rate import Credit, parse_rate
 from drivers.net.receive import Abilities
 from drivers.net.transmit import EXTRA_GSO, REQUEST, RESPONSE, RingBroken, parse
 from drivers.xenbus.nodes import NodeError
+from tests.unit.net.net_machine import MAC, OTHER, Pair
 
 
 def plain(size: int = 60, fill: int = 0) -> bytes:
@@ -133,7 +133,7 @@ def test_frames_wait_for_pages_and_are_dropped_when_too_many_wait() -> None:
     """Of a frontend that tells of new pages; for one that does not, nothing waits."""
     for notify, left in ((True, QUEUE_FRAMES), (False, 0)):
         pair = Pair(Abilities(notify=notify), pages=10)
-        pair.front.poll = lambda: 0  # type: ignore[method-assign]  # it is busy
+        pair.front.poll = lambda: 0  # it is busy
         pair.back.deliver([Frame(plain(60, n & 255)) for n in range(2000)])
         assert len(pair.back.queues[0].waiting) <= left
         assert pair.back.counters.rx_dropped >= 2000 - left - 10
@@ -198,7 +198,7 @@ def test_a_back_end_that_dies_at_any_moment_loses_nothing_that_it_answered(seed:
             raise Death(name)
 
     pair = Pair(hook=step)
-    pair._kick = lambda number: None  # type: ignore[method-assign]  # it is polled below
+    pair._kick = lambda number: None  # it is polled below
     sent, received = set(), set()
     for number in range(150):
         data = plain(luck.choice((60, 1500, 9000)), number)

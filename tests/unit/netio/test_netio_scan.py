@@ -9,6 +9,7 @@ import pytest
 
 from bus.abi.event_channel import EVTCHNSTAT_interdomain, EVTCHNSTAT_virq
 from domains.netio import __main__ as netio
+from domains.netio import vif
 from domains.netio.__main__ import NetIo
 from drivers.xenbus.client import Procedure
 from tests.support.procedures import reading
@@ -48,7 +49,7 @@ class Server:
 
     def __init__(self, host: Any, store: Store, path: str, *rest: Any) -> None:
         store.telling += 3 * (not made)
-        self.path, self.identity, self.closed = path, netio.identity(cast(Any, store), path), False
+        self.path, self.identity, self.closed = path, vif.identity(cast(Any, store), path), False
         self.channels = [11]
         made.append(self)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 
 import pytest
-from nvme_host import Host
 
 from drivers.hw.nvme import spec
 from drivers.pc.assigned import AssignedFunction, DeviceError
 from drivers.pc.bus import MmioSpace, PortSpace
 from drivers.pc.pci import PciBus
 from drivers.pc.system import ResetControl
+from tests.unit.nvme.nvme_host import Host
 
 BAR = 0xE000_0000
 ADMIN_CAP = 0x84
@@ -55,7 +55,7 @@ class Guest:
         self.device = Device(self.host)
         self.ports, self.mmio = PortSpace(), MmioSpace()
         self.messages: list[tuple[int, int]] = []
-        bus = PciBus(self.ports, self.mmio, lambda device, pin, level: None, ResetControl(lambda: None))
+        bus = PciBus(self.ports, self.mmio, lambda device, pin, level: None, ResetControl(lambda hard: None))
         bus.attach()
         self.function = AssignedFunction(
             "nvme",

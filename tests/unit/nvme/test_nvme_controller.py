@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvme_host import ACQ, ASQ, DATA, MSIX_CAP, PAGE, Host
 
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.spec import AdminOpcode, Cns, Feature, IoOpcode, Status
 from drivers.hw.pci import COMMAND, COMMAND_MEMORY, MSIX_ENABLE, MSIX_FUNCTION_MASK
+from tests.unit.nvme.nvme_host import ACQ, ASQ, DATA, MSIX_CAP, PAGE, Host
 
 ENABLE = 4 << spec.CC_IOCQES_SHIFT | 6 << spec.CC_IOSQES_SHIFT | spec.CC_EN
 

@@ -7,11 +7,11 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvme_host import DATA, PAGE, Host, raw_file
 
 from drivers.hw.nvme import spec
 from drivers.hw.nvme.media import MediaError, RawMedia
 from drivers.hw.nvme.spec import IoOpcode, Status
+from tests.unit.nvme.nvme_host import DATA, PAGE, Host, raw_file
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvme_host import raw_file
 
 from domains.devices.nvme.disks import DiskError, open_disks
 from drivers.hw.nvme.media import MediaError, RawMedia
 from drivers.hw.nvme.media_overlay import BLOCK, OverlayMedia
 from drivers.hw.nvme.media_qcow2 import Qcow2Media, is_qcow2
+from tests.unit.nvme.nvme_host import raw_file
 
 SIZE = 4 << 20
 needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img makes the images")

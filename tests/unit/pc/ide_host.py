@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import struct
 
-from pc_rig import Ram, Wire
-
 from drivers.hw.nvme.media import MediaError
 from drivers.pc.bus import MmioSpace, PortSpace
 from drivers.pc.ide import Drive
 from drivers.pc.ide_pci import IdeFunction
 from drivers.pc.pci import PciBus
 from drivers.pc.system import ResetControl
+from tests.unit.pc.pc_rig import Ram, Wire
 
 PRD, BUFFER = 0x1000, 0x10000
 

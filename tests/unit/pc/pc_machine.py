@@ -126,21 +126,21 @@ class Machine:
             self.vga,
             PostCode(),
         ):
-            device.attach(self.ports)  # type: ignore[attr-defined]
+            device.attach(self.ports)
         Port92(self.a20, self._reset).attach(self.ports)
         DebugPort(0x402, self.log.append).attach(self.ports)
         DebugPort(0xE9, self.log.append).attach(self.ports)
         FwCfg(self, {}, ram_size=self.size, vcpus=1).attach(self.ports)
         self.bus.attach()
         self.vga.attach_window(self.mmio)
-        for device, function, target in (
+        for slot, function, target in (
             (0, 0, I440fx()),
             (1, 0, Piix3Isa(fabric.set_route)),
             (1, 1, self.ide),
             (1, 3, self.pm),
             (2, 0, self.vga),
         ):
-            self.bus.add(device, function, target)
+            self.bus.add(slot, function, target)
         self.timed = (self.pit, self.rtc, self.pm)
 
     def _map_memory(self, bios: int) -> None:

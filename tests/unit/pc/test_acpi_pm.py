@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import SECOND, Time, Wire
 
 from drivers.pc.acpi_pm import FREQUENCY, AcpiPm
 from drivers.pc.bus import MmioSpace, PortSpace
 from drivers.pc.pci import PciBus
 from drivers.pc.system import ResetControl
+from tests.unit.pc.pc_rig import SECOND, Time, Wire
 
 BASE = 0xB000
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from ide_host import Memory
-from pc_rig import Ram, Time, Wire
 
 from drivers.pc.acpi_pm import AcpiPm
 from drivers.pc.bus import MmioSpace, PortSpace, earliest
@@ -30,6 +28,8 @@ from drivers.pc.uart import Uart
 from drivers.pc.vga import VRAM, Vga
 from drivers.pc.vga_render import render
 from drivers.pc.xen_platform import XenPlatform
+from tests.unit.pc.ide_host import Memory
+from tests.unit.pc.pc_rig import Ram, Time, Wire
 
 STEPS = 25_000
 
@@ -71,7 +71,7 @@ class Pc:
             fw_cfg,
             Port92(a20, lambda: None),
         ):
-            device.attach(self.ports)  # type: ignore[attr-defined]
+            device.attach(self.ports)
         self.bus.attach()
         self.vga.attach_window(self.mmio)
         self.ioapic.attach(self.mmio)

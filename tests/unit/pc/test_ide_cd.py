@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from ide_host import BUFFER, PRD, Host, Memory, pattern
 
 from drivers.hw.nvme.media import Media
 from drivers.pc.ide_cd import OpticalDrive
 from drivers.pc.ide_disk import Disk
+from tests.unit.pc.ide_host import BUFFER, PRD, Host, Memory, pattern
 
 BLOCKS = 300
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 import pytest
-from ide_host import BUFFER, Host, Memory, pattern
 
 from drivers.pc.ide_disk import Disk
+from tests.unit.pc.ide_host import BUFFER, Host, Memory, pattern
 
 SECTORS = 2048
 

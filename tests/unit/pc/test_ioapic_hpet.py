@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import MS, SECOND, Time
 
 from drivers.pc.bus import MmioSpace
 from drivers.pc.hpet import MIN_PERIOD, Hpet
 from drivers.pc.ioapic import EXTINT, FIXED, LOWEST, IoApic, Message, decode_msi
+from tests.unit.pc.pc_rig import MS, SECOND, Time
 
 BASE = 0xFEC0_0000
 TIMER = 0xFED0_0000

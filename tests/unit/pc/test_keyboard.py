@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import Wire
 
 from drivers.pc.bus import PortSpace
 from drivers.pc.i8042 import I8042
 from drivers.pc.keys import SCAN1, key_of_keysym, keys_of_character, parse_combination, scan_codes
 from drivers.pc.system import A20
+from tests.unit.pc.pc_rig import Wire
 
 
 class Keys:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import Time, Wire
 
 from drivers.pc.acpi_pm import AcpiPm
 from drivers.pc.bus import MmioSpace, PortSpace
@@ -15,6 +14,7 @@ from drivers.pc.pic import PicPair
 from drivers.pc.piix3 import Piix3Isa
 from drivers.pc.system import ResetControl
 from drivers.pc.xen_platform import XenPlatform
+from tests.unit.pc.pc_rig import Time, Wire
 
 
 class Store:

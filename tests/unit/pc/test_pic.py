@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import Wire
 
 from drivers.pc.bus import PortSpace
 from drivers.pc.pic import PicPair
+from tests.unit.pc.pc_rig import Wire
 
 
 class Pic:

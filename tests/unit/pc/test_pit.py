@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import MS, SECOND, Time, Wire
 
 from drivers.pc.bus import PortSpace
 from drivers.pc.pit import FREQUENCY, MIN_PERIOD, Pit
+from tests.unit.pc.pc_rig import MS, SECOND, Time, Wire
 
 TICK = SECOND / FREQUENCY
 

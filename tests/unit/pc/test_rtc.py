@@ -5,10 +5,10 @@ from __future__ import annotations
 import calendar
 
 import pytest
-from pc_rig import MS, SECOND, Time, Wire
 
 from drivers.pc.bus import PortSpace
 from drivers.pc.rtc import Rtc, cmos_for_firmware
+from tests.unit.pc.pc_rig import MS, SECOND, Time, Wire
 
 DATE = calendar.timegm((2024, 2, 29, 23, 59, 57))
 

@@ -10,9 +10,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from pc_machine import Machine
 
 from drivers.pc.vga_render import render
+from tests.unit.pc.pc_machine import Machine
 
 SEABIOS = Path(os.environ.get("DOMICILE_SEABIOS", "/usr/share/seabios"))
 BIOS, VGABIOS = SEABIOS / "bios-256k.bin", SEABIOS / "vgabios-stdvga.bin"

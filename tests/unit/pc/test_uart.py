@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pc_rig import Wire
 
 from drivers.pc.bus import PortSpace
 from drivers.pc.uart import BACKLOG, Uart
+from tests.unit.pc.pc_rig import Wire
 
 RBR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(0x3F8, 0x400)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
+from typing import cast
 
 import pytest
 
@@ -65,10 +67,10 @@ class Card:
         for port, name in ((0x3C4, "seq"), (0x3D4, "crtc"), (0x3CE, "gc")):
             if name == "crtc":
                 out(port, 2, 0x0011)
-            for index, value in enumerate(mode[name]):  # type: ignore[arg-type,var-annotated]
+            for index, value in enumerate(cast(Sequence[int], mode[name])):
                 out(port, 2, index | value << 8)
         self.ports.read(0x3DA, 1)
-        for index, value in enumerate(mode["attribute"]):  # type: ignore[arg-type,var-annotated]
+        for index, value in enumerate(cast(Sequence[int], mode["attribute"])):
             out(0x3C0, 1, index)
             out(0x3C0, 1, value)
         out(0x3C0, 1, 0x20)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from pc_rig import SECOND, Ram, Time
 
 from drivers.pc.bus import PortSpace
 from drivers.pc.fw_cfg import FwCfg
 from drivers.pc.xen_platform import XenPlatform
+from tests.unit.pc.pc_rig import SECOND, Ram, Time
 
 
 class Platform:

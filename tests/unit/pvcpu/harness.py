@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 from bus.abi import event_channel as ec
 from bus.abi import grant_table as gt
 from bus.abi import memory as mem

@@ -5,7 +5,16 @@ from __future__ import annotations
 import struct
 
 import pytest
-from rig import (
+
+from bus.abi.arch_x86_64 import VGCF_in_syscall
+from bus.abi.sched import SCHEDOP_shutdown
+from bus.abi.xen import (
+    HYPERVISOR_iret,
+    HYPERVISOR_sched_op,
+    HYPERVISOR_stack_switch,
+    VMASST_TYPE_architectural_iopl,
+)
+from tests.unit.pvcpu.rig import (
     CODE,
     DATA,
     HANDLERS,
@@ -18,15 +27,6 @@ from rig import (
     Rig,
     hypercall,
     mov_rsp,
-)
-
-from bus.abi.arch_x86_64 import VGCF_in_syscall
-from bus.abi.sched import SCHEDOP_shutdown
-from bus.abi.xen import (
-    HYPERVISOR_iret,
-    HYPERVISOR_sched_op,
-    HYPERVISOR_stack_switch,
-    VMASST_TYPE_architectural_iopl,
 )
 
 FLAT_CS, FLAT_SS = 0xE033, 0xE02B

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 import pytest
-from rig import CODE, DATA, KERNEL_STACK, USER_CODE, USER_STACK, Rig, hypercall, mov_rsp
 
 from bus.abi.arch_x86_64 import VGCF_in_syscall
 from bus.abi.xen import HYPERVISOR_iret, HYPERVISOR_set_debugreg
+from tests.unit.pvcpu.rig import CODE, DATA, KERNEL_STACK, USER_CODE, USER_STACK, Rig, hypercall, mov_rsp
 
 FLAT_CS, FLAT_SS = 0xE033, 0xE02B
 NOPS = b"\x90" * 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 
 import pytest
-from rig import BASE, CODE, DATA, HANDLERS, KERNEL_STACK, STOP, UNMAPPED, Rig, call, hypercall, mov_rax
 
 from bus.abi import event_channel as ec
 from bus.abi import grant_table as gt
@@ -18,6 +17,19 @@ from bus.abi.hypercalls_model import DM_OP_ARG
 from bus.abi.sched import (
     SCHEDOP_poll,
     SCHEDOP_shutdown,
+)
+from tests.unit.pvcpu.rig import (
+    BASE,
+    CODE,
+    DATA,
+    HANDLERS,
+    KERNEL_STACK,
+    STOP,
+    UNMAPPED,
+    Rig,
+    call,
+    hypercall,
+    mov_rax,
 )
 
 EFAULT, EINVAL, ENOSYS, ENOENT, EPERM, ETIME, EEXIST, ENXIO, ENODATA, EACCES = (

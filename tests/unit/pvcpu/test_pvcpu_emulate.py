@@ -5,12 +5,23 @@ from __future__ import annotations
 import struct
 
 import pytest
-from rig import CODE, DATA, HANDLERS, KERNEL_STACK, STOP, SYSCALL, USER_CODE, Rig, hypercall, mov_rax
 
 from bus.abi.physdev import PHYSDEVOP_set_iobitmap, PHYSDEVOP_set_iopl
 from bus.abi.xen import HYPERVISOR_fpu_taskswitch, HYPERVISOR_physdev_op, HYPERVISOR_set_debugreg
 from domains.pv.cpuid import BRAND, CpuidPolicy
 from domains.pv.msr import MISC_ENABLE, XEN_PAT
+from tests.unit.pvcpu.rig import (
+    CODE,
+    DATA,
+    HANDLERS,
+    KERNEL_STACK,
+    STOP,
+    SYSCALL,
+    USER_CODE,
+    Rig,
+    hypercall,
+    mov_rax,
+)
 
 
 @pytest.fixture

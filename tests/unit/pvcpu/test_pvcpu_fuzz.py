@@ -6,13 +6,13 @@ import struct
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rig import BASE, CODE, DATA, KERNEL_STACK, UNMAPPED, USER_L4, VIRT, Rig
 
 from bus.abi.errno import XEN_ENOSYS
 from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import Mfn
 from domains.pv.api import Continuation
 from domains.pv.calls import NO_RESULT
+from tests.unit.pvcpu.rig import BASE, CODE, DATA, KERNEL_STACK, UNMAPPED, USER_L4, VIRT, Rig
 
 INTERESTING = [
     0, 1, 2, 3, 7, 63, 64, 0x7FF0, DATA, DATA + 1, DATA + 4090, VIRT + 3 * 4096, CODE, UNMAPPED, KERNEL_STACK, BASE + 3,

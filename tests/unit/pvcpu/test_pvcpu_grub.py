@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness import Machine
 
+from tests.unit.pvcpu.harness import Machine
 from toolstack.guestfetch import FetchError, fetch
 
 

@@ -6,7 +6,6 @@ import struct
 from typing import Any
 
 import pytest
-from rig import BASE, CODE, DATA, HANDLERS, KERNEL_STACK, STOP, Rig, call, hypercall
 
 from bus.abi import event_channel as ec
 from bus.abi import vcpu as v
@@ -22,6 +21,7 @@ from bus.abi.sched import (
 )
 from bus.addresses import Port, VcpuId
 from domains.pv.time import pvclock
+from tests.unit.pvcpu.rig import BASE, CODE, DATA, HANDLERS, KERNEL_STACK, STOP, Rig, call, hypercall
 
 EINVAL, ENOENT, EEXIST, ENXIO, ENOSYS = 22, 2, 17, 6, 38
 

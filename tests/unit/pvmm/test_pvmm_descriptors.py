@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 
 import pytest
-from pvmm_support import BASE, KERNEL_RO, KERNEL_RW, Guest
 
 from bus.abi import xen
 from bus.abi.errno import XEN_EBUSY, XEN_EFAULT, XEN_EINVAL
 from bus.addresses import VcpuId
 from domains.pv.mm.segments import check_descriptor
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL_RO, KERNEL_RW, Guest
 
 X, Y = BASE + 20, BASE + 21
 CODE64 = 0x00AF_9B00_0000_FFFF

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 
 import pytest
-from pvmm_support import BASE, KERNEL, KERNEL_RO, TABLE, Guest
 
 from bus.abi import xen
 from bus.abi.errno import XEN_EACCES, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EOPNOTSUPP, XEN_EPERM, XEN_ESRCH
@@ -13,6 +12,7 @@ from bus.addresses import DomId
 from domains.pv.api import Continuation
 from domains.pv.mm import Mmu
 from domains.pv.mm.extops import BATCH
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL, KERNEL_RO, TABLE, Guest
 
 X, Y, Z = BASE + 20, BASE + 21, BASE + 22
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pvmm_support import BASE, KERNEL_RO, KERNEL_RW, Guest
 
 from bus.abi import xen
 from bus.abi.errno import XEN_EBUSY, XEN_EINVAL
@@ -17,6 +16,7 @@ from bus.abi.grant_table import (
 )
 from bus.addresses import DomId, Mfn
 from domains.pv.mm.bits import GUEST_KERNEL, USER
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL_RO, KERNEL_RW, Guest
 
 X, Y = BASE + 20, BASE + 21
 THEIRS = Mfn(0x99)

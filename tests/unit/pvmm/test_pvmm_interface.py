@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pvmm_support import BASE, FakeHost, Guest
 
 from bus.addresses import DomId, Mfn
 from domains.pv.api import GuestFrames, PagingApi, PagingHost
 from domains.pv.frames import DomainFrames
+from tests.unit.pvmm.pvmm_support import BASE, FakeHost, Guest
 
 
 def test_parts_implement_the_interfaces() -> None:

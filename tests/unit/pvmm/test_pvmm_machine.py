@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from pvmm_support import BASE, KERNEL, KERNEL_RO, KERNEL_RW, TABLE, Guest, P, Registers
 
 from bus.abi import xen
 from bus.abi.grant_table import GNTMAP_contains_pte, GNTMAP_host_map, GNTMAP_readonly
 from bus.addresses import DomId, Mfn, VcpuId
 from domains.pv.api import GuestFault
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL, KERNEL_RO, KERNEL_RW, TABLE, Guest, P, Registers
 
 RAM = 24
 FOREIGN = Mfn(0x77)

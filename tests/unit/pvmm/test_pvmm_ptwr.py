@@ -9,13 +9,13 @@ import pytest
 import unicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pvmm_support import BASE, KERNEL_RO, KERNEL_RW, Guest, Registers
 from unicorn import UC_ARCH_X86, UC_MODE_64
 from unicorn import x86_const as uc_x86
 
 from bus.abi import xen
 from domains.pv.mm import decode as op
 from domains.pv.mm.decode import decode
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL_RO, KERNEL_RW, Guest, Registers
 
 X, CODE = BASE + 20, BASE + 21
 STATUS = 0x8D5

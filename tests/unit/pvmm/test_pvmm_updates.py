@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 
 import pytest
-from pvmm_support import BASE, KERNEL, KERNEL_RO, KERNEL_RW, MAX_MFN, TABLE, Guest, P
 
 from bus.abi import xen
 from bus.abi.errno import XEN_EBUSY, XEN_EFAULT, XEN_EINVAL, XEN_ENOSYS, XEN_EPERM, XEN_ESRCH
 from domains.pv.api import Continuation, GuestFault
 from domains.pv.mm.bits import GLOBAL, GUEST_KERNEL, NX, PCD, PSE, USER
 from domains.pv.mm.updates import BATCH, PREEMPTED
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL, KERNEL_RO, KERNEL_RW, MAX_MFN, TABLE, Guest, P
 
 X, Y = BASE + 20, BASE + 21
 

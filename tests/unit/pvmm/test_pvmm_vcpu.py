@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import struct
 
-from pvmm_support import BASE, Guest
-
 from bus.addresses import MachineAddr, VcpuId
 from domains.vcpu.api import Trap
 from domains.vcpu.testing import Recorder
 from domains.vcpu.unicorn_vcpu import UnicornVcpu
+from tests.unit.pvmm.pvmm_support import BASE, Guest
 
 CODE, STACK = BASE + 30, BASE + 31
 M2P = 0xFFFF_8000_0000_0000

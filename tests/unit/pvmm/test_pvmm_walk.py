@@ -4,12 +4,12 @@ as long as they are true."""
 from __future__ import annotations
 
 import pytest
-from pvmm_support import BASE, KERNEL, KERNEL_RO, KERNEL_RW, TABLE, Guest, P
 
 from bus.abi import xen
 from bus.addresses import DomId, Mfn
 from domains.pv.api import GuestFault
 from domains.pv.mm.walk import MAX_COPY, address_ok
+from tests.unit.pvmm.pvmm_support import BASE, KERNEL, KERNEL_RO, KERNEL_RW, TABLE, Guest, P
 
 X, Y = BASE + 20, BASE + 21
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sched_world import World
 
 from bus.addresses import DomId
 from hypervisor.core.scheduler import CREDIT_INIT, CreditScheduler, State
+from tests.unit.scheduler.sched_world import World
 
 SECOND = 1_000_000_000
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from textual.widgets import DataTable
-from top_samples import later_sample, sample
 
+from tests.unit.top.top_samples import later_sample, sample
 from toolstack.errors import MachineGone
 from toolstack.top.app import Top
 from toolstack.top.model import COLUMNS, Sample

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from top_samples import WEB, later_sample, sample
 
+from tests.unit.top.top_samples import WEB, later_sample, sample
 from toolstack.top.model import COLUMNS, Vif, ordered, sample_of, summary, with_rates
 from toolstack.top.text import run_text, table
 

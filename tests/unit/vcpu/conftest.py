@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from shadow_guest import ShadowGuest
+
+from tests.unit.vcpu.shadow_guest import ShadowGuest
 
 
 @pytest.fixture(params=["hap", "shadow"])

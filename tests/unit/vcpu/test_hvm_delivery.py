@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hvm_programs import WITH_CODE, WITHOUT_CODE
 
 from domains.vcpu.api import StopReason, VcpuError
 from domains.vcpu.hvm_testing import HANDLERS, IST1, STACK, HvmGuest
+from tests.unit.vcpu.hvm_programs import WITH_CODE, WITHOUT_CODE
 
 pytestmark = pytest.mark.usefixtures("paging")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hvm_programs import WITH_CODE
 
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_testing import MMIO, STACK, TSS, HvmGuest
+from tests.unit.vcpu.hvm_programs import WITH_CODE
 
 pytestmark = pytest.mark.usefixtures("paging")
 
@@ -124,7 +124,7 @@ def test_rep_insb_under_bells_reads_every_byte_once() -> None:
             guest.vcpu.ring()
         return reads * 7 & 0xFF
 
-    guest.exits.on_port_in = port_in  # type: ignore[method-assign]  # a faster recorder
+    guest.exits.on_port_in = port_in  # a faster recorder
     bells = 0
     while guest.run() is StopReason.BELL:
         bells += 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hvm_programs import WITHOUT_CODE, protected_mode
 
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_testing import CODE, HANDLERS, STACK, HvmGuest
+from tests.unit.vcpu.hvm_programs import WITHOUT_CODE, protected_mode
 
 pytestmark = pytest.mark.usefixtures("paging")
 

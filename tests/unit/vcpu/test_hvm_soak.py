@@ -82,8 +82,8 @@ def soak(guest: HvmGuest, stops: int) -> int:
         device += 1
 
     exits = guest.exits
-    exits.on_port_in, exits.on_port_out = port_in, port_out  # type: ignore[method-assign]
-    exits.on_mmio_read, exits.on_mmio_write = mmio_read, mmio_write  # type: ignore[method-assign]
+    exits.on_port_in, exits.on_port_out = port_in, port_out
+    exits.on_mmio_read, exits.on_mmio_write = mmio_read, mmio_write
     vcpu = guest.vcpu
     with ringing(vcpu.bell_address):
         for _ in range(stops):

@@ -12,11 +12,11 @@ import random
 import struct
 
 import pytest
-from hvm_programs import protected_mode
-from shadow_guest import ShadowGuest
 
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_testing import TABLES, HvmGuest
+from tests.unit.vcpu.hvm_programs import protected_mode
+from tests.unit.vcpu.shadow_guest import ShadowGuest
 
 WRITE, READ, INVLPG, FLUSH, END = range(5)
 COMMANDS, LOG = 0x100000, 0x180000

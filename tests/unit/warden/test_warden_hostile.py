@@ -124,7 +124,7 @@ def test_a_killer_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch) -
             os.kill(os.getpid(), signal.SIGSTOP)
         return child
 
-    monkeypatch.setattr(uids.os, "fork", stopped_once)
+    monkeypatch.setattr(os, "fork", stopped_once)
     try:
         begun = time.monotonic()
         assert end_all({UID})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def test_a_lock_file_that_goes_while_it_is_locked_is_no_lock(
     monkeypatch.setattr(uids, "BLOCKS", 1)
     path = tmp_path / "block-0"
     gone: list[int] = []
-    flock = uids.fcntl.flock
+    flock = fcntl.flock
 
     def freed_first(fd: int, how: int) -> None:
         if not gone:
@@ -61,7 +63,7 @@ def test_a_lock_file_that_goes_while_it_is_locked_is_no_lock(
             path.unlink()
         flock(fd, how)
 
-    monkeypatch.setattr(uids.fcntl, "flock", freed_first)
+    monkeypatch.setattr(fcntl, "flock", freed_first)
     block = UidBlock(tmp_path)
     assert path.exists()
     block.close()
@@ -98,7 +100,7 @@ def test_a_uid_comes_again_only_when_all_were_used(tmp_path: Path) -> None:
 def test_where_there_are_no_uids_to_give(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, uid_map: str, status: str, said: str
 ) -> None:
-    monkeypatch.setattr(uids.os, "getuid", lambda: uid)
+    monkeypatch.setattr(os, "getuid", lambda: uid)
     (tmp_path / "uid_map").write_text(uid_map)
     (tmp_path / "status").write_text(status)
     found = unavailable(tmp_path)

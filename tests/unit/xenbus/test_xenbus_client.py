@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,7 +130,7 @@ def test_requests_that_go_together_are_answered_each() -> None:
     writes = [xb.write(f"/n/{number}", b"%d" % number) for number in range(150)]
     assert link.run(xb.together(writes)) == [b"OK\0"] * 150
     reads = [xb.read("/n/7"), xb.read("/none"), xb.read("/n/149")]
-    seven, none, last = link.run(xb.together(reads))  # type: ignore[misc]  # run() gives object
+    seven, none, last = cast(list[Any], link.run(xb.together(reads)))
     assert (seven, none.name, last) == (b"7", "ENOENT", b"149")
     assert link.run(xb.together([])) == []
     assert link.client.pending == 0
@@ -142,7 +144,7 @@ def test_requests_that_go_together_are_one_round_trip() -> None:
     assert asked.count(b"/a\0") == asked.count(b"/b\0") == 1
     assert client.pending == 2
     client.fail("gone")
-    [[first, second]] = done  # type: ignore[misc]  # a list of them
+    [[first, second]] = cast(list[list[Any]], done)
     assert (first.name, second.name) == ("ECONNRESET", "ECONNRESET")
 
 
@@ -154,7 +156,7 @@ def test_too_many_requests_together_fail_alone() -> None:
     done: list[object] = []
     link.client.start(xb.together([xb.read("/"), xb.read("/")]), done.append, done.append)
     link.move()
-    [[first, second]] = done  # type: ignore[misc]  # a list of them
+    [[first, second]] = cast(list[list[Any]], done)
     assert (first, second.name) == (b"", "EBUSY")
 
 
@@ -178,6 +180,7 @@ def test_a_directory_that_changes_between_two_parts_is_listed_anew() -> None:
         listing = xb.list_directory("/d")
         request = next(listing)
         while True:
+            assert isinstance(request, xb.Request)
             asked.append(request.payload)
             payload = yield request
             if len(asked) == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgpack
 import pytest
-from helper_xenstore import Peer, Refused, bench
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import ConnId
 from domains.dom0.xenstore.errors import DumpError
 from drivers.xenbus import wire
+from tests.unit.xenstore.helper_xenstore import Peer, Refused, bench
 
 
 def restart(core: Core, *peers: Peer) -> Core:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from helper_xenstore import Peer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from domains.dom0.xenstore.core import Core
 from domains.dom0.xenstore.effects import ConnId
 from domains.dom0.xenstore.quota import Quota
 from drivers.xenbus import wire
+from tests.unit.xenstore.helper_xenstore import Peer
 
 WORDS = st.one_of(
     st.sampled_from(

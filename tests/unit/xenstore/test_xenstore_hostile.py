@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helper_xenstore import Peer, Refused, bench
 
 from bus.abi.io import xs_wire as xs
 from domains.dom0.xenstore.core import INPUT_MAX, Core
 from domains.dom0.xenstore.effects import ConnId
 from domains.dom0.xenstore.quota import EVENT_TIMEOUT_NS, Quota
 from drivers.xenbus import wire
+from tests.unit.xenstore.helper_xenstore import Peer, Refused, bench
 
 
 def until_refused(step: Callable[[int], object]) -> str:

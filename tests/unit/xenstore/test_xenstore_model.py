@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from helper_xenstore import Peer, Refused
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from bus.abi.io import xs_wire as xs
 from domains.dom0.xenstore.core import Core
+from tests.unit.xenstore.helper_xenstore import Peer, Refused
 
 Tree = dict[str, bytes]
 NAMES = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=4).map(

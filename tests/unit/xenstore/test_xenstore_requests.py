@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from helper_xenstore import Peer, Refused, bench
 
 from bus.abi.io import xs_wire as xs
 from domains.dom0.xenstore import paths
 from domains.dom0.xenstore.effects import AttachRing, Close, ConnId, DetachRing, Log
 from domains.dom0.xenstore.errors import XsError
 from drivers.xenbus import wire
+from tests.unit.xenstore.helper_xenstore import Peer, Refused, bench
 
 
 def test_write_creates_parents_and_read_returns_binary_values() -> None:

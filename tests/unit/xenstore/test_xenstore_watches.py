@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from helper_xenstore import Refused, bench
 
 from bus.abi.io import xs_wire as xs
 from domains.dom0.xenstore.effects import ConnId
 from drivers.xenbus import wire
+from tests.unit.xenstore.helper_xenstore import Refused, bench
 
 
 def test_a_new_watch_fires_once_after_its_reply() -> None:
