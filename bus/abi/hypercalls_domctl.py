@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from bus.abi import domctl, errno, xen
-from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT, XEN_CPUID_LEAF, XEN_MSR_ENTRY
+from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.abi.hypercalls_control import UNKNOWN_DOMAIN, VERSION_MISMATCH
 from bus.abi.hypercalls_model import (
     ArrayArg,
@@ -132,12 +132,6 @@ _SERVED: Final = (
         "credit2: weight and cap, putinfo and getinfo",
     ),
     _domctl("setdomainhandle", domctl.XEN_DOMCTL_SETDOMAINHANDLE, "the UUID"),
-    _domctl(
-        "setdebugging",
-        domctl.XEN_DOMCTL_SETDEBUGGING,
-        _RUNNING,
-        "the domain pauses at int3 and shuts down for a debugger",
-    ),
     _domctl("settimeoffset", domctl.XEN_DOMCTL_SETTIMEOFFSET, "seconds, of the wall clock"),
     _domctl(
         "hypercall_init",
@@ -151,7 +145,10 @@ _SERVED: Final = (
         "iomem_permission", domctl.XEN_DOMCTL_IOMEM_PERMISSION, Error(errno.XEN_EINVAL, "a range that wraps")
     ),
     _domctl(
-        "ioport_permission", domctl.XEN_DOMCTL_IOPORT_PERMISSION, Error(errno.XEN_EINVAL, "over 65536 ports")
+        "ioport_permission",
+        domctl.XEN_DOMCTL_IOPORT_PERMISSION,
+        Error(errno.XEN_EINVAL, "over 65536 ports"),
+        "kept; no device has ports that a guest could reach by it",
     ),
     _domctl(
         "memory_mapping",
@@ -201,21 +198,6 @@ _SERVED: Final = (
         Error(errno.XEN_EINVAL, "other than 64: no 32-bit PV"),
     ),
     _domctl(
-        "get_cpu_policy",
-        domctl.XEN_DOMCTL_CPU_POLICY,
-        ArrayArg("leaves", XEN_CPUID_LEAF, "nr_leaves", Direction.OUT, 256, optional=True),
-        ArrayArg("msrs", XEN_MSR_ENTRY, "nr_msrs", Direction.OUT, 64, optional=True),
-        Error(errno.XEN_ENOBUFS, "the arrays are too short"),
-    ),
-    _domctl(
-        "set_cpu_policy",
-        domctl.XEN_DOMCTL_CPU_POLICY,
-        ArrayArg("leaves", XEN_CPUID_LEAF, "nr_leaves", Direction.IN, 256, optional=True),
-        ArrayArg("msrs", XEN_MSR_ENTRY, "nr_msrs", Direction.IN, 64, optional=True),
-        Error(errno.XEN_EEXIST, "a vCPU was created already"),
-        Error(errno.XEN_EINVAL, "a feature that the vCPU does not have"),
-    ),
-    _domctl(
         "gethvmcontext",
         domctl.XEN_DOMCTL_HVMCONTEXT,
         ArrayArg("buffer", 1, "size", Direction.OUT, _MAX_CONTEXT, optional=True),
@@ -244,6 +226,9 @@ _REFUSED: Final = (
     ("get_device_group", errno.XEN_ENOSYS, "each device is a group of its own"),
     ("debug_op", errno.XEN_EOPNOTSUPP, "no single step from outside"),
     ("gethvmcontext_partial", errno.XEN_ENOSYS, "use gethvmcontext"),
+    ("get_cpu_policy", errno.XEN_EOPNOTSUPP, "features follow from the vCPU model"),
+    ("set_cpu_policy", errno.XEN_EOPNOTSUPP, "features follow from the vCPU model"),
+    ("setdebugging", errno.XEN_EOPNOTSUPP, "no debugger attaches to a domain (gdbsx)"),
     ("vm_event_op", errno.XEN_ENOSYS, "no monitor"),
     ("mem_sharing_op", errno.XEN_ENOSYS, "no memory sharing"),
     ("gettscinfo", errno.XEN_EOPNOTSUPP, "the time stamp counter has one mode"),

@@ -113,6 +113,13 @@ class ControlInterface:
             VCPU_GUEST_CONTEXT.pack(context),
         )
 
+    def vcpu_context(self, domid: DomId, vcpu: int) -> vcpu_guest_context:
+        """XEN_DOMCTL_getvcpucontext. HypercallError: ENODATA, it was never started; EINVAL, there is no such vCPU; EAGAIN, the domain's
+        process does not answer."""
+        payload = dc.xen_domctl_vcpucontext(vcpu, 0)
+        reply = self._domctl(dc.XEN_DOMCTL_getvcpucontext, domid, dc.XEN_DOMCTL_VCPUCONTEXT, payload)
+        return VCPU_GUEST_CONTEXT.unpack(reply, dc.XEN_DOMCTL.size)
+
     def pause(self, domid: DomId) -> None:
         """XEN_DOMCTL_pausedomain: returns when its vCPUs do not run."""
         self._domctl(dc.XEN_DOMCTL_pausedomain, domid)

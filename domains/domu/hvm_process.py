@@ -7,9 +7,9 @@ from __future__ import annotations
 import time
 from typing import Any, cast
 
-from bus.abi.arch_x86 import XEN_X86_EMU_PIC
+from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT, XEN_X86_EMU_PIC
 from bus.abi.domctl import XEN_DOMCTL_SENDTRIGGER_NMI, XEN_DOMCTL_SENDTRIGGER_POWER, XEN_DOMCTL_CDF_hap
-from bus.abi.errno import XEN_EINVAL, XEN_EOPNOTSUPP
+from bus.abi.errno import XEN_EINVAL, XEN_ENODATA, XEN_EOPNOTSUPP
 from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import PAGE_SIZE, Mfn, VcpuId
 from bus.messages.domain import Order
@@ -19,6 +19,7 @@ from domains.domu.devices import GuestDevices
 from domains.domu.pv_process import PvProcess
 from domains.granting import Granting
 from domains.hostmem import HostMemory
+from domains.hvm.compat import hypercall_page
 from domains.hvm.context import BadContext
 from domains.hvm.domain import HvmConfig, HvmDomain
 from domains.hvm.physmap import P2M_RAM, PhysicalMap
@@ -57,6 +58,10 @@ class GuestProcess(PvProcess):
                     "set_vcpu_context": lambda order, fds: (-XEN_EOPNOTSUPP, b""),
                     "set_hvm_context": self._set_hvm_context,
                     "get_hvm_context": self._get_hvm_context,
+                    "get_vcpu_context": self._get_hvm_vcpu,
+                    "hypercall_page": lambda order, fds: self._write_page(
+                        Mfn(order.body["mfn"]), hypercall_page()
+                    ),
                     "hvm_param": self._hvm_param,
                     "trigger": self._trigger,
                     "device_attached": self._device_attached,
@@ -161,6 +166,11 @@ class GuestProcess(PvProcess):
     def _get_hvm_context(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         """XEN_DOMCTL_gethvmcontext. A domain that was not started has no vCPU to show."""
         return (-XEN_EINVAL, b"") if self.hvm is None else (0, self.hvm.context())
+
+    def _get_hvm_vcpu(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """XEN_DOMCTL_getvcpucontext, with what an HVM guest has of it."""
+        context = self.hvm.vcpu_context(VcpuId(order.body["vcpu"])) if self.hvm is not None else None
+        return (0, VCPU_GUEST_CONTEXT.pack(context)) if context is not None else (-XEN_ENODATA, b"")
 
     def _trigger(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
         """XEN_DOMCTL_SENDTRIGGER_*: NMI; the power button of a full HVM guest. A PVH guest has no buttons."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 from bus import trace_page
 from bus.abi.arch_x86 import VCPU_GUEST_CONTEXT
 from bus.abi.domctl import XEN_DOMCTL_SENDTRIGGER_NMI
-from bus.abi.errno import XEN_EINVAL, XEN_ENOSYS
+from bus.abi.errno import XEN_EACCES, XEN_EINVAL, XEN_ENODATA, XEN_ENOSYS
 from bus.abi.hypercalls import HYPERCALLS, names
 from bus.abi.sched import SHUTDOWN_crash
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, DomId, MachineAddr, Mfn, Port, VcpuId
@@ -35,6 +35,7 @@ from domains.hostmem import HostMemory
 from domains.pv.calls_version import Identity
 from domains.pv.domain import DomainConfig, PvDomain
 from domains.pv.frames import DomainFrames
+from domains.pv.msr import hypercall_page
 from domains.pv.time import count_nanoseconds
 from domains.pv.xenmap import XenMap
 from domains.vcpu.api import PvTraps, PvVcpu
@@ -95,6 +96,8 @@ class PvProcess:
             "extent": self._extent,
             "memory": self._memory,
             "set_vcpu_context": self._set_context,
+            "get_vcpu_context": self._get_context,
+            "hypercall_page": self._hypercall_page,
             "start": lambda order, fds: (0, b""),
             "pause": self._pause,
             "stop": self._stop,
@@ -302,6 +305,27 @@ class PvProcess:
         if rc == 0:
             self.domain = domain
         return rc, b""
+
+    def _get_context(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """XEN_DOMCTL_getvcpucontext."""
+        context = self.domain.context(VcpuId(order.body["vcpu"])) if self.domain is not None else None
+        return (0, VCPU_GUEST_CONTEXT.pack(context)) if context is not None else (-XEN_ENODATA, b"")
+
+    def _hypercall_page(self, order: Order, fds: list[int]) -> tuple[int, bytes]:
+        """XEN_DOMCTL_hypercall_init: the frame is one of this domain's, the hypervisor says."""
+        mfn, domain = Mfn(order.body["mfn"]), self.domain
+        if domain is not None and not domain.mmu.can_grant_writable(mfn):
+            return -XEN_EACCES, b""  # a page table, say
+        return self._write_page(mfn, hypercall_page())
+
+    def _write_page(self, mfn: Mfn, page: bytes) -> tuple[int, bytes]:
+        memory = self.memory
+        if memory is None or not memory.base <= mfn < memory.base + memory.frames:
+            return -XEN_EINVAL, b""
+        at = (mfn - memory.base) << PAGE_SHIFT
+        memory.octets[at : at + len(page)] = page
+        self._drop_runs([(mfn, 1)])
+        return 0, b""
 
     def _make_domain(self) -> PvDomain:
         memory, frames = self.memory, self.frames

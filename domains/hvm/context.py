@@ -10,6 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from bus.abi.arch_x86 import (
+    VCPU_GUEST_CONTEXT,
+    VGCF_I387_VALID,
+    VGCF_online,
+    vcpu_guest_context,
+    vcpu_guest_context_fpu_ctxt,
+)
 from bus.abi.hvm import save
 from bus.abi.hvm.save import HVM_HW_CPU, HVM_SAVE_DESCRIPTOR, HVM_SAVE_HEADER, TYPECODES, hvm_hw_cpu
 from bus.abi.layout import LayoutError
@@ -141,6 +148,24 @@ def save_cpu(vcpu: Readable, tsc: int) -> hvm_hw_cpu:
         tsc=tsc,
         flags=FPU_INITIALISED,
         **fields,
+    )
+
+
+def as_vcpu_context(cpu: hvm_hw_cpu, *, online: bool) -> vcpu_guest_context:
+    """What a vcpu_guest_context has room for, as Xen fills it for an HVM domain: registers, selectors, bases, control and debug
+    registers, x87 and SSE."""
+    empty = VCPU_GUEST_CONTEXT.zero()
+    registers = {name: getattr(cpu, name) for name in REGISTERS}
+    selectors = {name: getattr(cpu, f"{name}_sel") for name in ("cs", "ss", "ds", "es", "fs", "gs")}
+    return empty._replace(
+        fpu_ctxt=vcpu_guest_context_fpu_ctxt(bytes(cpu.fpu_regs)),
+        flags=VGCF_I387_VALID | VGCF_online * online,
+        user_regs=empty.user_regs._replace(rflags=cpu.rflags, **registers, **selectors),
+        ctrlreg=(cpu.cr0, 0, cpu.cr2, cpu.cr3, cpu.cr4, 0, 0, 0),
+        debugreg=(cpu.dr0, cpu.dr1, cpu.dr2, cpu.dr3, 0, 0, cpu.dr6, cpu.dr7),
+        fs_base=cpu.fs_base,
+        gs_base_kernel=cpu.gs_base,
+        gs_base_user=cpu.shadow_gs,
     )
 
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from bus.abi.arch_x86 import vcpu_guest_context
 from bus.abi.hvm import params
 from bus.abi.hvm.save import hvm_hw_cpu
 from bus.abi.hypercalls_model import Command, Hypercall
 from bus.abi.sched import SHUTDOWN_crash, SHUTDOWN_poweroff, SHUTDOWN_reboot
 from bus.abi.vcpu import RUNSTATE_running
 from bus.abi.xen import VCPU_INFO, HYPERVISOR_grant_table_op, HYPERVISOR_hvm_op, HYPERVISOR_memory_op
-from bus.addresses import PAGE_SHIFT, DomId, Mfn
+from bus.addresses import PAGE_SHIFT, DomId, Mfn, VcpuId
 from domains.hvm.board import Board, DebugLog
 from domains.hvm.calls import (
     HvmEventCalls,
@@ -28,7 +29,15 @@ from domains.hvm.calls import (
     HvmVersionCalls,
 )
 from domains.hvm.compat import hypercall_page
-from domains.hvm.context import FPU_INITIALISED, BadContext, context_of, first_cpu, load_cpu, save_cpu
+from domains.hvm.context import (
+    FPU_INITIALISED,
+    BadContext,
+    as_vcpu_context,
+    context_of,
+    first_cpu,
+    load_cpu,
+    save_cpu,
+)
 from domains.hvm.cpu import HvmCpu
 from domains.hvm.cpuid import HvmCpuid
 from domains.hvm.dump import register_dump
@@ -416,6 +425,15 @@ class HvmDomain(Turns[HvmState]):
             (state.id, self._record(state)) for state in self.states if state.initialised or state is current
         ]
         return context_of(cpus, SIGNATURE, TSC_HZ // 1000)
+
+    def vcpu_context(self, vcpu: VcpuId) -> vcpu_guest_context | None:
+        """XEN_DOMCTL_getvcpucontext, at any time as `context`; None if that vCPU was never started."""
+        if vcpu >= len(self.states):
+            return None
+        state = self.states[vcpu]
+        if not state.initialised and state is not self.cpu.current:
+            return None
+        return as_vcpu_context(self._record(state), online=state.online)
 
     def _record(self, state: HvmState) -> hvm_hw_cpu:
         """Of one vCPU, as its next run would find it (`_switch`)."""

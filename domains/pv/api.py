@@ -175,6 +175,9 @@ class PagingApi(Protocol):
     def ldt_entries(self, vcpu: VcpuId) -> int:
         """Entries of the LDT that the guest set; 0 for none."""
 
+    def ldt_address(self, vcpu: VcpuId) -> int:
+        """The guest's own address of that LDT."""
+
     # --- faults ---
 
     def write_fault(self, va: int, error_code: int, regs: Registers) -> bool:

@@ -33,6 +33,7 @@ from domains.pv.calls_other import OtherCalls
 from domains.pv.calls_sched import SchedCalls
 from domains.pv.calls_vcpu import VcpuCalls
 from domains.pv.calls_version import Identity, VersionCalls
+from domains.pv.capture import Capture
 from domains.pv.context import start_vcpu
 from domains.pv.cpu import Cpu
 from domains.pv.cpuid import CpuidPolicy
@@ -95,6 +96,7 @@ class PvDomain(Turns[VcpuState]):
         self._upstream: Final = upstream
         self.time: Final = Timekeeper(wall)
         self.cpu: Final = Cpu(frames.base, frames.octets, frames.words, self.states[0])
+        self._capture: Final = Capture(self.cpu)
         self.mmu: Final = Mmu(
             frames,
             xenmap,
@@ -264,6 +266,12 @@ class PvDomain(Turns[VcpuState]):
                 self._expire(state)
 
     # --- the end
+
+    def context(self, vcpu: VcpuId) -> vcpu_guest_context | None:
+        """XEN_DOMCTL_getvcpucontext, between two runs: registers of that vCPU; None if it was never initialised."""
+        if vcpu >= len(self.states) or not self.states[vcpu].initialised:
+            return None
+        return self._capture.context(self.states[vcpu])
 
     def tell_crash(self) -> None:
         """The registers of a guest that is about to be reported crashed: for the hypervisor's log, once."""

@@ -10,7 +10,6 @@ from bus.abi.hypercalls import HYPERCALLS
 from bus.addresses import DomId
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.console import Console
-from hypervisor.core.cpu_policy import CpuPolicyOps
 from hypervisor.core.domain_info import DomainInfo
 from hypervisor.core.domains import Domain, DomainSpec, DomainTable, Kind
 from hypervisor.core.domctl import DomctlOps
@@ -77,8 +76,7 @@ class HypervisorCore:
         self.hvm_params = HvmParams(self.domains, self.physmap, self.outbox, self.dispatcher)
         self.platform = PlatformOps(self.domains, self.outbox, config, self.dispatcher)
         self.physdev = PhysdevOps(self.domains, self.events, config, self.dispatcher)
-        self.io_permissions = IoPermissions(self.domains, self.outbox, config, self.dispatcher)
-        self.cpu_policy = CpuPolicyOps(self.domains, self.outbox, config, self.dispatcher)
+        self.io_permissions = IoPermissions(self.domains, config, self.dispatcher)
         self.vcpu_ops = VcpuOps(self.lifecycle, self.dispatcher)
         self.ioreq = IoreqServers(self.domains, self.lifecycle, self.outbox, config, self.dispatcher)
         self._last_hooks: tuple[DomainHooks, ...] = (self.physmap, _Forget(self.dispatcher))

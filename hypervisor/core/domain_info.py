@@ -36,7 +36,6 @@ class DomainInfo:
             (abi.XEN_DOMINF_paused, domain.controller_pause > 0),
             (abi.XEN_DOMINF_blocked, all(vcpu.blocked for vcpu in online)),
             (abi.XEN_DOMINF_running, any(vcpu.running for vcpu in online)),
-            (abi.XEN_DOMINF_debugged, domain.debugging),
             (abi.XEN_DOMINF_xs_domain, bool(domain.spec.flags & abi.XEN_DOMCTL_CDF_xs_domain)),
             (abi.XEN_DOMINF_hap, bool(domain.spec.flags & abi.XEN_DOMCTL_CDF_hap)),
         ):

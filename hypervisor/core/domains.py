@@ -144,7 +144,6 @@ class Domain:
     target_of: set[DomId] = field(default_factory=set)
     address_size: int = 64
     time_offset: int = 0
-    debugging: bool = False
     virq_handler_of: set[int] = field(default_factory=set)
     memory_map: bytes = b""
     """XENMEM_set_memory_map's entries, 20 bytes each."""

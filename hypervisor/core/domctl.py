@@ -63,7 +63,6 @@ class DomctlOps:
             (abi.XEN_DOMCTL_getvcpucontext, self._getvcpucontext),
             (abi.XEN_DOMCTL_setvcpucontext, self._setvcpucontext),
             (abi.XEN_DOMCTL_setdomainhandle, self._setdomainhandle),
-            (abi.XEN_DOMCTL_setdebugging, self._setdebugging),
             (abi.XEN_DOMCTL_settimeoffset, self._settimeoffset),
             (abi.XEN_DOMCTL_hypercall_init, self._hypercall_init),
             (abi.XEN_DOMCTL_sendtrigger, self._sendtrigger),
@@ -308,12 +307,6 @@ class DomctlOps:
 
     def _setdomainhandle(self, call: Call) -> Result:
         self._domain(call).handle = call.payload.handle
-        return call.reply(0)
-
-    def _setdebugging(self, call: Call) -> Result:
-        domain = self._other(call)
-        domain.debugging = bool(call.payload.enable)
-        self._outbox.tell(domain.domid, "debugging", {"enable": domain.debugging})
         return call.reply(0)
 
     def _settimeoffset(self, call: Call) -> Result:

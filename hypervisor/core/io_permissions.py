@@ -12,7 +12,6 @@ from hypervisor.core.domains import Domain, DomainTable, Dying
 from hypervisor.core.errors import XenError
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
-from hypervisor.core.outbox import Outbox
 from hypervisor.core.p2m import GFN_LIMIT, P2mType
 
 MAX_MAPPING = 64
@@ -45,11 +44,8 @@ def _revoke(ranges: Ranges, first: int, end: int) -> Ranges:
 class IoPermissions(DomainHooks):
     """I/O memory is what lies in the machine's MFN holes; RAM is never given this way."""
 
-    def __init__(
-        self, domains: DomainTable, outbox: Outbox, config: MachineConfig, dispatcher: Dispatcher
-    ) -> None:
+    def __init__(self, domains: DomainTable, config: MachineConfig, dispatcher: Dispatcher) -> None:
         self._domains = domains
-        self._outbox = outbox
         self._config = config
         self._memory: dict[DomId, Ranges] = {}
         self._ports: dict[DomId, Ranges] = {}
@@ -103,8 +99,6 @@ class IoPermissions(DomainHooks):
         domain = self._domain(call)
         end = op.first_port + op.nr_ports
         self._change(self._ports, domain, op.first_port, end, allow=bool(op.allow_access))
-        ranges = [list(r) for r in self.ports(domain.domid)]
-        self._outbox.tell(domain.domid, "io_ports", {"ranges": ranges})
         return call.reply(0)
 
     def _memory_mapping(self, call: Call) -> Result:

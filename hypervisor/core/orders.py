@@ -14,6 +14,9 @@ class OrderKind(NamedTuple):
     body: str
     """Keys of the body and their meaning."""
     meaning: str
+    to: str = "guests"
+    """Which processes obey it: `guests` (PV and HVM; native domains as far as it concerns them), `hvm`, `builder` (who builds or models
+    another domain), or `page` (nobody: told in shared memory)."""
 
 
 _KINDS = (
@@ -36,8 +39,15 @@ _KINDS = (
         False,
         "as extent",
         "to the builder of a domain, or its device model: that domain's memory, with its memfd",
+        to="builder",
     ),
-    OrderKind("drop_extent", False, "domid, base", "that domain is destroyed: unmap and close its memory"),
+    OrderKind(
+        "drop_extent",
+        False,
+        "domid, base",
+        "that domain is destroyed: unmap and close its memory",
+        to="builder",
+    ),
     OrderKind(
         "memory",
         False,
@@ -80,23 +90,21 @@ _KINDS = (
         "the vCPU's first state; answer 0, or the negative errno of what is wrong with it",
     ),
     OrderKind("get_vcpu_context", True, "vcpu", "answer 0 and a struct vcpu_guest_context; vCPUs are paused"),
-    OrderKind("set_hvm_context", True, "context (records of hvm/save.h)", "as set_vcpu_context"),
-    OrderKind("get_hvm_context", True, "", "answer 0 and the records"),
+    OrderKind("set_hvm_context", True, "context (records of hvm/save.h)", "as set_vcpu_context", to="hvm"),
+    OrderKind("get_hvm_context", True, "", "answer 0 and the records", to="hvm"),
     OrderKind("hypercall_page", True, "mfn", "write the hypercall page into the frame, then answer 0"),
-    OrderKind(
-        "get_cpu_policy", True, "", "answer 0 and u32 number of leaves, u32 number of MSRs, both arrays"
-    ),
-    OrderKind(
-        "set_cpu_policy", True, "leaves (xen_cpuid_leaf[]), msrs (xen_msr_entry[])", "0 or a negative errno"
-    ),
     OrderKind("trigger", False, "trigger (XEN_DOMCTL_SENDTRIGGER_*), vcpu", "an NMI, or a button"),
-    OrderKind("debugging", False, "enable", "XEN_DOMCTL_setdebugging"),
     OrderKind("time_offset", False, "seconds", "of the domain's wall clock"),
     OrderKind("wallclock", False, "ns_at_system_time_0", "Dom0 set the wall clock: ns since 1970"),
-    OrderKind("hvm_param", False, "index, value", "somebody else set an HVM parameter of the domain"),
-    OrderKind("io_ports", False, "ranges: [[first, end), ...]", "I/O ports that the domain may use"),
     OrderKind(
-        "msi", False, "bdf, entry", "a device of an HVM guest raised that MSI-X vector: deliver its message"
+        "hvm_param", False, "index, value", "somebody else set an HVM parameter of the domain", to="hvm"
+    ),
+    OrderKind(
+        "msi",
+        False,
+        "bdf, entry",
+        "a device of an HVM guest raised that MSI-X vector: deliver its message",
+        to="hvm",
     ),
     OrderKind(
         "ioreq_area",
@@ -104,27 +112,28 @@ _KINDS = (
         "id, guest (domid)",
         "to a guest's process and to its device model: they have an ioreq server; its memory and the doorbells request, "
         "response, note, done travel along (bus.ioreq_area)",
+        to="hvm",
     ),
     OrderKind(
         "ioreq_server",
         True,
         "id, and one of: add, remove: [XEN_DMOP_IO_RANGE_*, first, last]; enabled; gone (not answered then)",
         "to a guest's process: an ioreq server changed; answer when that is in effect",
+        to="hvm",
     ),
     OrderKind(
         "model_interrupt",
         False,
         "pci (device << 2 | pin) or isa, and level; link and isa; or address and data",
         "the device model drives an interrupt line, routes a PCI link, or sends an interrupt message",
-    ),
-    OrderKind(
-        "msi", False, "bdf, entry", "a device of an HVM guest raised that MSI-X vector: deliver its message"
+        to="hvm",
     ),
     OrderKind(
         "drop_code",
         False,
         "frames (MFNs)",
         "the hypervisor wrote to them: translated code is stale. Told by the lease page (bus.lease_page), not by a message",
+        to="page",
     ),
 )
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from toolstack.cli import (
+    registers,
     verbs_adjust,
     verbs_devices,
     verbs_domain,
@@ -287,6 +288,7 @@ def run(
 verbs_machine.add(app)
 verbs_domain.add(app)
 verbs_adjust.add(app)
+registers.add(app)
 verbs_devices.add(app)
 verbs_network.add(app)
 verbs_xenstore.add(app)

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from toolstack.cli.images import Images, elsewhere, make_config, open_image
+from toolstack.cli.registers import place
 from toolstack.cli.script import ConsoleScript
 from toolstack.cli.terminal import WRITE_S, EscapeKeys, RawTerminal, write_all
 from toolstack.errors import (
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from toolstack.trace.recorder import Recorder
 
 MACHINE_SPARE_MB: Final = 256
+COLLECT_S: Final = 3.0
+"""How long a guest that is ended at its timeout, or matched, is asked for its counters and registers, each."""
 """Machine memory beside the guest's."""
 MACHINE_MEMORY_MB: Final = 4096
 COUNTERS: Final = ("hypercalls", "exceptions", "events")
@@ -264,13 +267,18 @@ class Run:
         return True
 
     def _collect(self, machine: Machine | JoinedMachine) -> None:
-        """The counters of a guest that still runs."""
-        if not (self.request.json or self.request.json_file):
-            return
+        """The counters of a guest that still runs, and will not when this is over; where it was, if that is why it is ended."""
+        about = {"domain": self._name}
         try:
-            self.outcome.stats = machine.client.request("stats", {"domain": self._name}, timeout=5.0)
+            if self.outcome.status == EXIT_TIMEOUT:
+                rows = machine.client.request("registers", about, timeout=COLLECT_S)
+                self.outcome.details = "\n".join(place(row) for row in rows)
+            if self.request.json or self.request.json_file:
+                self.outcome.stats = machine.client.request(
+                    "stats", {**about, "fresh": True}, timeout=COLLECT_S
+                )
         except MachineError:
-            self.outcome.stats = {}
+            pass  # its process does not answer: there is nothing to tell
 
     # ------------------------------------------------------------------ what is told
 
@@ -282,6 +290,8 @@ class Run:
             wanted = request.script.waits_for
             missing = f" ({wanted!r} was not seen)" if wanted is not None else ""
             _say(f"domicile: {self._name}: timeout after {request.timeout:g} s{missing}")
+            if outcome.details:
+                _say(outcome.details)
         elif outcome.status != EXIT_OK:
             if outcome.details:
                 _say(outcome.details)

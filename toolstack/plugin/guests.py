@@ -159,6 +159,12 @@ class Domain:
         result: dict[str, Any] = self.machine.request("stats", {"domain": self.name})
         return result
 
+    def registers(self) -> list[dict[str, Any]]:
+        """Of each vCPU that was started, while the guest runs: `vcpu`, `state`, `mode`, and numbers by name, as `domicile registers
+        --json` has them."""
+        result: list[dict[str, Any]] = self.machine.request("registers", {"domain": self.name})
+        return result
+
 
 class GuestMachine:
     """A running machine and the guests that tests started on it."""

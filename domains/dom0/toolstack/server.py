@@ -25,8 +25,9 @@ from bus.packets import LinkClosed, LinkFull, PacketLink, close_all
 from domains.dom0.consoled import Terminal
 from domains.dom0.toolstack.adjust import Adjustments, as_number
 from domains.dom0.toolstack.disks import DiskError
-from domains.dom0.toolstack.guest import COUNTERS, Guest, ToolstackError
+from domains.dom0.toolstack.guest import ToolstackError
 from domains.dom0.toolstack.hardware import HardwareError
+from domains.dom0.toolstack.insight import registers, stats, stats_of
 from domains.dom0.toolstack.manager import Manager
 from domains.dom0.toolstack.models import DeviceModel, ModelError
 from domains.dom0.toolstack.nics import NicError
@@ -206,7 +207,8 @@ class ToolstackServer:
             "device-unplug": lambda client, args, fds: manager.hardware.unplug(int(args["bdf"])),
             "pci-list": self._pci_list,
             "iommu": self._iommu,
-            "stats": lambda client, args, fds: stats_of(manager.find(args["domain"])),
+            "stats": lambda client, args, fds: stats(manager, args["domain"], fresh=bool(args.get("fresh"))),
+            "registers": lambda client, args, fds: registers(manager, args["domain"]),
             "top": lambda client, args, fds: top_view(manager, traces.disks(), traces.nets()),
             "vcpu-pin": self._vcpu_pin,
             "mem-set": lambda client, args, fds: adjust.set_memory(args["domain"], as_number(args, "kib")),
@@ -580,14 +582,6 @@ class ToolstackServer:
             self.drop(client)
         with contextlib.suppress(OSError):
             self._listener.close()
-
-
-def stats_of(guest: Guest) -> dict[str, Any]:
-    """Counters of a domain for the record of a run. None: nobody counts that (yet); the command names it in `not_counted`."""
-    return {
-        "console_bytes": guest.terminal.bytes_out,
-        **{name: guest.counters.get(name) for name in COUNTERS},
-    }
 
 
 def console_directory(path: str) -> Path:

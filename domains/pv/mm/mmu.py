@@ -164,6 +164,10 @@ class Mmu:
         """Entries of the LDT that the guest set."""
         return self._tables.vcpus[vcpu].ldt_entries
 
+    def ldt_address(self, vcpu: VcpuId) -> int:
+        """Where the guest has it."""
+        return self._tables.vcpus[vcpu].ldt_base
+
     # --- faults ---
 
     def write_fault(self, va: int, error_code: int, regs: Registers) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from guests.build import build
 from tests.integration.cli.cli_command import COMMAND, Domicile
 
 
@@ -72,6 +73,12 @@ def test_a_guest_from_creation_to_its_end(domicile: Domicile, machine: str, gues
     assert row[:3] == ["web", number, "32"]
     assert "p" in row[4]
     assert ask("vcpu-list", guest).splitlines()[1].split()[:3] == ["web", number, "0"]
+    (first,) = json.loads(ask("registers", guest, "--json", "--symbols", str(build("hello"))))
+    assert (first["vcpu"], first["mode"], first["cs"]) == (0, "kernel", 0xE033)
+    assert first["function"].endswith("+0x0"), "paused before its first instruction"
+    assert f"RIP e033:[<{first['rip']:016x}>]" in ask("registers", guest, "0")
+    nowhere = domicile("-M", machine, "registers", guest, "1")
+    assert (nowhere.returncode, b"vCPU 1 was never started" in nowhere.stderr) == (1, True)
     (entry,) = json.loads(ask("list", "-l", number))
     assert entry["config"]["on_poweroff"] == "preserve"
     assert ask("xenstore-read", f"/local/domain/{number}/name") == "web\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -110,14 +111,19 @@ def test_until_ends_a_guest_that_would_go_on(domicile: Domicile, grub: str) -> N
     """Status 0 as soon as the pattern is there."""
     done = domicile("run", grub, "--until", "grub>", "--timeout", "40", "-q", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["matched"] == "grub>"
+    record = json.loads(done.stdout)
+    assert record["matched"] == "grub>"
+    assert record["hypercalls"]["event_channel_op"] > 0, "of a guest that still ran"
+    assert record["not_counted"] == []
 
 
 def test_timeout_is_124_and_says_what_was_waited_for(domicile: Domicile, grub: str) -> None:
-    """The machine is gone afterwards (the fixture looks)."""
+    """And where the guest was. The machine is gone afterwards (the fixture looks)."""
     done = domicile("run", grub, "--until", "never shown", "--timeout", "4", "-q")
     assert done.returncode == 124
-    assert done.stderr == b"domicile: grub-x86_64-xen: timeout after 4 s ('never shown' was not seen)\n"
+    first, place = done.stderr.splitlines()
+    assert first == b"domicile: grub-x86_64-xen: timeout after 4 s ('never shown' was not seen)"
+    assert re.fullmatch(rb"vcpu 0: (running|blocked), kernel, RIP e033:\[<[0-9a-f]{16}>\]", place)
 
 
 def test_timeout_holds_where_nobody_takes_standard_output(grub: str) -> None:

@@ -4,9 +4,8 @@ says, each for those who may."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
-from errno import E2BIG, EACCES, EAGAIN, EBUSY, EEXIST, EINVAL, ENOBUFS, ENODEV, ENOENT, ENOSYS, EPERM
+from errno import E2BIG, EACCES, EAGAIN, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENOSYS, EPERM
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from bus.abi.xen import (
     DOMID_SELF,
     VIRQ_CON_RING,
     HYPERVISOR_console_io,
-    HYPERVISOR_domctl,
     HYPERVISOR_hvm_op,
     HYPERVISOR_physdev_op,
     HYPERVISOR_platform_op,
@@ -360,44 +358,18 @@ def test_device_registers_are_mapped_with_permission_and_vanish_with_it(machine:
     assert domain.p2m.get(0xF0000) is None
 
 
-def test_io_ports_are_told_to_the_process(machine: Machine) -> None:
+def test_io_ports_are_kept(machine: Machine) -> None:
     domid = machine.create()
     for first, count, allow in ((0x3F8, 8, 1), (0x2F8, 8, 1), (0x3FA, 2, 0)):
         op = domctl.xen_domctl_ioport_permission(first, count, allow)
         assert machine.domctl(domctl.XEN_DOMCTL_ioport_permission, domid, op).rc == 0
-    bodies = [e.body for e in machine.effects if isinstance(e, Order) and e.kind == "io_ports"]
-    assert bodies[-1] == {"ranges": [[0x2F8, 0x300], [0x3F8, 0x3FA], [0x3FC, 0x400]]}
+    ports = machine.core.io_permissions.ports(DomId(domid))
+    assert [list(one) for one in ports] == [[0x2F8, 0x300], [0x3F8, 0x3FA], [0x3FC, 0x400]]
     bad = domctl.xen_domctl_ioport_permission(0xFFFF, 2, 1)
     assert machine.domctl(domctl.XEN_DOMCTL_ioport_permission, domid, bad).rc == -EINVAL
 
 
 # -- CPU policy, counters
-
-
-@pytest.mark.parametrize(
-    ("data", "error"),
-    [
-        (struct.pack("<II", 1, 0) + bytes(24), 0),
-        (struct.pack("<II", 2, 0) + bytes(24), -EINVAL),
-        (struct.pack("<II", 0xFFFFFFFF, 0), -EINVAL),
-        (struct.pack("<II", 3, 0) + bytes(72), -ENOBUFS),
-        (b"", -EINVAL),
-    ],
-)
-def test_what_a_process_says_of_its_cpu_is_checked(machine: Machine, data: bytes, error: int) -> None:
-    domid = machine.create()
-    machine.silent.add(domid)
-    op = domctl.xen_domctl_cpu_policy(2, 2, 1, 1, 0, 0, 0)
-    command = HYPERCALLS[HYPERVISOR_domctl].command(domctl.XEN_DOMCTL_get_cpu_policy)
-    assert command is not None
-    sent = machine.domctl_data(domctl.XEN_DOMCTL_get_cpu_policy, domid, op)
-    token = machine.raw(0, HYPERVISOR_domctl, domctl.XEN_DOMCTL_get_cpu_policy, sent)
-    order = [e for e in machine.effects if isinstance(e, Order) and e.kind == "get_cpu_policy"][-1]
-    machine.core.order_done(machine.now, DomId(domid), order.order_id, 0, data)
-    machine.run()
-    assert machine.replies[token].rc == error
-    if not error:
-        assert Answer(command, machine.replies[token]).payload.nr_leaves == 1
 
 
 def test_calls_are_counted_by_domain_and_forgotten_with_it(machine: Machine) -> None:

@@ -178,6 +178,11 @@ class Rig:
 
     def enter_user(self, code: bytes, *, at: int = USER_CODE) -> None:
         """Give the vCPU a user root and run `code` in user mode."""
+        self.go_user(code, at=at)
+        self.run()
+
+    def go_user(self, code: bytes, *, at: int = USER_CODE) -> None:
+        """The same, but nothing runs yet."""
         if self.state.user_root is None:
             assert self.domain.mmu.take_root(BASE + USER_L4) == 0
             self.state.user_root = Mfn(BASE + USER_L4)
@@ -187,7 +192,6 @@ class Rig:
         self.put(at, code)
         self.regs.rsp = USER_STACK
         self.regs.rip = at
-        self.run()
 
     # --- shared info
 
