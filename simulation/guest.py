@@ -116,6 +116,10 @@ class Guest(ABC):
         """Ring pages and their grants."""
         self._running = self._again = self._closing = False
 
+    def go(self) -> None:
+        """I/O may begin, where it had to wait for that."""
+        self._work()
+
     def begin(self) -> None:
         """Look at the back end's state, now and whenever it changes."""
         self.store.watch(f"{self.world.back}/state", self._changed)
@@ -192,7 +196,7 @@ class Guest(ABC):
 
     @property
     def _ready(self) -> bool:
-        return self.device.state is XenbusState.Connected and not self.front.error
+        return self.world.going and self.device.state is XenbusState.Connected and not self.front.error
 
     def _close_soon(self) -> None:
         if not self._closing:

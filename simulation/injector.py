@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from bus.abi.errno import XEN_ENOMEM, XEN_ENOSPC
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 STRANGE_IOVA: Final = 0x7FFF_0000_0000
 MS: Final = 1_000_000
+NONE: Final[tuple[Fault, ...]] = ()
+AT_ONCE: Final = (0,)
 PASSIVE: Final = (
     What.LOSE,
     What.DUPLICATE,
@@ -32,31 +35,43 @@ class Injector:
         self.machine = machine
         self.faults: tuple[Fault, ...] = ()
         self.armed = False
+        self._armed_at = 0
         self.fired: list[Fault] = []
         self.counts: Counter[str] = Counter()
         self._by_event: dict[str, list[Fault]] = {}
 
     def arm(self, faults: tuple[Fault, ...]) -> None:
         """Carry these out: from now on events count, and time runs."""
-        self.faults = faults
-        for fault in faults:
-            if fault.event:
-                self._by_event.setdefault(fault.event, []).append(fault)
         self.armed = True
-        for fault in self.faults:
-            if fault.at_ms is not None:
-                self.machine.scheduler.after(int(fault.at_ms * MS), lambda fault=fault: self._fire(fault))  # type: ignore[misc]  # bound now
+        self._armed_at = self.machine.now
+        self.add(faults)
 
-    def happen(self, event: str) -> list[Fault]:
+    def add(self, faults: tuple[Fault, ...]) -> None:
+        """These too, of which none was due since `arm`."""
+        self.faults += faults
+        for number, fault in enumerate(faults):
+            if fault.at_ms is not None:
+                when = self._armed_at + int(fault.at_ms * MS)
+                self.machine.scheduler.first(when, number, lambda fault=fault: self._fire(fault))  # type: ignore[misc]  # bound now
+            else:
+                self._by_event.setdefault(fault.event, []).append(fault)
+
+    @property
+    def armed_for(self) -> int:
+        """How long ago `arm` was (ns)."""
+        return self.machine.now - self._armed_at
+
+    def happen(self, event: str) -> Sequence[Fault]:
         """An event. The faults that it sets off."""
         if not self.armed:
-            return []
-        self.counts[event] += 1
-        self.machine.trace(event)
+            return NONE
+        count = self.counts[event] = self.counts.get(event, 0) + 1
+        machine = self.machine
+        machine.lines.append((machine.scheduler.now, event))
         faults = self._by_event.get(event)
         if faults is None:
-            return []
-        now = [fault for fault in faults if fault.n == self.counts[event]]
+            return NONE
+        now = [fault for fault in faults if fault.n == count]
         for fault in now:
             self._fire(fault)
         return now
@@ -85,10 +100,13 @@ class Injector:
 
     # ------------------------------------------------------------------ what others ask
 
-    def notification(self, event: str) -> list[int]:
+    def notification(self, event: str) -> Sequence[int]:
         """A notification is sent: the delays (ns) with which it arrives; none if it is lost."""
+        faults = self.happen(event)
+        if not faults:
+            return AT_ONCE
         delays = [0]
-        for fault in self.happen(event):
+        for fault in faults:
             if fault.what is What.LOSE:
                 delays = []
             elif fault.what is What.DUPLICATE:

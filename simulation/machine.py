@@ -34,7 +34,7 @@ from simulation.memory import SimMemory, SimStaging
 from simulation.process import Bell, Process, SimDomain
 from simulation.scheduler import Scheduler
 
-STAGING: Final = 1 << 20
+STAGING: Final = 1 << 19
 ROLES: Final = {0: "dom0", 1: "domio", 2: "guest"}
 NAMES: Final = {
     (number, command.number): command.name.lower()
@@ -64,8 +64,8 @@ class Machine:
         self.device: Device | None = None
         self.device_pages: dict[int, tuple[memoryview, Callable[[], None]]] = {}
         self.bells: dict[int, tuple[Bell, Bell]] = {}
-        self.lines: list[str] = []
-        """The trace."""
+        self.lines: list[tuple[int, str]] = []
+        """The trace: when, and what."""
         self._asides: Final[set[int]] = set()
         """Of these lines, by index: only for a reader."""
         self.keep_trace = False
@@ -76,6 +76,8 @@ class Machine:
         self._lives: dict[str, int] = defaultdict(int)
         self._slowest, self._quick = 2_000, 1.0
         """The longest that a message takes (ns), and how probable it is that an answer comes before anything else happens."""
+        self._pauses = 0.0
+        """How probable it is that a process loses its CPU where it may (Process.pause)."""
         self._tick_at = 0
         memory = self.memory
         config = MachineConfig(total_pages=1 << 14, mfn_limit=1 << 18, mfn_holes=(), xenheap_frames=32)
@@ -116,17 +118,33 @@ class Machine:
         self.media.seed(seed ^ 0x5EED)
         self._slowest = self.rng.choice((2_000, 20_000, 300_000))
         self._quick = self.rng.choice((0.5, 0.9, 1.0))
+        self._pauses = self.rng.choice((0.0, 0.02, 0.1))
 
     @property
     def now(self) -> int:
         """Nanoseconds."""
         return self.scheduler.now
 
+    def lives(self, role: str) -> int:
+        """How many processes of that role have been started."""
+        return self._lives[role]
+
+    def idle(self) -> bool:
+        """Whether all processes are there, and each waits, for nothing in particular."""
+        running = self.processes
+        return len(running) == len(ROLES) and all(one.alive and one.reactor.waits for one in running.values())
+
     # ------------------------------------------------------------------ chance
 
     def latency(self) -> int:
         """How long a message takes, ns."""
-        return 500 + int(self._random() * self._slowest)
+        return int(500 + self._random() * self._slowest)
+
+    def pause(self) -> int:
+        """For how long a process loses its CPU now, ns: mostly 0; else a microsecond to two milliseconds, and short ones as often as long."""
+        if not self._pauses or self._random() >= self._pauses:
+            return 0
+        return int(1000 * 2 ** (11 * self._random()))
 
     def quick(self) -> bool:
         """Whether the answer to a call comes before anything else happens."""
@@ -138,12 +156,17 @@ class Machine:
 
     def digest(self) -> str:
         """SHA-256 of the trace, in hexadecimal: of all but what is in it only for a reader."""
-        lines = [line for at, line in enumerate(self.lines) if at not in self._asides]
-        return hashlib.sha256("\n".join([*lines, ""]).encode()).hexdigest()
+        asides = self._asides
+        lines = [line for at, line in enumerate(self.lines) if at not in asides] if asides else self.lines
+        return hashlib.sha256(repr(lines).encode()).hexdigest()
+
+    def text(self) -> list[str]:
+        """The trace in lines."""
+        return [f"{when} {what}" for when, what in self.lines]
 
     def trace(self, text: str) -> None:
         """A line of the trace."""
-        self.lines.append(f"{self.scheduler.now} {text}")
+        self.lines.append((self.scheduler.now, text))
 
     # ------------------------------------------------------------------ from processes
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from bus.abi.io.blkif import BLKIF_RSP_OKAY
 from drivers.block.backend import Backend, Queue
+from drivers.block.grant_pool import GrantPool
 from drivers.block.ledger import Ledger, QueueLedger, Recovered
 from drivers.block.ports import Op
 from drivers.block.requests import Request
@@ -165,6 +166,46 @@ def _debt_never_paid() -> list[Undo]:
     return patched(Ledger, "set_lost", lambda self, lost: real(self, self.lost | lost))
 
 
+def _notify_before_publish() -> list[Undo]:
+    """As with a missing barrier: who is notified may look before there is anything to see."""
+    real_push, real_answer = PagedRing.push_responses, Backend._answer
+
+    def push(self: PagedRing, produced: int, old: int) -> bool:
+        queue = answering.get(id(self))
+        if queue is not None:
+            queue.notify()
+        real_push(self, produced, old)
+        return False
+
+    answering: dict[int, Queue] = {}
+
+    def answer(self: Backend, queue: Queue, requests: list[Request]) -> None:
+        answering[id(queue.ring)] = queue
+        try:
+            real_answer(self, queue, requests)
+        finally:
+            del answering[id(queue.ring)]
+
+    return patched(PagedRing, "push_responses", push) + patched(Backend, "_answer", answer)
+
+
+def _answered_before_unmap() -> list[Undo]:
+    real_release, real_answer = GrantPool.release, Backend._answer
+    late: dict[int, list[Request]] = {}
+
+    def release(self: GrantPool, requests: list[Request]) -> None:
+        if all(request.status is not None for request in requests):
+            late.setdefault(id(self), []).extend(requests)
+        else:
+            real_release(self, requests)
+
+    def answer(self: Backend, queue: Queue, requests: list[Request]) -> None:
+        real_answer(self, queue, requests)
+        real_release(queue.pool, late.pop(id(queue.pool), []))
+
+    return patched(GrantPool, "release", release) + patched(Backend, "_answer", answer)
+
+
 MUTANTS: Final = {
     mutant.name: mutant
     for mutant in (
@@ -216,6 +257,18 @@ MUTANTS: Final = {
             _debt_never_paid,
         ),
         Mutant("ledger-without-head", "the ledger's head is not written", 20, _pages_not_unmapped_at_death),
+        Mutant(
+            "notify-before-publish",
+            "the frontend is notified of responses, and then they are published",
+            20,
+            _notify_before_publish,
+        ),
+        Mutant(
+            "answered-before-unmap",
+            "a request is answered before its frames are unmapped",
+            20,
+            _answered_before_unmap,
+        ),
         *NETWORK_MUTANTS,
     )
 }

@@ -64,6 +64,30 @@ def _rings_stay_mapped() -> list[Undo]:
     return patched(vif.VifServer, "_release", release)
 
 
+def _answered_before_copied() -> list[Undo]:
+    def fill(self: Backend, queue: Queue, batch: Sequence[Frame], slots: int) -> None:
+        copier = self._copier
+        later: list[Sequence[tuple[int, bytes]]] = []
+
+        class Later:
+            """Says that all is copied, and keeps it."""
+
+            def store(self, items: Sequence[tuple[int, bytes]]) -> Sequence[int]:
+                later.append(items)
+                return [0] * len(items)
+
+        self._copier = Later()  # type: ignore[assignment, misc]  # of the frontend's pages nothing is read here
+        try:
+            real_fill(self, queue, batch, slots)  # the responses are published, and the frontend is notified
+        finally:
+            self._copier = copier  # type: ignore[misc]  # as it was
+        for items in later:
+            copier.store(items)
+
+    real_fill = Backend._fill
+    return patched(Backend, "_fill", fill)
+
+
 NETWORK_MUTANTS: Final = (
     Mutant("net-answers-not-noted", "responses that are about to be written are not noted for a successor", 40, _answers_not_noted, "network"),
     Mutant("net-journal-not-read", "a successor does not publish the responses that were begun", 40, _journal_not_read, "network"),
@@ -71,4 +95,5 @@ NETWORK_MUTANTS: Final = (
     Mutant("net-never-sent", "packets are answered and not sent", 20, _never_sent, "network"),
     Mutant("net-second-page", "what a frame has in its second page is lost on the way to the frontend", 20, _second_page_wrong, "network"),
     Mutant("net-rings-stay-mapped", "ring pages are not unmapped when the frontend goes", 20, _rings_stay_mapped, "network"),
+    Mutant("net-answered-before-copied", "a page is said to be filled before the frame is copied to it", 20, _answered_before_copied, "network"),
 )  # fmt: skip

@@ -213,48 +213,50 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: not UTF-8 text") from None
 
 
-def random_faults(rng: random.Random, most: int) -> tuple[Fault, ...]:
-    """Faults that the machine must survive without the guest's losing anything that was acknowledged."""
+def random_faults(rng: random.Random, most: int, operations: int) -> tuple[Fault, ...]:
+    """Faults that the machine must survive without the guest's losing anything that was acknowledged; when they strike fits a guest of so
+    many operations."""
     faults: list[Fault] = []
+    some = 1 + operations * 14 // 24
     for _ in range(rng.randint(1, most) if most else 0):
         draw = rng.random()
         if draw < 0.4:
             name = rng.choice([f"step:{s}" for s in STEPS] + [f"ledger:{s}" for s in LEDGER_STEPS])
-            faults.append(Fault(what=What.KILL, target="domio", event=name, n=rng.randint(1, 12)))
+            n = rng.randint(1, max(2, operations // 2))
+            faults.append(Fault(what=What.KILL, target="domio", event=name, n=n))
         elif draw < 0.48:
-            faults.append(Fault(what=What.KILL, target="domio", at_ms=round(rng.uniform(0, 30), 3)))
+            faults.append(
+                Fault(what=What.KILL, target="domio", at_ms=round(rng.uniform(0, 6 + operations), 3))
+            )
         elif draw < 0.58:
-            faults.append(Fault(what=What.KILL, target="device", event="dma", n=rng.randint(1, 80)))
+            n = rng.randint(1, 20 + operations * 5 // 2)
+            faults.append(Fault(what=What.KILL, target="device", event="dma", n=n))
         elif draw < 0.70:
             # Not drawn: the guest's death: the scenario would be over.
-            n = rng.randint(10, 90)
+            n = rng.randint(10, 30 + operations * 5 // 2)
             if draw < 0.64:
                 faults.append(Fault(what=What.POWER_CUT, event="dma", n=n))
             else:  # before the device has seen what the back end submitted
-                faults.append(Fault(what=What.POWER_CUT, event="step:submitted", n=n // 5))
+                n = max(1, n * operations // 120)
+                faults.append(Fault(what=What.POWER_CUT, event="step:submitted", n=n))
         elif draw < 0.75:
-            faults.append(Fault(what=What.LOSE, event="interrupt", n=rng.randint(3, 30)))
+            faults.append(Fault(what=What.LOSE, event="interrupt", n=rng.randint(3, 6 + operations)))
         elif draw < 0.81:
-            faults.append(
-                Fault(what=rng.choice([What.DUPLICATE, What.DELAY]), event=rng.choice(NOTIFICATIONS), n=rng.randint(1, 25), for_ms=5.0)
-            )  # fmt: skip
+            what, event = rng.choice([What.DUPLICATE, What.DELAY]), rng.choice(NOTIFICATIONS)
+            faults.append(Fault(what=what, event=event, n=rng.randint(1, 1 + operations), for_ms=5.0))
         elif draw < 0.86:
             target: Any = rng.choice(["domio", "device", "guest"])
-            faults.append(
-                Fault(
-                    what=What.FREEZE, target=target, event="ring:request", n=rng.randint(1, 15), for_ms=200.0
-                )
-            )
+            n = rng.randint(1, some)
+            faults.append(Fault(what=What.FREEZE, target=target, event="ring:request", n=n, for_ms=200.0))
         elif draw < 0.89:
-            faults.append(
-                Fault(what=What.SLOW, target="domio", at_ms=round(rng.uniform(0, 10), 3), for_ms=20.0)
-            )
+            at = round(rng.uniform(0, 10), 3)
+            faults.append(Fault(what=What.SLOW, target="domio", at_ms=at, for_ms=20.0))
         elif draw < 0.92:
-            faults.append(Fault(what=What.NO_GRANTS, event="grant:map", n=rng.randint(2, 15)))
+            n = rng.randint(2, 3 + operations // 2)
+            faults.append(Fault(what=What.NO_GRANTS, event="grant:map", n=n))
         elif draw < 0.98:
-            faults.append(Fault(what=What.DEVICE_ERROR, event="ring:request", n=rng.randint(1, 15)))
+            faults.append(Fault(what=What.DEVICE_ERROR, event="ring:request", n=rng.randint(1, some)))
         else:
-            faults.append(
-                Fault(what=What.CLOCK_JUMP, event="ring:request", n=rng.randint(1, 15), for_ms=300.0)
-            )
+            n = rng.randint(1, some)
+            faults.append(Fault(what=What.CLOCK_JUMP, event="ring:request", n=n, for_ms=300.0))
     return tuple(faults)

@@ -88,6 +88,19 @@ class Process:
             scheduler.at(self.frozen_until, self.wake)
             scheduler.park(self.thread)
 
+    def pause(self) -> None:
+        """Here the process may be taken off its CPU: others run, and what comes for it waits. Killed."""
+        machine, scheduler = self.machine, self.machine.scheduler
+        if scheduler.running is not self.thread or scheduler.in_event:
+            return
+        span = machine.pause()
+        if not span:
+            return
+        self.frozen_until = max(self.frozen_until, scheduler.now + span)
+        while scheduler.now < self.frozen_until:
+            scheduler.at(self.frozen_until, self.wake)
+            scheduler.park(self.thread)
+
     def check(self) -> None:
         """Killed, if it was killed meanwhile."""
         if self.thread.dead:
@@ -133,6 +146,7 @@ class SimLink(DomainLink):
         return 0  # `Process.deliver` has done it
 
     def send(self, message: Message) -> None:
+        self._process.pause()
         self._process.check()
         self._process.machine.from_domain(self._process, message)
 
@@ -177,6 +191,8 @@ class SimReactor(Reactor):
         self._numbers = itertools.count()
         self.before_wait: list[Callable[[], bool]] = []
         self.stopping = False
+        self.waits = False
+        """It is in `run`, and nothing of it is under way."""
 
     def reader(self, fd: int, callback: Callback) -> None:
         """Bells and links call by themselves."""
@@ -208,7 +224,9 @@ class SimReactor(Reactor):
     def run(self) -> None:
         while not self.stopping:
             if not self._queue and not self._due():
+                self.waits = True
                 self._process.park()
+                self.waits = False
             self._round()
 
     def _round(self) -> None:
@@ -266,13 +284,21 @@ class SimDeviceBell(DeviceBell):
     """A doorbell page of a device."""
 
     def __init__(
-        self, words: memoryview, rung: Callable[[], None], bar: int, offset: int, length: int
+        self,
+        words: memoryview,
+        rung: Callable[[], None],
+        pause: Callable[[], None],
+        bar: int,
+        offset: int,
+        length: int,
     ) -> None:
+        self._pause = pause
         self._bar, self._offset, self._length = bar, offset, length
         self._words = words
         self._ring = rung
 
     def put(self, offset: int, size: int, value: int) -> None:
+        self._pause()
         self._words[(offset - self._offset) >> 2] = value
 
     def ring(self) -> None:
@@ -332,6 +358,11 @@ class SimDomain(NativeDomain):
             **dict.fromkeys(("configure", "drop_code", "loop", "start", "pause", "resume"), nothing),
         }
 
+    def notify(self, port: Port) -> None:
+        self.process.pause()
+        super().notify(port)
+        self.process.pause()
+
     def _extent(self, order: Order, fds: list[int]) -> bytes:
         body: dict[str, Any] = order.body
         self.memory = SimHostMemory(self.process.machine.memory, Mfn(body["base"]), body["frames"])
@@ -373,7 +404,7 @@ class SimDomain(NativeDomain):
         bdf = order.body["bdf"]
         words, rung = self.process.machine.device_pages[bdf]
         self._device_bells[bdf] = [
-            SimDeviceBell(words, rung, each["bar"], each["offset"], each["length"])
+            SimDeviceBell(words, rung, self.process.pause, each["bar"], each["offset"], each["length"])
             for each in order.body["doorbells"]
         ]
         self.devices.add(bdf)

@@ -26,7 +26,7 @@ def default_plan(mutant: str = "") -> Plan:
 def run_seed(seed: int, plan: Plan | None = None, *, mutant: str = "", keep_trace: bool = False) -> Outcome:
     """One run, of the default plan if none is given. KeyError for a mutant that there is not."""
     plan = plan or default_plan(mutant)
-    world = begun(seed, plan, keep_trace=keep_trace)  # built without the mutant
+    world = begun(seed, plan, mutant=mutant, keep_trace=keep_trace)
     with applied(mutant):
         return world.run()
 

@@ -17,6 +17,7 @@ from greenlet import getcurrent, greenlet
 Event = Callable[[], None]
 START: Final = 1_000_000_000
 """Nanoseconds on the clock when a machine starts."""
+FIRST: Final = 1 << 20
 MAX_EVENTS: Final = 400_000
 """Events of one run: more is a livelock."""
 
@@ -51,6 +52,8 @@ class Scheduler:
         self.main.finished = False
         self.running = self.main
         self.error: BaseException | None = None
+        self.in_event = False
+        """An event runs, on whatever stack: it may not wait."""
         self._heap: list[tuple[int, int, Event]] = []
         self._serial: Final = itertools.count()
         self._next: list[Thread] = []
@@ -64,6 +67,10 @@ class Scheduler:
     def after(self, delay: int, event: Event) -> None:
         """Run the event in so many nanoseconds."""
         heappush(self._heap, (self.now + delay, next(self._serial), event))
+
+    def first(self, when: int, rank: int, event: Event) -> None:
+        """Run the event at that time, before all others of it but those of a lower rank that came in this way."""
+        heappush(self._heap, (when, rank - FIRST, event))
 
     # ------------------------------------------------------------------ threads
 
@@ -126,11 +133,14 @@ class Scheduler:
         try:
             if self.events > MAX_EVENTS:
                 raise Livelock(f"{MAX_EVENTS} events, and no end")
+            self.in_event = True
             event()
         except Killed:
             raise
         except BaseException as error:
             self.error = self.error or error
+        finally:
+            self.in_event = False
         return None
 
     def _switch(self, thread: Thread, other: Thread) -> None:

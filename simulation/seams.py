@@ -27,9 +27,16 @@ def joined(machine: Machine) -> Iterator[None]:
     def hook(prefix: str) -> Any:
         process = machine.processes.get(DomId(1))
 
+        happen = machine.injector.happen
+        names: dict[str, str] = {}
+
         def step(name: str) -> None:
-            machine.injector.happen(f"{prefix}{name.removeprefix('ledger.')}")
+            event = names.get(name)
+            if event is None:
+                event = names[name] = f"{prefix}{name.removeprefix('ledger.')}"
+            happen(event)
             if process is not None:
+                process.pause()
                 process.check()
 
         return step

@@ -23,7 +23,13 @@ CONSTANT: Final = (
     property, types.GenericAlias,
 )  # fmt: skip
 COUNTERS: Final = (itertools.count,)
+FRESH: Final = (itertools.count, memoryview)
+"""What is put back as a copy: a counter counts on, and a view may be released."""
 Restore = Callable[[], None]
+
+
+def _copy(one: Any) -> Any:
+    return one[:] if isinstance(one, memoryview) else copy.copy(one)
 
 
 def _slots(kind: type) -> list[str]:
@@ -87,7 +93,7 @@ class Snapshot:
         elif isinstance(one, bytearray | array):
             self._buffer(one)
         elif isinstance(one, memoryview):
-            yield one.obj
+            yield one.obj  # its holder puts a copy back
         elif isinstance(one, types.MethodType):
             yield one.__self__
             yield one.__func__
@@ -104,27 +110,35 @@ class Snapshot:
             yield one.__self__
         elif isinstance(one, COUNTERS):
             pass  # its holder puts a copy back
+        elif isinstance(one, types.GeneratorType | types.CoroutineType | Iterator):
+            raise TypeError(f"a {type(one).__name__}: how far it is cannot be kept")
         if type(one).__module__ != "builtins" and not isinstance(one, types.FunctionType | functools.partial):
             yield from self._attributes(one)
 
     def _dict(self, one: dict[Any, Any]) -> Iterator[object]:
         kept = dict(one)
-        counters = [key for key, value in kept.items() if isinstance(value, COUNTERS)]
-
-        for key in counters:
-            kept[key] = copy.copy(kept[key])
+        fresh = {key: _copy(value) for key, value in kept.items() if isinstance(value, FRESH)}
+        kept.update(fresh)
         self._dicts.append((one, kept))
-        if counters:
-            self._actions.append(lambda: one.update({key: copy.copy(kept[key]) for key in counters}))
+        if fresh:
+
+            def restore() -> None:
+                for key, value in fresh.items():
+                    one[key] = _copy(value)
+
+            self._actions.append(restore)
         yield from kept.keys()
         yield from kept.values()
 
     def _sequence(self, one: Any) -> Iterator[object]:
         kept = list(one)
+        fresh = {at: _copy(value) for at, value in enumerate(kept) if isinstance(value, FRESH)}
 
         def restore() -> None:
             one.clear()
             one.extend(kept)
+            for at, value in fresh.items():
+                one[at] = _copy(value)
 
         self._actions.append(restore)
         yield from kept
@@ -165,8 +179,8 @@ class Snapshot:
             kept = one.cell_contents
         except ValueError:
             return  # empty
-        if isinstance(kept, COUNTERS):
-            raise TypeError("a counter in a closure")
+        if isinstance(kept, FRESH):
+            raise TypeError(f"a {type(kept).__name__} in a closure")
 
         def restore() -> None:
             one.cell_contents = kept
@@ -189,19 +203,19 @@ class Snapshot:
             if not frozen:
                 missing = [name for name in _slots(type(one)) if not hasattr(one, name)]
                 puts = [(_setter(type(one), name), value) for name, value in zip(names, values, strict=True)]
-                counters = [(put, copy.copy(value)) for put, value in puts if isinstance(value, COUNTERS)]
-                kept = [pair for pair in puts if not isinstance(pair[1], COUNTERS)]
-                self._actions.append(functools.partial(_put_back, one, kept, counters, missing))
+                fresh = [(put, _copy(value)) for put, value in puts if isinstance(value, FRESH)]
+                kept = [pair for pair in puts if not isinstance(pair[1], FRESH)]
+                self._actions.append(functools.partial(_put_back, one, kept, fresh, missing))
             yield from values
 
 
 def _put_back(
-    one: object, kept: list[tuple[Any, Any]], counters: list[tuple[Any, Any]], missing: list[str]
+    one: object, kept: list[tuple[Any, Any]], fresh: list[tuple[Any, Any]], missing: list[str]
 ) -> None:
     for put, value in kept:
         put(one, value)
-    for put, value in counters:
-        put(one, copy.copy(value))
+    for put, value in fresh:
+        put(one, _copy(value))
     for name in missing:
         if hasattr(one, name):
             object.__delattr__(one, name)

@@ -23,12 +23,22 @@ from simulation.seams import joined
 
 SECTORS: Final = 256
 """Of the disk."""
-ENCODED: Final = 8
-"""In every so many-th seed each message goes through its encoding, as on a real link; in the others the validated object is passed on,
-which is a fifth faster."""
+WHOLE: Final = 8
+"""Every so many-th seed is whole: each message goes through its encoding, as on a real link (in the others the validated object is passed
+on), the boot's chance is the seed's own, and I/O begins as soon as the guest may. In the others the boot is one of `FAMILIES`, which
+those seeds share (simulation.template): it ends when the device is connected and all processes wait; then the seed's chance begins, and I/O."""
+FAMILIES: Final = 17
+"""Coprime to `WHOLE`: neighbours differ."""
 BOOT_LIMIT: Final = 20_000_000_000
+FAMILY: Final = 1 << 40
+"""Seeds of the shared boots: from here on."""
 RUN_LIMIT: Final = 60_000_000_000
 """Nobody may wait longer, whatever breaks (simulated ns)."""
+
+
+def family_of(seed: int) -> int | None:
+    """Whose boot the seed's is; None: it is whole."""
+    return seed % FAMILIES if seed % WHOLE else None
 
 
 @dataclass(slots=True)
@@ -65,7 +75,7 @@ class World(ABC):
     def __init__(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
         """`plan.random_faults` more faults are drawn from the seed."""
         bodies: dict[str, Body] = {"dom0": self._dom0, "domio": self._domio, "guest": self._guest}
-        self.machine: Final = Machine(SECTORS, bodies, encoded=seed % ENCODED == 0)
+        self.machine: Final = Machine(SECTORS, bodies, encoded=seed % WHOLE == 0)
         self.violations: list[str] = []
         self.backend_id: Final = DomId(1)
         self.guest_id: Final = DomId(2)
@@ -82,18 +92,28 @@ class World(ABC):
         self.built = False
         """The domains are there, and paused: what comes before is the same for all seeds, and nothing breaks in it."""
         self.ready = False
+        self.rests = False
+        """The boot that seeds share is over: the device is connected, and nobody does anything."""
+        self.going = False
+        """The guest may do I/O."""
+        self.guest_rng: Final = random.Random(0)
         self.over = False
         self.guest_killed = False
-        self.take(seed, plan, keep_trace=keep_trace)
+        self.take(seed, self.drawn(seed, plan), keep_trace=keep_trace)
+
+    @classmethod
+    def drawn(cls, seed: int, plan: Plan) -> Plan:
+        """The plan with the faults that are drawn from the seed."""
+        faults = cls.draw(random.Random(seed), plan.random_faults, plan.operations)
+        return plan.model_copy(update={"fault": plan.fault + faults, "random_faults": 0})
 
     def take(self, seed: int, plan: Plan, *, keep_trace: bool = False) -> None:
-        """The seed and the plan of the run. A world that is built may be given others than it was made with (simulation.template)."""
-        drawn = self.draw(random.Random(seed), plan.random_faults)
+        """The seed and the plan (`drawn`) of the run. A world that is built may be given others than it was made with
+        (simulation.template)."""
         self.seed = seed
-        self.plan = plan.model_copy(update={"fault": plan.fault + drawn, "random_faults": 0})
+        self.plan = plan
         self.operations = plan.operations
-        self.guest_rng = random.Random(seed ^ 0x6E57)
-        self._errors = self.plan.errors_expected
+        self._errors = plan.errors_expected
         self.machine.keep_trace = keep_trace
 
     def violation(self, text: str) -> None:
@@ -203,8 +223,8 @@ class World(ABC):
 
     @staticmethod
     @abstractmethod
-    def draw(rng: random.Random, most: int) -> tuple[Fault, ...]:
-        """Up to `most` faults that the scenario must survive."""
+    def draw(rng: random.Random, most: int, operations: int) -> tuple[Fault, ...]:
+        """Up to `most` faults that the scenario must survive, at times that fit so many operations."""
 
     @abstractmethod
     def _memory(self) -> tuple[list[int], list[int]]:
@@ -239,6 +259,39 @@ class World(ABC):
         if not self.built:
             raise RuntimeError("Dom0 does not build the domains")
 
+    def boot(self) -> None:
+        """Until the control plane is up; a boot that seeds share: until all rest."""
+        machine, family = self.machine, family_of(self.seed)
+        scheduler = machine.scheduler
+        self._chance(self.seed if family is None else FAMILY + family)
+        self.going = family is None
+        machine.processes[DomId(0)].reactor.soon(self._start)
+        scheduler.run(scheduler.now + BOOT_LIMIT, lambda: self.ready)
+        if not self.ready:
+            self.violation("the control plane does not come up")
+        elif family is not None:
+            scheduler.run(
+                scheduler.now + RUN_LIMIT, lambda: self._connected() or self.over or bool(self.violations)
+            )
+            self.rests = self._connected()
+
+    def _chance(self, seed: int) -> None:
+        """From here on chance is this seed's."""
+        self.machine.begin(seed)
+        self.guest_rng.seed(seed ^ 0x6E57)
+
+    def _connected(self) -> bool:
+        """The device is connected, and nobody does anything."""
+        return self.front_state is XenbusState.Connected and self.machine.idle()
+
+    def _go(self) -> None:
+        """The boot is over: the rest is the seed's own."""
+        self._chance(self.seed)
+        guest = self.guest
+        assert guest is not None
+        self.going = True
+        guest.host.reactor.soon(guest.go)
+
     def run(self) -> Outcome:
         """The whole scenario."""
         machine = self.machine
@@ -247,12 +300,11 @@ class World(ABC):
             try:
                 if not self.built:
                     self.build()
-                machine.begin(self.seed)
-                machine.processes[DomId(0)].reactor.soon(self._start)
-                scheduler.run(scheduler.now + BOOT_LIMIT, lambda: self.ready)
-                if not self.ready:
-                    self.violation("the control plane does not come up")
-                else:
+                if not self.rests:
+                    self.boot()
+                if self.rests:
+                    self._go()
+                if self.ready:
                     scheduler.run(scheduler.now + RUN_LIMIT, lambda: self.over or bool(self.violations))
                     self._judge()
             except (Livelock, Exception) as error:
@@ -262,7 +314,7 @@ class World(ABC):
         return Outcome(
             self.seed, self.plan, [*self.violations], machine.digest(), scheduler.events,
             (scheduler.now - START) / 1e6, self.answered, len(machine.injector.fired),
-            [*machine.lines] if machine.keep_trace else [],
+            machine.text() if machine.keep_trace else [],
         )  # fmt: skip
 
     @property

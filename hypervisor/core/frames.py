@@ -152,6 +152,13 @@ class FrameTable:
             return None
         return extent.domain
 
+    def owned_of(self, domain: DomId) -> set[int]:
+        """All frames that the domain owns now."""
+        extent = self._by_domain.get(domain)
+        if extent is None:
+            return set()
+        return {mfn for mfn, state in enumerate(extent.state, extent.base) if state in (RAM, XENHEAP)}
+
     def is_ram_of(self, mfn: int, domain: DomId) -> bool:
         """The frame is guest RAM that the domain owns now."""
         extent = self._by_domain.get(domain)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from bus.addresses import DomId
 from hypervisor.core.core import HypervisorCore
@@ -14,6 +15,8 @@ from hypervisor.core.event_channels import Channel, State
 from hypervisor.core.frames import FREE, LEAVING, RAM, XENHEAP
 from hypervisor.core.p2m import P2mType
 
+OWN: Final = P2mType.RAM.value
+FOREIGN: Final = P2mType.FOREIGN.value
 References = Callable[[], Iterable[int]]
 """MFNs of all references that a subsystem holds, one for each reference."""
 
@@ -52,7 +55,7 @@ class InvariantChecker:
     def _foreign_frames(self) -> Iterable[int]:
         for domain in self._core.domains:
             if domain.p2m is not None:
-                yield from (mfn for _, mfn, kind in domain.p2m.mapped() if kind == P2mType.FOREIGN.value)
+                yield from domain.p2m.foreign()
 
     # -- checks
     # ---------------------------------------------------------------------------------------------------
@@ -103,23 +106,22 @@ class InvariantChecker:
     def _maps(self) -> Iterable[str]:
         frames = self._core.frames
         for domain in self._core.domains:
-            if domain.p2m is None:
+            p2m = domain.p2m
+            if p2m is None:
                 continue
-            own = set[int]()
-            count = 0
-            for gfn, mfn, kind in domain.p2m.mapped():
-                if kind == P2mType.RAM.value:
-                    count += 1
-                    own.add(mfn)
-                    owner = frames.owner(mfn)
-                    if owner != domain.domid:
-                        yield f"domain {domain.domid} gfn {gfn:#x}: frame {mfn:#x} is of {owner}"
-                    if domain.p2m.gfn_of(mfn) != gfn:
-                        yield f"domain {domain.domid} gfn {gfn:#x}: the way back does not lead there"
-                elif kind == P2mType.FOREIGN.value and frames.references(mfn) == 0:
-                    yield f"domain {domain.domid} gfn {gfn:#x}: a foreign frame without a reference"
-            if len(own) < count:
+            mapped = p2m.mapped()
+            places = [(mfn, gfn) for gfn, mfn, kind in mapped if kind == OWN]
+            own = dict(places)
+            if len(own) < len(places):
                 yield f"domain {domain.domid}: a frame is mapped twice"
+            for mfn in own.keys() - frames.owned_of(domain.domid):
+                yield f"domain {domain.domid} gfn {own[mfn]:#x}: frame {mfn:#x} is of {frames.owner(mfn)}"
+            for mfn, gfn in places:
+                if p2m.gfn_of(mfn) != gfn:
+                    yield f"domain {domain.domid} gfn {gfn:#x}: the way back does not lead there"
+            for gfn, mfn, kind in mapped:
+                if kind == FOREIGN and frames.references(mfn) == 0:
+                    yield f"domain {domain.domid} gfn {gfn:#x}: a foreign frame without a reference"
 
     def _channels(self) -> Iterable[str]:
         for domain in self._core.domains:

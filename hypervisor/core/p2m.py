@@ -135,17 +135,19 @@ class P2m:
     def drop(self) -> list[Mfn]:
         """The end of the domain: empty the table at once, without a word to listeners (a page takes 20 us with them, and a guest has
         a million). Frames of others that were mapped, one for each place."""
-        foreign = [
-            Mfn(word >> _TYPE_BITS)
-            for chunk in self._chunks.values()
-            for word in chunk
-            if word & 15 == P2mType.FOREIGN.value
-        ]
+        foreign = self.foreign()
         self._chunks.clear()
         self._used.clear()
         self._gfn_of.clear()
         self.count = 0
         return foreign
+
+    def foreign(self) -> list[Mfn]:
+        """Frames of others that are mapped (not by grants), one for each place."""
+        kind = P2mType.FOREIGN.value
+        return [
+            Mfn(word >> _TYPE_BITS) for chunk in self._chunks.values() for word in chunk if word & 15 == kind
+        ]
 
     def _publish(self, gfn: Gfn, old: P2mEntry | None, new: P2mEntry | None) -> None:
         if self._listeners:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 from drivers.net.frames import Frame
@@ -45,10 +46,19 @@ def test_frames_of_the_scenario_are_what_they_say() -> None:
     from simulation.network import GUEST, STATION, NetGuest
 
     violations: list[str] = []
-    machine = SimpleNamespace(trace=lambda text: None)
+    lives = 1
+    machine = SimpleNamespace(trace=lambda text: None, lives=lambda role: lives)
     guest = object.__new__(NetGuest)
+    guest._under_way = Counter({1: 1})
     guest.world = SimpleNamespace(violation=violations.append, machine=machine)  # type: ignore[assignment]
     guest.done, guest.sent = 0, {1: b"\0\0\0\1abc"}
     guest._received(Frame(GUEST + STATION + b"\x88\xb5" + b"\0\0\0\1abd"))
-    assert violations
+    assert len(violations) == 1
     assert guest.done == 1
+    frame = Frame(GUEST + STATION + b"\x88\xb5" + b"\0\0\0\1abc")
+    guest._received(frame)  # a second time
+    assert len(violations) == 2
+    assert "more often than it was sent" in violations[1]
+    lives = 2  # who takes over sends again what was sent and not answered
+    guest._received(frame)
+    assert len(violations) == 2
