@@ -22,6 +22,10 @@ from bus.abi.xen import (
     HYPERVISOR_grant_table_op,
     HYPERVISOR_hvm_op,
     HYPERVISOR_memory_op,
+    HYPERVISOR_vm_assist,
+    VMASST_CMD_disable,
+    VMASST_CMD_enable,
+    VMASST_TYPE_runstate_update_flag,
 )
 from bus.addresses import PAGE_SIZE, DomId
 from domains.hvm.cpu import HvmCpu
@@ -279,7 +283,20 @@ class HvmOps:
 
     def handlers(self) -> Mapping[int, Handler]:
         """By hypercall number."""
-        return {HYPERVISOR_hvm_op: self.hvm_op}
+        return {HYPERVISOR_hvm_op: self.hvm_op, HYPERVISOR_vm_assist: self.vm_assist}
+
+    def vm_assist(self, cmd: int, kind: int, a3: int, a4: int, a5: int) -> Result:
+        """The one assist that a translated guest can have: XEN_RUNSTATE_UPDATE around updates of its run-state areas, which changes
+        nothing here (`Timekeeper.write_runstate_area`). -EINVAL for any other."""
+        if kind & LOW32 != VMASST_TYPE_runstate_update_flag:
+            return -XEN_EINVAL
+        if cmd & LOW32 == VMASST_CMD_enable:
+            self._cpu.assists |= 1 << VMASST_TYPE_runstate_update_flag
+        elif cmd & LOW32 == VMASST_CMD_disable:
+            self._cpu.assists &= ~(1 << VMASST_TYPE_runstate_update_flag)
+        else:
+            return -XEN_ENOSYS
+        return 0
 
     def hvm_op(self, cmd: int, arg: int, a3: int, a4: int, a5: int) -> Result:
         """Parameters are kept by the hypervisor; the callback is acted on here."""

@@ -14,9 +14,10 @@ from domains.pv.cpu import Cpu
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from domains.vcpu.walk import NotMapped
 
-XLAT: Final = 1 << 80
-"""Address of the translation area: beyond any that a guest can name. A 32-bit hypercall's structure is put there in its 64-bit
-layout for the handler, and read back."""
+XLAT: Final = 1 << 62
+"""Address of the translation area, which no guest can name: it is not canonical, and 32-bit code has no such numbers. A 32-bit hypercall's
+structure is put there in its 64-bit layout for the handler, with arrays behind it, and read back."""
+XLAT_END: Final = XLAT + (1 << 25)
 MAX_COPY: Final = 1 << 24
 
 
@@ -31,7 +32,7 @@ class LinearMemory:
 
     def read_virtual(self, va: int, length: int, *, user: bool = False) -> bytes:
         """Copy from guest memory. GuestFault."""
-        if va >= XLAT:
+        if self.xlat and XLAT <= va < XLAT_END:
             return bytes(self.xlat[va - XLAT : va - XLAT + length])
         assert self.vcpu is not None
         if not 0 <= length <= MAX_COPY:
@@ -43,7 +44,7 @@ class LinearMemory:
 
     def write_virtual(self, va: int, data: bytes | bytearray | memoryview, *, user: bool = False) -> None:
         """Copy to guest memory. GuestFault."""
-        if va >= XLAT:
+        if self.xlat and XLAT <= va < XLAT_END:
             self.xlat[va - XLAT : va - XLAT + len(data)] = data
             return
         assert self.vcpu is not None
@@ -63,7 +64,7 @@ class LinearMemory:
 class HvmCpu(Cpu):
     """`Cpu` without the PV parts. Guest memory is reached through `mmu`, which here is `LinearMemory`."""
 
-    __slots__ = ("compat", "hvm", "linear", "physmap")
+    __slots__ = ("hvm", "linear", "physmap")
 
     hvm: UnicornHvmVcpu
 
@@ -75,8 +76,6 @@ class HvmCpu(Cpu):
         self.linear: Final = LinearMemory(physmap)
         # The shared handlers use only what LinearMemory has; the rest of PagingApi is PV's.
         self.mmu = cast(PagingApi, self.linear)
-        self.compat = False
-        """The guest's shared info has the 32-bit layout (latched when it makes its hypercall page)."""
 
     def attach(self, vcpu: Any) -> None:
         """The vCPU object."""

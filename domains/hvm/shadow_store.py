@@ -399,6 +399,8 @@ class ShadowTables:
             return linear & 0xFFFFFFFF & self._a20
         q, mfn_of, base = self._q, self._physmap.mfn, self._base
         if regs.efer & EFER_LMA:
+            if linear >> 47 not in (0, 0x1FFFF):
+                raise NotMapped(linear)
             table, shift = regs.cr3 & ADDRESS, 39
         elif regs.cr4 & CR4_PAE:
             linear &= 0xFFFFFFFF

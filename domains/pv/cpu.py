@@ -52,6 +52,7 @@ class Cpu:
     __slots__ = (
         "assists",
         "base",
+        "compat",
         "crash_reason",
         "current",
         "mmu",
@@ -72,6 +73,9 @@ class Cpu:
         self.octets: Final = octets
         self.words: Final = words
         self.current = first
+        self.compat = False
+        """The guest's shared info has the 32-bit layout, and so have its run-state areas: of an HVM guest (latched when it makes its
+        hypercall page)."""
         self.assists = 0
         """Bitmap of VMASST_TYPE_* that are on, of the whole domain."""
         self.crash_reason: str | None = None

@@ -131,8 +131,11 @@ class Timekeeper:
             state.runstate_entry,
             (state.runstate_time[0], state.runstate_time[1], state.runstate_time[2], state.runstate_time[3]),
         )
+        packed = VCPU_RUNSTATE_INFO.pack(info)
+        if cpu.compat:
+            packed = packed[:4] + packed[8:]  # 32-bit code aligns 64-bit words to 4 bytes
         try:
-            cpu.mmu.write_virtual(state.runstate_area, VCPU_RUNSTATE_INFO.pack(info))
+            cpu.mmu.write_virtual(state.runstate_area, packed)
         except GuestFault:
             return
 

@@ -134,7 +134,9 @@ class GuestMemory:
         raise AssertionError("a walk ends at its last level")
 
     def physical(self, linear: int) -> int:
-        """Where a linear address leads, whatever the rights. NotMapped if nowhere."""
+        """Where a linear address leads, whatever the rights. NotMapped if nowhere, or not canonical."""
+        if linear >> 47 not in (0, 0x1FFFF):
+            raise NotMapped(linear)
         page: int = self._page(self._cpu, linear & ~(PAGE - 1), self._attributes_at)
         if page < 0:
             raise NotMapped(linear)
