@@ -23,6 +23,7 @@ MSR_MCG_CTL: Final = 0x17B
 MSR_PERF_STATUS: Final = 0x198
 MSR_PERF_CTL: Final = 0x199
 MSR_MISC_ENABLE: Final = 0x1A0
+MSR_DEBUGCTL: Final = 0x1D9
 MSR_PAT: Final = 0x277
 MSR_PERF_CAPABILITIES: Final = 0x345
 MSR_HYPERCALL_PAGE: Final = 0x40000000
@@ -76,7 +77,7 @@ def read_msr(cpu: Cpu, time: Timekeeper, index: int) -> int:
 _READ_AS_ZERO: Final = frozenset(
     (
         MSR_PLATFORM_ID, MSR_UCODE_REV, MSR_MCG_CAP, MSR_MCG_STATUS, MSR_PERF_STATUS, MSR_PERF_CTL,
-        MSR_PERF_CAPABILITIES, MSR_HYPERCALL_PAGE,
+        MSR_DEBUGCTL, MSR_PERF_CAPABILITIES, MSR_HYPERCALL_PAGE,
     )
 )  # fmt: skip
 

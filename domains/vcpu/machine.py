@@ -91,7 +91,9 @@ class Machine(ABC):
         self._halted: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_halted)
         self._interrupts: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_interrupt_request)
         self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
-        self._watchpoints: Final = watchpoints.Watchpoints(self._cpu, found.cpu_interrupt_request)
+        self._watchpoints: Final = watchpoints.Watchpoints(
+            self._cpu, found.cpu_interrupt_request, self._put_off
+        )
         self._watch_hit: Final = self._watchpoints.hit
         self._breakpoints: Final = Breakpoints(self._machine, self._env)
         self._memory.undisturbed = self._undisturbed
@@ -152,7 +154,8 @@ class Machine(ABC):
         finally:
             self._running = False
             if self._watch_hit.value:
-                self._watchpoints.between_runs()
+                self._watchpoints.between_runs(put_off=bool(self._control.d[Control.PUT_OFF // 4]))
+                self._control.d[Control.PUT_OFF // 4] = 0
         return self._reason(error)
 
     def _reason(self, error: int) -> StopReason:
@@ -176,6 +179,20 @@ class Machine(ABC):
 
     def _before_run(self, blocks: int) -> None:  # noqa: B027  # one kind has nothing to do here
         """What one kind of guest does before each run."""
+
+    def _put_off(self) -> bool:
+        """MOV SS or POP SS has hit a data breakpoint: #DB comes behind the next instruction. False: that was another instruction, which is
+        over (an exception of its own leaves the shadow on). Inside `run`; must not raise."""
+        rip, words = self.regs.rip, self._control
+        if self._watchpoints.put_off_at not in (None, rip):
+            return False
+        self._watchpoints.put_off_at = rip
+        left = words.q[Control.COUNTDOWN // 8]
+        if not left >> 63:  # else this run is ending
+            words.q[Control.RESUME // 8] = left
+            words.q[Control.COUNTDOWN // 8] = 0
+        words.d[Control.PUT_OFF // 4] = 1
+        return True
 
     def _special_stop(self) -> StopReason | None:
         """A reason that only one kind of guest has."""

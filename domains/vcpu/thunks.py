@@ -22,6 +22,8 @@ from domains.vcpu.api import VcpuError
 from domains.vcpu.insides import Fixed, Offsets, barrier_patch, library
 
 PAGE: Final = 4096
+DEBUG_REQUEST: Final = 0x80
+"""CPU_INTERRUPT_DEBUG."""
 
 
 class Control:
@@ -50,6 +52,8 @@ class Control:
     """u32, HVM: not 0 while an exception is being delivered (`corrections.HARDWARE`, `SOFTWARE`); set again by the next one."""
     DELIVERED = 68
     """u32: its vector."""
+    PUT_OFF = 72
+    """u32: not 0: the block hook makes a request for #DB before its next block, and goes on (`watchpoints.py`)."""
     SHADOW_CR0 = 80
     SHADOW_CR3 = 88
     SHADOW_CR4 = 96
@@ -104,6 +108,11 @@ class Code:
         self.emit("0f", bytes([bytes.fromhex(opcode)[0] + 0x10]), "00000000")
         self._jumps.append((len(self._bytes) - 4, label))
         return self
+
+    def jump_back(self, label: str) -> Code:
+        """`jmp` to a label that is there already."""
+        distance = self._labels[label] - (len(self._bytes) + 5)
+        return self.emit("e9", distance.to_bytes(4, "little", signed=True))
 
     def label(self, name: str) -> Code:
         """The place jumps to `name` go to."""
@@ -169,15 +178,19 @@ def block_hook(env: int, requests: int) -> Code:
     """UC_HOOK_BLOCK: (rdi uc, rsi address, edx size, rcx control page). Unicorn looks for a stop behind the
     hook and before the block: a block whose hook asks for a stop is not run. With the countdown at 0 from
     the start and FAULT set the hook raises an exception at the first instruction: so one comes from outside
-    (`requests`: where QEMU keeps its interrupt requests, which must not be served before it)."""
+    (`requests`: where QEMU keeps its interrupt requests, which must not be served before it). With it at 0 and PUT_OFF set it asks for
+    #DB behind the block, and the count goes on at RESUME."""
     return (
         Code()
+        .label("again")
         .emit("48ff09")  # dec qword [rcx + COUNTDOWN]
         .jump("78", "stop")  # js: before the block that would be one too many
         .emit("83790800")  # cmp dword [rcx + BELL], 0
         .jump("75", "stop")
         .emit("c3")  # ret
         .label("stop")
+        .emit("837948", "00")  # cmp dword [rcx + PUT_OFF], 0
+        .jump("75", "put off")
         .emit("83791000")  # cmp dword [rcx + FAULT], 0
         .jump("74", "leave")
         .emit("c7411000000000")  # mov dword [rcx + FAULT], 0
@@ -188,6 +201,12 @@ def block_hook(env: int, requests: int) -> Code:
         .load("rdi", env)
         .emit("4883ec08")  # sub rsp, 8
         .call(library().address("raise_exception_err_x86_64"))  # does not return
+        .label("put off")
+        .emit("c74148", "00000000")  # mov dword [rcx + PUT_OFF], 0
+        .emit("488b4138", "488901")  # mov rax, [rcx + RESUME]; mov [rcx + COUNTDOWN], rax
+        .load("rax", requests)
+        .emit("8108", DEBUG_REQUEST.to_bytes(4, "little"))  # or dword [rax], DEBUG
+        .jump_back("again")
         .label("leave")
         .tail(library().address("uc_emu_stop"))
     )

@@ -16,6 +16,7 @@ from domains.vcpu import thunks
 from domains.vcpu.api import GuestFault, PvMmio, PvSysenter, PvTraps, Trap
 from domains.vcpu.machine import Machine
 from domains.vcpu.state import RAX, RBX, RCX, RDX
+from domains.vcpu.walk import GuestMemory, NotMapped
 
 PV_CR0: Final = 0x80050033
 """PG, AM, WP, NE, ET, MP, PE."""
@@ -32,7 +33,9 @@ BUSY_TSS64: Final = 0x8B
 XEN_IDT: Final = 0xFFFF82D040440000
 """Where SIDT says that the IDT is: in the range of Xen's own image."""
 IDT_LIMIT: Final = 0xFFF
-GP: Final = 13
+ENTRIES: Final = (b"\x0f\x05", b"\x0f\x34")
+"""SYSCALL and SYSENTER."""
+DB, GP = 1, 13
 _UD: Final = 6
 
 M32: Final = 0xFFFFFFFF
@@ -59,6 +62,7 @@ class UnicornVcpu(Machine):
         self._traps: Final = traps
         self._known_traps: Final[dict[tuple[int, int, int], Trap]] = {}
         super().__init__()
+        self._guest_memory: Final = GuestMemory(self._memory, self.regs, self._cpu)
         machine = self._machine
         machine.reg_write(x86_const.UC_X86_REG_MSR, (0xC0000080, PV_EFER))
         machine.reg_write(x86_const.UC_X86_REG_CR4, PV_CR4)
@@ -85,6 +89,18 @@ class UnicornVcpu(Machine):
         """See `Vcpu`."""
         self._watchpoints.forget()
         return self._breakpoints.status()
+
+    def _put_off(self) -> bool:
+        """As `Machine._put_off`. SYSCALL and SYSENTER, and an instruction that faults (`_hook_interrupt`), enter Xen: the #DB that waits
+        comes there, and no guest sees it."""
+        try:
+            entry = self._guest_memory.read(self.regs.rip, 2) in ENTRIES
+        except NotMapped:
+            return True
+        if entry:
+            self._watchpoints.forget()
+            return True
+        return super()._put_off()
 
     def set_breakpoints(self, addresses: Sequence[int], control: int) -> None:
         """See `Vcpu`."""
@@ -144,6 +160,7 @@ class UnicornVcpu(Machine):
 
     def _hook_interrupt(self) -> Callable[..., None]:
         on_trap, failed, known, words = self._traps.on_trap, self._failed, self._known_traps, self.regs.d
+        hit, forget = self._watch_hit, self._watchpoints.forget
         at_error, at_software = self._found.error_code // 4, self._found.exception_is_int // 4
 
         def hook(uc: int, vector: int, user: int) -> None:
@@ -154,6 +171,8 @@ class UnicornVcpu(Machine):
                     trap = Trap(vector, key[1], bool(key[2]))
                     if len(known) < _MAX_TRAPS:
                         known[key] = trap
+                if hit.value and vector != DB:
+                    forget()
                 on_trap(trap)
             except BaseException as error:
                 failed(error)
@@ -162,6 +181,8 @@ class UnicornVcpu(Machine):
 
     def _on_invalid(self, uc: int, user: int) -> bool:
         try:
+            if self._watch_hit.value:
+                self._watchpoints.forget()
             if self.regs.d[self._found.exception_is_int // 4]:
                 # Not #UD but INT 6, which Unicorn brings here too.
                 self.regs.rip = self.regs.q[self._found.exception_next_eip // 8]

@@ -7,6 +7,11 @@ behind the instruction. In Unicorn 2.1.4 all of that is there, but four function
 the two questions (a page, an access). They are led to machine code here, each after a comparison of the code that is there
 (`UnknownUnicorn` otherwise).
 
+MOV SS and POP SS put the #DB of their own hit off to the end of the next instruction (SDM volume 3, 6.8.3). When the request is
+served, they are told by the interrupt shadow that they have set: no other instruction that touches memory leaves it on. The function
+that raises #DB is led past a question of ours; where the shadow is on, the vCPU (Python, `put_off`) has the block hook make the request
+again in front of the next block, which is that one instruction.
+
 The list of each instance has four entries from its start on, one for each debug register; one without flags is free. Struct CPUWatchpoint:
 address u64 +0, length u64 +8, flags u32 +0x1c, next +0x20; in the flags are BP_MEM_READ 1, BP_MEM_WRITE 2, BP_CPU 0x20, and that it was hit, 0xc0.
 """
@@ -16,14 +21,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import weakref
+from collections.abc import Callable
 from typing import Final
 
-from domains.vcpu.insides import Library, UnknownUnicorn, described, library
+from domains.vcpu.insides import Fixed, Library, UnknownUnicorn, described, library
 from domains.vcpu.stores import lead
-from domains.vcpu.thunks import Code, CodePage
+from domains.vcpu.thunks import DEBUG_REQUEST, Code, CodePage
 
-DEBUG_REQUEST: Final = 0x80
-"""CPU_INTERRUPT_DEBUG."""
 ENTRIES: Final = 4
 _ENTRY_BYTES: Final = 0x40
 _NEXT: Final = 0x20
@@ -44,6 +49,11 @@ _LEAVE: Final = re.compile(
 )
 # cpu_io_recompile: mov dword [rbp + cflags_next_tb], CF_LAST_IO | 1
 _NEXT_FLAGS: Final = re.compile(rb"\xc7\x45(.)\x01\x80\x00\x00", re.DOTALL)
+# breakpoint_handler, the bytes that are moved: push rbp; mov rbp, rdi; add rdi, cpu state; mov rax, [rbp + watchpoint_hit]
+_HANDLER: Final = re.compile(rb"\x55\x48\x89\xfd\x48\x81\xc7" + _D + rb"\x48\x8b\x85....", re.DOTALL)
+_HANDLER_BYTES: Final = 18
+SHADOW: Final = 8
+"""HF_INHIBIT_IRQ: STI, MOV SS or POP SS was the last instruction."""
 _PADDING: Final = b"\x66\x66\x2e\x0f\x1f\x84\x00\x00\x00\x00\x00"
 _ZERO: Final = (b"\x31\xc0\xc3" + _PADDING)[:12]
 """xor eax, eax; ret."""
@@ -188,6 +198,44 @@ def _check(head: int, requests: int, leave: int, flags: int) -> Code:
     )
 
 
+def _handler(env: int, hit: int, moved: bytes, original: int, put_off: int) -> Code:
+    """breakpoint_handler(rdi cpu): with a hit and the shadow of MOV SS on, `bool put_off(rdi cpu)`; if it is put off, back to the run
+    loop."""
+    return (
+        Code()
+        .emit("4883bf", _d32(hit), "00")  # cmp qword [rdi + hit], 0
+        .jump("74", "raise")
+        .emit("f687", _d32(env + Fixed.HFLAGS), bytes([SHADOW]))  # test byte [rdi + hflags], SHADOW
+        .jump("74", "raise")
+        .emit("53", "4889fb")  # push rbx; mov rbx, rdi
+        .call(put_off)
+        .emit("4889df")  # mov rdi, rbx
+        .emit("84c0")  # test al, al
+        .jump("74", "told")
+        .call(library().address("cpu_loop_exit_noexc_x86_64"))  # does not return
+        .emit("0f0b")  # ud2
+        .label("told")
+        .emit("5b")  # pop rbx
+        .label("raise")
+        .emit(moved)
+        .emit("49bb", (original + len(moved)).to_bytes(8, "little"), "41ffe3")  # mov r11, ...; jmp r11
+    )
+
+
+_PutOff = ctypes.PYFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+_owners: Final[dict[int, Callable[[], Callable[[], bool] | None]]] = {}
+"""By CPU object: the vCPU's answer, weakly."""
+
+
+def _ask(cpu: int) -> bool:
+    owner = _owners.get(cpu)
+    answer = owner() if owner is not None else None
+    return answer is not None and answer()
+
+
+_put_off: Final = _PutOff(_ask)
+
+
 @functools.cache
 def fill(requests: int) -> CodePage:
     """Give the four functions bodies, once a process, before any vCPU runs; the page is kept for its life. `requests`: where the CPU
@@ -207,7 +255,16 @@ def fill(requests: int) -> CodePage:
         if lib.code(name, len(empty)) != empty:
             raise UnknownUnicorn(f"{described()}: {name} is not empty")
     placed = [(lib.address(name), empty, page.add(body)) for name, empty, body in bodies]
+    name = "breakpoint_handler_x86_64"
+    original = lib.address(name)
+    moved = _HANDLER.match(lib.code(name, _HANDLER_BYTES))
+    target = ctypes.cast(_put_off, ctypes.c_void_p).value
+    if moved is None or target is None:
+        raise UnknownUnicorn(f"{described()}: {name} does not begin as expected")
+    env = int.from_bytes(moved.group(1), "little")
+    handler = page.add(_handler(env, head + 16, moved.group(), original, target))
     page.seal()
+    lead(original, moved.group(), handler)
     for address, empty, body in placed:
         lead(address, empty, body)
     return page
@@ -216,8 +273,10 @@ def fill(requests: int) -> CodePage:
 class Watchpoints:
     """The list of one instance."""
 
-    def __init__(self, cpu: int, requests: int) -> None:
-        """`cpu`: the CPU object's address; `requests`: the offset in it of its interrupt requests. UnknownUnicorn."""
+    def __init__(self, cpu: int, requests: int, put_off: Callable[[], bool]) -> None:
+        """`cpu`: the CPU object's address; `requests`: the offset in it of its interrupt requests. `put_off`, a method: may a hit
+        wait for the next instruction's end? It must not raise. UnknownUnicorn."""
+        _owners[cpu] = weakref.WeakMethod(put_off)
         hit = _hit_offset()
         self._entries: Final = (ctypes.c_uint8 * (ENTRIES * _ENTRY_BYTES))()
         first = ctypes.addressof(self._entries)
@@ -230,17 +289,23 @@ class Watchpoints:
         ctypes.c_uint64.from_address(cpu + hit - 16).value = first
         self.hit: Final = ctypes.c_uint64.from_address(cpu + hit)
         """Not 0: one was hit, and the guest was not told yet."""
+        self.put_off_at: int | None = None
+        """RIP behind the MOV SS or POP SS whose #DB waits for the next instruction."""
         self._requests: Final = ctypes.c_uint32.from_address(cpu + requests)
 
-    def between_runs(self) -> None:
-        """A run was stopped in front of an instruction that was to be repeated: it will hit again."""
-        if self.hit.value and not self._requests.value & DEBUG_REQUEST:
+    def between_runs(self, *, put_off: bool) -> None:
+        """A run was stopped in front of an instruction that was to be repeated: it will hit again. Or (`put_off`) in front of the one
+        that #DB waits for: it is asked for again by the next run."""
+        if put_off:
+            self._requests.value |= DEBUG_REQUEST
+        elif self.hit.value and not self._requests.value & DEBUG_REQUEST:
             self.hit.value = 0
 
     def forget(self) -> None:
         """The guest is being told by a #DB (a single step's shows what was hit, too), or another vCPU comes: there is nothing to tell
         any more."""
         self.hit.value = 0
+        self.put_off_at = None
         self._requests.value &= ~DEBUG_REQUEST
         for flags in self._flags:
             flags.value &= ~_WAS_HIT

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
+from hvm_programs import protected_mode
 
 from domains.vcpu.api import StopReason, Trap
 from domains.vcpu.hvm_testing import HANDLERS, HvmGuest
@@ -329,3 +330,83 @@ def test_breakpoints_follow_an_hvm_vcpu() -> None:
     first = guest.vcpu.save_context()
     guest.vcpu.load_context(second)
     assert guest.run(50) is StopReason.SLICE
+
+
+# ---------------------------------------------------------------------- MOV SS and POP SS
+
+SELECTOR = 0x60000
+
+
+def shadowed(code: str, **handlers: str) -> HvmGuest:
+    """A guest that watches the selector at SELECTOR; R9 of the last #DB is where it came, EBX how often."""
+    guest = hvm(_mov_dr(0, SELECTOR) + _mov_dr(7, control((ACCESS, 4))) + code)
+    guest.memory[SELECTOR] = 0x10
+    for vector, handler in handlers.items():
+        guest.handler(int(vector[1:], 16), handler)
+    assert guest.run() is StopReason.REQUESTED
+    assert guest.vcpu.regs.rbx & 0xFFFFFFFF == 1
+    return guest
+
+
+START = len(bytes.fromhex("31db" + _mov_dr(0, SELECTOR) + _mov_dr(7, control((ACCESS, 4)))))
+MOV_SS = "8e142500000600"  # mov ss, [SELECTOR]
+
+
+@pytest.mark.parametrize(
+    ("code", "at"),
+    [
+        ("8b042500000600 90", 7),  # mov eax, [SELECTOR]
+        (MOV_SS + "90 90", 8),
+        (MOV_SS + "e900000000 90", 12),  # jmp
+        (MOV_SS + "50 58", 8),  # push rax: on the new stack
+        (MOV_SS + "8b042500000600 90", 14),  # the next one hits, too: one #DB for both
+    ],
+)
+def test_a_hit_of_mov_ss_is_told_behind_the_next_instruction(code: str, at: int) -> None:
+    guest = shadowed(code)
+    assert guest.vcpu.regs.r9 - guest.body == START + at
+    assert guest.vcpu.debug_registers()[4] & 0xF == 1
+
+
+@pytest.mark.parametrize(("code", "vector"), [("cd21", 0x21), ("cc", 3)])
+def test_an_interrupt_instruction_behind_mov_ss_comes_first(code: str, vector: int) -> None:
+    """#DB in front of its handler, whatever privilege it had: what XSA-260 is about."""
+    guest = shadowed(MOV_SS + code + "90", **{f"v{vector:x}": "41ffc5 48cf"})
+    assert guest.vcpu.regs.r9 == HANDLERS + 64 * vector
+
+
+def test_pop_ss_in_protected_mode() -> None:
+    guest = HvmGuest()
+    handler = "43 8b0c24 cf"  # inc ebx; mov ecx, [esp]; iret
+    # xor ebx, ebx; mov eax, SELECTOR; mov dr0, eax; mov eax, 1 | RW, four bytes; mov dr7, eax
+    setup = "31db b800000600 0f23c0 b801000f00 0f23f8"
+    # mov esp, SELECTOR; pop ss; mov esp, STACK
+    protected_mode(guest, setup + "bc00000600 17 bc00700000 90" + STOP)
+    guest.handler(1, handler)
+    guest.memory[SELECTOR] = 0x10
+    assert guest.run() is StopReason.REQUESTED
+    assert guest.vcpu.regs.rbx & 0xFFFFFFFF == 1
+    body = bytes(guest.memory[0x8000:0x8100]).index(bytes.fromhex("bc00000600"))
+    assert guest.vcpu.regs.rcx & 0xFFFFFFFF == 0x8000 + body + 5 + 1 + 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stops_between_mov_ss_and_its_next_instruction_lose_nothing(seed: int) -> None:
+    """A loop that is cut into runs of a few blocks, with bells."""
+    # mov r8d, 300; l: mov ss, [SELECTOR]; nop; dec r8d; jnz l
+    guest = hvm(
+        _mov_dr(0, SELECTOR) + _mov_dr(7, control((ACCESS, 4))) + "41b82c010000" + MOV_SS + "90 41ffc8 75f3"
+    )
+    guest.memory[SELECTOR] = 0x10
+    chance = random.Random(seed)
+    vcpu = guest.vcpu
+    for _ in range(50_000):
+        if chance.random() < 0.1:
+            vcpu.ring()
+        reason = vcpu.run(chance.randint(1, 3))
+        if reason is StopReason.BELL:
+            vcpu.clear_bell()
+        elif reason is StopReason.REQUESTED:
+            break
+    assert reason is StopReason.REQUESTED
+    assert vcpu.regs.rbx & 0xFFFFFFFF == 300
