@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 from unicorn import UC_ERR_OK, UC_HOOK_BLOCK, UC_HOOK_INSN, UC_HOOK_MEM_INVALID, unicorn_const
 
 from bus.addresses import MachineAddr
-from domains.vcpu import insides, thunks, watchpoints
+from domains.vcpu import bases, insides, thunks, watchpoints
 from domains.vcpu.api import BadAccess, GuestFault, StopReason, VcpuError
 from domains.vcpu.breakpoints import Breakpoints
 from domains.vcpu.extended import ExtendedState
@@ -79,6 +79,8 @@ class Machine(ABC):
         self._uc: Final = insides.uc_address(self._machine)
         self._cpu: Final = insides.cpu_address(self._machine, found)
         self._env: Final = insides.env_address(self._machine, found)
+        with _patched:
+            bases.check_bases(self._env - self._cpu)
         # From here on Unicorn leaves translated code only at the start of a block, never inside an
         # instruction.
         ctypes.c_uint8.from_address(self._uc + found.uc_no_exit_request).value = 1

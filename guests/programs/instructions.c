@@ -46,6 +46,14 @@ static void cr4_bits(void)
     if (cr4() & 1 << 16) {
         same(KERNEL("\xf3\x48\x0f\xae\xc0", 0), -1, "with it RDFSBASE works");
         same(USER("\xf3\x48\x0f\xae\xd0", 0x401000), NOTHING, "and WRFSBASE in user mode");
+        static const struct { uint64_t base; bool written; } bases[] = {
+            {0, true}, {0x7ffffffffffful, true}, {0x800000000000ul, false}, {~0ul >> 1, false}, {NOT_CANONICAL, false},
+            {0xffff7ffffffffffful, false}, {0xffff800000000000ul, true}, {~0ul, true},
+        };
+        for (unsigned i = 0; i < ARRAY_SIZE(bases); i++) {
+            same(KERNEL("\xf3\x48\x0f\xae\xd0", bases[i].base), bases[i].written ? -1 : 13, "WRFSBASE of 0x%lx", bases[i].base);
+            same(USER("\xf3\x48\x0f\xae\xd8", bases[i].base), bases[i].written ? NOTHING : 13, "WRGSBASE of it in user mode");
+        }
         KERNEL("\x0f\x22\xe0", base);
         same(USER("\xf3\x48\x0f\xae\xc0", 0), 6, "cleared, it is #UD again");
     } else
