@@ -8,7 +8,8 @@ They behave as a big TLB does, so that what the architecture says of TLBs is all
   changed, and protects the page again; a page of which nothing is in use any more is left alone from then on.
 * A miss walks the guest's tables as they are now, and takes each entry on its way anew if it changed. So more rights, and pages that
   appear, need no flush; as on a processor.
-* Accessed bits are set by that walk; a page whose dirty bit is not set is mapped read-only until it is written.
+* Accessed bits are set by that walk, the last level's only if the access is allowed (a denied one to a page without the bit is the one
+  fault that is raised here, for want of an entry to make); a page whose dirty bit is not set is mapped read-only until it is written.
 * vCPUs take turns on one thread and share all tables; each has a root of its own by its CR3.
 * Large pages of the guest's, and guests without paging, go by tables that map a run of guest frames in order, made once for each run.
 
@@ -18,6 +19,8 @@ they are, or left out.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 from bus.addresses import PAGE_SHIFT, MachineAddr, Mfn
 from domains.hvm.shadow_store import (
@@ -62,7 +65,11 @@ from domains.hvm.shadow_tables import (
     WRITABLE,
     Table,
 )
+from domains.vcpu.api import GuestFault
 from domains.vcpu.shadow_mmu import FETCH, WRITE
+
+PAGE_FAULT: Final = 14
+PF_PRESENT, PF_WRITE, PF_USER, PF_FETCH = 1, 2, 4, 16
 
 
 class Shadow(ShadowTables):
@@ -262,6 +269,7 @@ class Shadow(ShadowTables):
             return
         self.counts["misses"] += 1
         self._busy = True
+        denied: int | None = None
         try:
             if self._root is None or self._pool.free < SPARE:
                 self.switched()  # if tables are short, all are dropped
@@ -269,9 +277,10 @@ class Shadow(ShadowTables):
             if self._mode is NO_PAGING:
                 self._miss_flat(linear & 0xFFFFFFFF)
             elif self._mode is not LONG:
-                self._walk(linear & 0xFFFFFFFF, access, user)
+                linear &= 0xFFFFFFFF
+                denied = self._walk(linear, access, user)
             elif linear >> 47 in (0, 0x1FFFF):
-                self._walk(linear, access, user)
+                denied = self._walk(linear, access, user)
             if self._root is None:
                 self.switched()
         finally:
@@ -279,6 +288,9 @@ class Shadow(ShadowTables):
         if self._flush:
             assert self._machine is not None
             self._machine.flush_tlb()
+        if denied is not None:
+            self._regs.cr2 = linear
+            raise GuestFault(PAGE_FAULT, denied)
 
     def _miss_flat(self, linear: int) -> None:
         """No paging: guest-physical is linear."""
@@ -303,8 +315,9 @@ class Shadow(ShadowTables):
         if not run.words[frame & 511] & WRITABLE:
             self._fill_run(run, frame)
 
-    def _walk(self, linear: int, access: int, user: bool) -> None:
-        """The guest's walk for one access, and ours with it."""
+    def _walk(self, linear: int, access: int, user: bool) -> int | None:
+        """The guest's walk for one access, and ours with it. The error code of an access that is denied to a page whose accessed bit is
+        not set: no entry of ours can be made of it, or the next access would not set that bit."""
         table = self._root
         assert table is not None
         mode, nxe, pages = self._mode, self._nxe, self._pages
@@ -325,7 +338,7 @@ class Shadow(ShadowTables):
             if not entry & PRESENT:
                 if table.words[index]:
                     self._zap(table, index)
-                return
+                return None
             pdpte = level == 3 and mode is PAE
             leaf = level == 1 or (
                 bool(entry & LARGE)
@@ -346,7 +359,7 @@ class Shadow(ShadowTables):
                 bad = leaf and level == 2 and entry >> 13 & 0xFF & ~((ADDRESS_LIMIT >> 32) - 1)
             if bad:
                 self._set(table, index, entry, RESERVED)
-                return
+                return None
             if not pdpte:
                 rights &= entry
                 no_fetch |= entry & NX
@@ -377,8 +390,12 @@ class Shadow(ShadowTables):
             and not (fetch and no_fetch and nxe)
             and not (fetch and not user and self._smep and rights & USER)
         )
-        # (Accessed is set by an access that is denied as well: an entry of ours without it could not be told from one with it.)
-        wanted = ACCESSED | (DIRTY if write and allowed else 0)
+        if not allowed and not entry & ACCESSED:
+            if table.words[index]:
+                self._zap(table, index)
+            told = fetch and (self._smep or (nxe and long_entry))
+            return PF_PRESENT | PF_WRITE * write | PF_USER * user | PF_FETCH * told
+        wanted = ACCESSED | (DIRTY if write else 0) if allowed else 0
         if entry & wanted != wanted:
             entry |= wanted
             self._store(table, index, entry)
@@ -405,8 +422,9 @@ class Shadow(ShadowTables):
             if leaves is None:
                 leaves = self._leaves[gfn] = set()
             leaves.add((table, index))
-            return
+            return None
         self._large(table, index, entry, linear, own, write=write and bool(allowed))
+        return None
 
     def _large(self, table: Table, index: int, entry: int, linear: int, own: int, *, write: bool) -> None:
         """A large page of the guest's: our entry names a table of a run."""

@@ -51,9 +51,10 @@ OURS: Final = PRESENT | ACCESSED
 
 
 class Registers(Protocol):
-    """What is read of the guest's registers."""
+    """What is read of the guest's registers; CR2 is written, too."""
 
     cr0: int
+    cr2: int
     cr3: int
     cr4: int
     efer: int

@@ -54,7 +54,9 @@ def _checked(original: int, env: int) -> Code:
         .jump("74", "done")
         .emit("4489e9", "80e1f8", "80f948")  # mov ecx, r13d; and cl, 0xf8; cmp cl, 0x48: REX.W
         .jump("75", "done")
-        .emit("83e007", "4183e501", "41c1e503", "4409e8")  # and eax, 7; and r13d, 1; shl r13d, 3; or eax, r13d
+        .emit(
+            "83e007", "4183e501", "41c1e503", "4409e8"
+        )  # and eax, 7; and r13d, 1; shl r13d, 3; or eax, r13d
         .emit("488b04c3")  # mov rax, [rbx + 8 * rax]
         .emit("4889c1", "48c1e110", "48c1f910")  # mov rcx, rax; shl rcx, 16; sar rcx, 16
         .emit("4839c1")  # cmp rcx, rax

@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 from unicorn import UC_ERR_OK, UC_HOOK_BLOCK, UC_HOOK_INSN, UC_HOOK_MEM_INVALID, unicorn_const
 
 from bus.addresses import MachineAddr
-from domains.vcpu import bases, insides, thunks, watchpoints
+from domains.vcpu import accessed, bases, insides, thunks, watchpoints
 from domains.vcpu.api import BadAccess, GuestFault, StopReason, VcpuError
 from domains.vcpu.breakpoints import Breakpoints
 from domains.vcpu.extended import ExtendedState
@@ -73,6 +73,7 @@ class Machine(ABC):
         lib = insides.library()
         with _patched:
             thunks.make_barriers_real()
+            accessed.accessed_when_allowed()
             make_stores_fast(found.uc_cpu)
             watchpoints.fill(found.cpu_interrupt_request)
         self._machine: Final = insides.open_machine()

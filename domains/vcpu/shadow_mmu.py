@@ -49,7 +49,7 @@ class MissHandler(Protocol):
         """The guest's CR3 or its paging mode changed: `load` the tables for what is in the registers now."""
 
     def miss(self, linear: int, access: int, user: bool) -> None:
-        """Our tables do not allow an access (READ, WRITE, FETCH): mend them, if the guest's do."""
+        """Our tables do not allow an access (READ, WRITE, FETCH): mend them, if the guest's do. A GuestFault is raised in the guest."""
 
 
 def _u32(value: int) -> bytes:

@@ -11,6 +11,7 @@ import ctypes
 from typing import Any, Final, Protocol
 
 from bus.addresses import MachineAddr
+from domains.vcpu.api import GuestFault
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.hvm_vcpu import UnicornHvmVcpu
 from domains.vcpu.insides import library
@@ -96,6 +97,8 @@ class ShadowHvmVcpu(UnicornHvmVcpu):
                 self._tables.switched()
             else:
                 self._tables.miss(linear, access, index == USER_INDEX)
+        except GuestFault as fault:
+            self._fault(fault)
         except BaseException as error:
             self._undo(error)
 
