@@ -289,6 +289,7 @@ class Shadow(ShadowTables):
             assert self._machine is not None
             self._machine.flush_tlb()
         if denied is not None:
+            assert self._regs is not None
             self._regs.cr2 = linear
             raise GuestFault(PAGE_FAULT, denied)
 

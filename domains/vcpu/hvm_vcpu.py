@@ -15,7 +15,7 @@ from typing import Any, Final
 from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from bus.addresses import MachineAddr
-from domains.vcpu import hvm_msrs, hvm_thunks, strings, thunks
+from domains.vcpu import hvm_msrs, hvm_thunks, limits, strings, thunks
 from domains.vcpu.api import GuestFault, StopReason, VcpuError
 from domains.vcpu.context_reader import debug_registers
 from domains.vcpu.corrections import Corrections, general_registers
@@ -392,6 +392,10 @@ class UnicornHvmVcpu(Machine):
         except NotMapped:
             pass
         return out
+
+    def limit_fault(self, address: int, size: int) -> int:
+        """See `watchpoints.Owner`."""
+        return limits.fault(self.code_at_rip(), address, size, self.regs)
 
     def _on_invalid(self, uc: int, user: int) -> bool:
         done = self._guarded(self._hypercall)

@@ -94,9 +94,7 @@ class Machine(ABC):
         self._halted: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_halted)
         self._interrupts: Final = ctypes.c_uint32.from_address(self._cpu + found.cpu_interrupt_request)
         self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
-        self._watchpoints: Final = watchpoints.Watchpoints(
-            self._cpu, found.cpu_interrupt_request, self._put_off
-        )
+        self._watchpoints: Final = watchpoints.Watchpoints(self._cpu, found.cpu_interrupt_request, self)
         self._watch_hit: Final = self._watchpoints.hit
         self._breakpoints: Final = Breakpoints(self._machine, self._env)
         self._memory.undisturbed = self._undisturbed
@@ -183,7 +181,7 @@ class Machine(ABC):
     def _before_run(self, blocks: int) -> None:  # noqa: B027  # one kind has nothing to do here
         """What one kind of guest does before each run."""
 
-    def _put_off(self) -> bool:
+    def put_off(self) -> bool:
         """MOV SS or POP SS has hit a data breakpoint: #DB comes behind the next instruction. False: that was another instruction, which is
         over (an exception of its own leaves the shadow on). Inside `run`; must not raise."""
         rip, words = self.regs.rip, self._control
@@ -196,6 +194,10 @@ class Machine(ABC):
             words.q[Control.COUNTDOWN // 8] = 0
         words.d[Control.PUT_OFF // 4] = 1
         return True
+
+    def limit_fault(self, address: int, size: int) -> int:
+        """See `watchpoints.Owner`: only HVM guests have 32-bit code."""
+        return 0
 
     def _special_stop(self) -> StopReason | None:
         """A reason that only one kind of guest has."""

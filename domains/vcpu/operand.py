@@ -22,6 +22,13 @@ def memory_operand(
 ) -> tuple[int, int]:
     """(linear address, bytes of ModRM, SIB and displacement). `code` begins at ModRM; `opcode_bytes` lie before it, behind `prefixes`
     (a REX among them)."""
+    return located_operand(code, prefixes, rex, regs, opcode_bytes)[:2]
+
+
+def located_operand(
+    code: bytes, prefixes: bytes, rex: int, regs: EnvRegisters, opcode_bytes: int
+) -> tuple[int, int, str]:
+    """As `memory_operand`, and the segment register that it goes by."""
     long = bool(regs.hflags & HF_CS64)
     small = not long and bool(regs.segment("cs").attributes & CODE_32) == (ADDRESS_SIZE in prefixes)
     if small:
@@ -36,8 +43,8 @@ def memory_operand(
         segment = SEGMENTS.get(byte, segment)
     if long:
         base = regs.segment(segment).base if segment in ("fs", "gs") else 0
-        return offset + base & M64, length
-    return offset + regs.segment(segment).base & M32, length
+        return offset + base & M64, length, segment
+    return offset + regs.segment(segment).base & M32, length, segment
 
 
 def _by_16(code: bytes, regs: EnvRegisters) -> tuple[int, str, int]:

@@ -90,8 +90,8 @@ class UnicornVcpu(Machine):
         self._watchpoints.forget()
         return self._breakpoints.status()
 
-    def _put_off(self) -> bool:
-        """As `Machine._put_off`. SYSCALL and SYSENTER, and an instruction that faults (`_hook_interrupt`), enter Xen: the #DB that waits
+    def put_off(self) -> bool:
+        """As `Machine.put_off`. SYSCALL and SYSENTER, and an instruction that faults (`_hook_interrupt`), enter Xen: the #DB that waits
         comes there, and no guest sees it."""
         try:
             entry = self._guest_memory.read(self.regs.rip, 2) in ENTRIES
@@ -100,7 +100,7 @@ class UnicornVcpu(Machine):
         if entry:
             self._watchpoints.forget()
             return True
-        return super()._put_off()
+        return super().put_off()
 
     def set_breakpoints(self, addresses: Sequence[int], control: int) -> None:
         """See `Vcpu`."""

@@ -22,9 +22,9 @@ import ctypes
 import functools
 import re
 import weakref
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
+from domains.vcpu import limits
 from domains.vcpu.insides import Fixed, Library, UnknownUnicorn, described, library
 from domains.vcpu.stores import lead
 from domains.vcpu.thunks import DEBUG_REQUEST, Code, CodePage
@@ -52,6 +52,11 @@ _NEXT_FLAGS: Final = re.compile(rb"\xc7\x45(.)\x01\x80\x00\x00", re.DOTALL)
 # breakpoint_handler, the bytes that are moved: push rbp; mov rbp, rdi; add rdi, cpu state; mov rax, [rbp + watchpoint_hit]
 _HANDLER: Final = re.compile(rb"\x55\x48\x89\xfd\x48\x81\xc7" + _D + rb"\x48\x8b\x85....", re.DOTALL)
 _HANDLER_BYTES: Final = 18
+_MODE: Final = 1 << 4 | 1 << 7 | 1 << 14 | 1 << 17
+_MODE_32: Final = 1 << 4 | 1 << 7
+"""hflags: of CS32, PE, LMA and VM the first two."""
+_LIMIT, _ATTRIBUTES = 16, 20
+"""In a segment register of the CPU state."""
 SHADOW: Final = 8
 """HF_INHIBIT_IRQ: STI, MOV SS or POP SS was the last instruction."""
 _PADDING: Final = b"\x66\x66\x2e\x0f\x1f\x84\x00\x00\x00\x00\x00"
@@ -123,8 +128,9 @@ def _remove(head: int, requests: int) -> Code:
     )
 
 
-def _address_matches(head: int) -> Code:
-    """cpu_watchpoint_address_matches(rdi cpu, rsi address, rdx length): the flags of all that are there."""
+def _address_matches(head: int, env: int) -> Code:
+    """cpu_watchpoint_address_matches(rdi cpu, rsi address, rdx length): the flags of all that are there; those of any access where, in
+    32-bit protected mode, the page is not all within the limit of each segment (`limits.checked`)."""
     return (
         Code()
         .emit("31c0", "4c8d5416ff")  # xor eax, eax; lea r10, [rsi + rdx - 1]
@@ -141,20 +147,89 @@ def _address_matches(head: int) -> Code:
         .emit("4d8b4020", "4d85c0")  # mov r8, [r8 + 0x20]; test r8, r8
         .jump("75", "next")
         .label("end")
+        .emit("8b8f", _d32(env + Fixed.HFLAGS))  # mov ecx, [rdi + hflags]
+        .emit("81e1", _d32(_MODE), "81f9", _d32(_MODE_32))  # and ecx, MODE; cmp ecx, MODE_32
+        .jump("75", "done")
+        .emit("4c8d87", _d32(env + Fixed.SEGMENTS), "31c9")  # lea r8, [rdi + segments]; xor ecx, ecx
+        .label("segment")
+        .emit("418378", bytes([_LIMIT]), "ff")  # cmp dword [r8 + limit], -1
+        .jump("74", "inside")
+        .emit("458b48", bytes([_ATTRIBUTES]))  # mov r9d, [r8 + flags]
+        .emit("41f7c1", _d32(limits.PRESENT << 8))  # test r9d, P
+        .jump("74", "inside")
+        .emit("4181e1", _d32(limits.TYPE << 8), "4181f9", _d32(limits.GROWS_DOWN << 8))  # and; cmp r9d, ...
+        .jump("74", "inside")
+        .emit("83f904")  # cmp ecx, 4: FS and GS
+        .jump("72", "compare")
+        .emit("418178", bytes([_LIMIT]), _d32(limits.SMALL))  # cmp dword [r8 + limit], SMALL
+        .jump("72", "inside")
+        .label("compare")
+        .emit(
+            "4189f1", "452b4808", "453b48", bytes([_LIMIT])
+        )  # mov r9d, esi; sub r9d, [r8 + 8]; cmp r9d, [r8 + limit]
+        .jump("77", "outside")
+        .emit("458d4c11ff", "453b48", bytes([_LIMIT]))  # lea r9d, [r9 + rdx - 1]; cmp r9d, [r8 + limit]
+        .jump("77", "outside")
+        .label("inside")
+        .emit("4983c018", "ffc1", "83f906")  # add r8, 24; inc ecx; cmp ecx, 6
+        .jump("72", "segment back")
+        .emit("c3")
+        .label("segment back")
+        .jump_back("segment")
+        .label("outside")
+        .emit("83c803")  # or eax, BP_MEM_ACCESS
+        .label("done")
         .emit("c3")
     )
 
 
-def _check(head: int, requests: int, leave: int, flags: int) -> Code:
+def _check(head: int, requests: int, leave: int, flags: int, env: int, limit: int) -> Code:
     """cpu_check_watchpoint(rdi cpu, rsi address, rdx length, ecx attributes, r8d BP_MEM_*, r9 return address in translated code).
 
     An access that no translated instruction makes (a frame that is pushed while an exception is delivered: the return address is 0)
     cannot be repeated: the request alone is made, and #DB comes when that is done.
+
+    QEMU asks of a store that is not aligned as of two halves, one in each page; where it does not leave its page, the first has a length
+    that is not positive, and the second begins with the page. The address of the first is kept (HALF, behind the list's first entry).
+
+    In 32-bit protected mode `limit(rdi cpu, rsi address, rdx length)` tells the vector if a segment's limit forbids the access.
     """
     lib = library()
     hit = head + 16
     return (
         Code()
+        .emit("4c8b9f", _d32(head))  # mov r11, [rdi + head]
+        .emit("4885d2")  # test rdx, rdx
+        .jump("7e", "first half")  # jle
+        .emit("498b4338", "4885c0")  # mov rax, [r11 + HALF]; test rax, rax
+        .jump("74", "whole")
+        .emit("49c7433800000000")  # mov qword [r11 + HALF], 0
+        .emit("4989c2", "4981e200f0ffff", "4939f2")  # mov r10, rax; and r10, -4096; cmp r10, rsi
+        .jump("75", "whole")
+        .emit("4801f2", "4829c2", "4889c6")  # add rdx, rsi; sub rdx, rax; mov rsi, rax
+        .label("whole")
+        .emit("4d85c9")  # test r9, r9
+        .jump("74", "watch")
+        .emit("8b87", _d32(env + Fixed.HFLAGS))  # mov eax, [rdi + hflags]
+        .emit("25", _d32(_MODE), "3d", _d32(_MODE_32))  # and eax, MODE; cmp eax, MODE_32
+        .jump("75", "watch")
+        .emit("57", "56", "52", "4150", "4151")  # push rdi, rsi, rdx, r8, r9
+        .emit("4c89ce", "31d2")  # mov rsi, r9; xor edx, edx
+        .call(lib.address("cpu_restore_state_x86_64"))  # RIP is right from here on
+        .emit(
+            "488b7c2420", "488b742418", "488b542410"
+        )  # mov rdi, [rsp + 32]; mov rsi, [rsp + 24]; mov rdx, [rsp + 16]
+        .call(limit)
+        .emit("4159", "4158", "5a", "5e", "5f")  # pop r9, r8, rdx, rsi, rdi
+        .emit("85c0")  # test eax, eax
+        .jump("74", "watch")
+        .emit(
+            "4881c7", _d32(env), "89c6", "31d2", "4c89c9"
+        )  # add rdi, env; mov esi, eax; xor edx, edx; mov rcx, r9
+        .emit("4883ec08")  # sub rsp, 8
+        .call(lib.address("raise_exception_err_ra_x86_64"))  # does not return
+        .emit("0f0b")  # ud2
+        .label("watch")
         .emit("4c8d5416ff", "31c9")  # lea r10, [rsi + rdx - 1]; xor ecx, ecx
         .emit("4883bf", _d32(hit), "00")  # cmp qword [rdi + hit], 0
         .jump("75", "look")
@@ -189,6 +264,8 @@ def _check(head: int, requests: int, leave: int, flags: int) -> Code:
         .emit("4889df")  # mov rdi, rbx
         .call(lib.address("cpu_loop_exit_noexc_x86_64"))  # does not return
         .emit("0f0b")  # ud2
+        .label("first half")
+        .emit("49897338", "c3")  # mov [r11 + HALF], rsi; ret
         .label("request")
         .emit("818f", _d32(requests), _d32(DEBUG_REQUEST))  # or dword [rdi + requests], DEBUG
         .emit("488b87", _d32(leave))  # mov rax, [rdi + icount_decr]
@@ -222,18 +299,36 @@ def _handler(env: int, hit: int, moved: bytes, original: int, put_off: int) -> C
     )
 
 
-_PutOff = ctypes.PYFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-_owners: Final[dict[int, Callable[[], Callable[[], bool] | None]]] = {}
-"""By CPU object: the vCPU's answer, weakly."""
+class Owner(Protocol):
+    """What is asked of a vCPU, inside `run`. Neither may raise."""
+
+    def put_off(self) -> bool:
+        """May a hit of MOV SS or POP SS wait for the next instruction's end?"""
+
+    def limit_fault(self, address: int, size: int) -> int:
+        """The vector of the exception that an access in 32-bit protected mode is by a segment's limit; 0: none."""
 
 
-def _ask(cpu: int) -> bool:
-    owner = _owners.get(cpu)
-    answer = owner() if owner is not None else None
-    return answer is not None and answer()
+_owners: Final[dict[int, weakref.ref[Owner]]] = {}
+"""By CPU object."""
 
 
-_put_off: Final = _PutOff(_ask)
+def _ask_put_off(cpu: int) -> bool:
+    owner = _owners[cpu]()
+    return owner is not None and owner.put_off()
+
+
+def _ask_limit(cpu: int, address: int, size: int) -> int:
+    owner = _owners[cpu]()
+    return owner.limit_fault(address, size) if owner is not None else 0
+
+
+_put_off: Final = ctypes.PYFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(_ask_put_off)
+_limit: Final = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)(_ask_limit)
+
+
+def _address(callback: object) -> int:
+    return ctypes.cast(callback, ctypes.c_void_p).value or 0  # type: ignore[arg-type]  # a function pointer
 
 
 @functools.cache
@@ -244,25 +339,28 @@ def fill(requests: int) -> CodePage:
     head = _hit_offset() - 16
     leave = _found(_LEAVE, lib, "cpu_exit", 0x20)
     flags = _found(_NEXT_FLAGS, lib, "cpu_io_recompile_x86_64", 0x60)
+    name = "breakpoint_handler_x86_64"
+    original = lib.address(name)
+    moved = _HANDLER.match(lib.code(name, _HANDLER_BYTES))
+    if moved is None:
+        raise UnknownUnicorn(f"{described()}: {name} does not begin as expected")
+    env = int.from_bytes(moved.group(1), "little")
     page = CodePage()
+    handler = page.add(_handler(env, head + 16, moved.group(), original, _address(_put_off)))
     bodies = (
         ("cpu_watchpoint_insert_x86_64", _ZERO, _insert(head)),
         ("cpu_watchpoint_remove_by_ref_x86_64", _NOTHING, _remove(head, requests)),
-        ("cpu_watchpoint_address_matches_x86_64", _ZERO, _address_matches(head)),
-        ("cpu_check_watchpoint_x86_64", _NOTHING, _check(head, requests, leave, flags)),
+        ("cpu_watchpoint_address_matches_x86_64", _ZERO, _address_matches(head, env)),
+        (
+            "cpu_check_watchpoint_x86_64",
+            _NOTHING,
+            _check(head, requests, leave, flags, env, _address(_limit)),
+        ),
     )
     for name, empty, _ in bodies:
         if lib.code(name, len(empty)) != empty:
             raise UnknownUnicorn(f"{described()}: {name} is not empty")
     placed = [(lib.address(name), empty, page.add(body)) for name, empty, body in bodies]
-    name = "breakpoint_handler_x86_64"
-    original = lib.address(name)
-    moved = _HANDLER.match(lib.code(name, _HANDLER_BYTES))
-    target = ctypes.cast(_put_off, ctypes.c_void_p).value
-    if moved is None or target is None:
-        raise UnknownUnicorn(f"{described()}: {name} does not begin as expected")
-    env = int.from_bytes(moved.group(1), "little")
-    handler = page.add(_handler(env, head + 16, moved.group(), original, target))
     page.seal()
     lead(original, moved.group(), handler)
     for address, empty, body in placed:
@@ -273,10 +371,9 @@ def fill(requests: int) -> CodePage:
 class Watchpoints:
     """The list of one instance."""
 
-    def __init__(self, cpu: int, requests: int, put_off: Callable[[], bool]) -> None:
-        """`cpu`: the CPU object's address; `requests`: the offset in it of its interrupt requests. `put_off`, a method: may a hit
-        wait for the next instruction's end? It must not raise. UnknownUnicorn."""
-        _owners[cpu] = weakref.WeakMethod(put_off)
+    def __init__(self, cpu: int, requests: int, owner: Owner) -> None:
+        """`cpu`: the CPU object's address; `requests`: the offset in it of its interrupt requests. UnknownUnicorn."""
+        _owners[cpu] = weakref.ref(owner)
         hit = _hit_offset()
         self._entries: Final = (ctypes.c_uint8 * (ENTRIES * _ENTRY_BYTES))()
         first = ctypes.addressof(self._entries)

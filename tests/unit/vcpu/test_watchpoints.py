@@ -410,3 +410,14 @@ def test_stops_between_mov_ss_and_its_next_instruction_lose_nothing(seed: int) -
             break
     assert reason is StopReason.REQUESTED
     assert vcpu.regs.rbx & 0xFFFFFFFF == 300
+
+
+@pytest.mark.parametrize("offset", [0x201, 0x211, 0x0F5, 0x0FD, 0x0FF, 0x101, 0x107, 0x109])
+def test_a_store_that_is_not_aligned_hits_what_it_touches_alone(offset: int) -> None:
+    """INC of four bytes, in a page whose bytes 0x100 to 0x107 are watched."""
+    watched = Watched(
+        MOV_RAX_DATA + bytes.fromhex("ff80") + struct.pack("<I", offset) + UD2, (DATA + 0x100, WRITE, 8)
+    )
+    touched = offset < 0x108 and offset + 4 > 0x100
+    assert watched.run() == ([(CODE + 16, 1)] if touched else [])
+    assert watched.guest.memory[DATA + offset : DATA + offset + 4] == b"\x01\x00\x00\x00"
