@@ -20,6 +20,7 @@ from bus.abi.event_channel import (
     EVTCHN_FIFO_PENDING,
     EVTCHN_FIFO_PRIORITY_DEFAULT,
     EVTCHN_FIFO_PRIORITY_MIN,
+    EVTCHNS_PER_BUCKET,
 )
 from bus.abi.xen import SHARED_INFO
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE
@@ -58,6 +59,7 @@ class EventChannels:
         self._pending = shared_info + PENDING_OFFSET >> 3
         self._mask = shared_info + MASK_OFFSET >> 3
         self._vcpu: dict[int, int] = {}
+        self._highest = 0
         self._priority: dict[int, int] = {}
         self._ipi: dict[int, int] = {}
         self._timer: dict[int, int] = {}
@@ -92,6 +94,7 @@ class EventChannels:
 
     def close(self, port: int) -> None:
         """The port is closed: its bits are cleared, as Xen clears them when a port is freed."""
+        self._highest = max(self._highest, port)
         self._vcpu.pop(port, None)
         self._ipi.pop(port, None)
         self._priority.pop(port, None)
@@ -123,8 +126,14 @@ class EventChannels:
         return port in self._vcpu
 
     def valid(self, port: int) -> bool:
-        """The port number is within the ABI in use."""
-        return 0 < port < (EVTCHN_2L_NR_CHANNELS if self._control is None else EVTCHN_FIFO_NR_CHANNELS)
+        """There is a channel of that number: Xen makes them by the bucket, and never takes one back."""
+        if not 0 < port < (EVTCHN_2L_NR_CHANNELS if self._control is None else EVTCHN_FIFO_NR_CHANNELS):
+            return False
+        return port < EVTCHNS_PER_BUCKET or port // EVTCHNS_PER_BUCKET <= self._buckets()
+
+    def _buckets(self) -> int:
+        self._highest = max(self._highest, *self._vcpu, 0)
+        return self._highest // EVTCHNS_PER_BUCKET
 
     def has_vcpu(self, vcpu: int) -> bool:
         """The domain has a vCPU of that number."""

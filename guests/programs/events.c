@@ -96,6 +96,8 @@ static void errors(void)
     same(close_port(0x7fffffff), -XEN_EINVAL, "close out of range: EINVAL");
     same(close_port(0), -XEN_EINVAL, "close of port 0: EINVAL");
     same(status(0x7fffffff, &s), -XEN_EINVAL, "status out of range: EINVAL");
+    same(status(3000, &s), -XEN_EINVAL, "of a port beyond those that were ever allocated: EINVAL");
+    same(status(60, &s), 0, "of one among them that is closed");
     same(port_unmask(0x7fffffff), -XEN_EINVAL, "unmask out of range: EINVAL");
     same(HYPERVISOR_event_channel_op(77, &s), -XEN_ENOSYS, "an unknown command: ENOSYS");
     same(HYPERVISOR_event_channel_op(EVTCHNOP_send, (void *)0x1000), -XEN_EFAULT, "arguments that are not mapped: EFAULT");

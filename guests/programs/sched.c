@@ -50,6 +50,10 @@ static void blocking(void)
     same(poll(many, 200, 0), -XEN_EINVAL, "poll of more than 128 ports: EINVAL");
     many[0] = 0x7fffffff;
     same(poll(many, 1, 1), -XEN_EINVAL, "poll of a port out of range: EINVAL");
+    many[0] = 3000;
+    same(poll(many, 1, 1), -XEN_EINVAL, "poll of a port beyond those that were ever allocated: EINVAL");
+    many[0] = 60;
+    same(poll(many, 1, 1), 0, "poll of one among them that is closed");
     same(poll((evtchn_port_t *)0x1000, 1, 1), -XEN_EFAULT, "poll of ports that are not mapped: EFAULT");
 }
 

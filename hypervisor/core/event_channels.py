@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from typing import Final
 
 from bus.abi.event_channel import EVTCHN_2L_NR_CHANNELS as TWO_LEVEL_CHANNELS
-from bus.abi.event_channel import EVTCHN_FIFO_LINK_BITS
+from bus.abi.event_channel import EVTCHN_FIFO_LINK_BITS, EVTCHNS_PER_BUCKET
 from bus.abi.event_channel import EVTCHN_FIFO_NR_CHANNELS as FIFO_CHANNELS
 from bus.abi.xen import NR_VIRQS, VIRQ_DEBUG, VIRQ_TIMER, VIRQ_XENOPROF, VIRQ_XENPMU
 from bus.addresses import DomId, Port, VcpuId
@@ -318,11 +318,11 @@ class EventChannels(DomainHooks):
             self._raise(channel.remote_domain, channel.remote_port, far.vcpu)
 
     def status(self, caller: Domain, dom: int, port: int) -> Status:
-        """ESRCH, EPERM; EINVAL for a port that cannot be."""
+        """ESRCH, EPERM; EINVAL for a port of a bucket of which none was ever allocated."""
         domain = self._domains.target(caller, dom)
         ports = self._ports[domain.domid]
-        limit = FIFO_CHANNELS if ports.fifo is not None else TWO_LEVEL_CHANNELS
-        if port >= limit:
+        highest = max(ports.fresh - 1, *ports.channels, 0)
+        if port // EVTCHNS_PER_BUCKET > highest // EVTCHNS_PER_BUCKET:
             raise XenError(EINVAL)
         channel = ports.channels.get(port)
         if channel is None or channel.consumer is not None:
