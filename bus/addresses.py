@@ -38,6 +38,8 @@ Port = NewType("Port", int)
 GrantRef = NewType("GrantRef", int)
 """Grant reference, `grant_ref_t`: index in the granting domain's grant table."""
 
+EVTCHNS_PER_BUCKET: Final = 64
+"""Of Xen 4.17, in no header: a domain's event channels come so many at a time; a port of none of them is EINVAL."""
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 PAGE_MASK: Final = PAGE_SIZE - 1

@@ -43,8 +43,6 @@ EVTCHN_FIFO_BUSY: Final = 28
 EVTCHN_FIFO_LINK_BITS: Final = 17
 EVTCHN_FIFO_LINK_MASK: Final = (1 << EVTCHN_FIFO_LINK_BITS) - 1
 EVTCHN_FIFO_NR_CHANNELS: Final = 1 << EVTCHN_FIFO_LINK_BITS
-EVTCHNS_PER_BUCKET: Final = 64
-"""Of Xen 4.17, in no header: a domain's channels come so many at a time; a port of none of them is EINVAL."""
 
 
 class evtchn_alloc_unbound(NamedTuple):

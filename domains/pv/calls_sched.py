@@ -109,7 +109,7 @@ class SchedCalls:
         if cpu.octets[info] and not cpu.octets[info + 1]:
             return 0
         for port in ports:
-            if not self._events.valid(port):
+            if not self._events.exists(port):
                 return -XEN_EINVAL
             if self._events.is_pending(port):
                 return 0

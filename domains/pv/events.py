@@ -20,10 +20,9 @@ from bus.abi.event_channel import (
     EVTCHN_FIFO_PENDING,
     EVTCHN_FIFO_PRIORITY_DEFAULT,
     EVTCHN_FIFO_PRIORITY_MIN,
-    EVTCHNS_PER_BUCKET,
 )
 from bus.abi.xen import SHARED_INFO
-from bus.addresses import PAGE_SHIFT, PAGE_SIZE
+from bus.addresses import EVTCHNS_PER_BUCKET, PAGE_SHIFT, PAGE_SIZE
 from domains.pv.state import VcpuState
 
 PENDING_OFFSET: Final = SHARED_INFO.offset("evtchn_pending")
@@ -126,14 +125,15 @@ class EventChannels:
         return port in self._vcpu
 
     def valid(self, port: int) -> bool:
-        """There is a channel of that number: Xen makes them by the bucket, and never takes one back."""
-        if not 0 < port < (EVTCHN_2L_NR_CHANNELS if self._control is None else EVTCHN_FIFO_NR_CHANNELS):
-            return False
-        return port < EVTCHNS_PER_BUCKET or port // EVTCHNS_PER_BUCKET <= self._buckets()
+        """The port number is within the ABI in use."""
+        return 0 < port < (EVTCHN_2L_NR_CHANNELS if self._control is None else EVTCHN_FIFO_NR_CHANNELS)
 
-    def _buckets(self) -> int:
+    def exists(self, port: int) -> bool:
+        """There is a channel of that number, open or not: Xen makes them by the bucket, and never takes one back."""
+        if port < EVTCHNS_PER_BUCKET or not self.valid(port):
+            return self.valid(port)
         self._highest = max(self._highest, *self._vcpu, 0)
-        return self._highest // EVTCHNS_PER_BUCKET
+        return port // EVTCHNS_PER_BUCKET <= self._highest // EVTCHNS_PER_BUCKET
 
     def has_vcpu(self, vcpu: int) -> bool:
         """The domain has a vCPU of that number."""

@@ -16,10 +16,10 @@ from heapq import heappop, heappush
 from typing import Final
 
 from bus.abi.event_channel import EVTCHN_2L_NR_CHANNELS as TWO_LEVEL_CHANNELS
-from bus.abi.event_channel import EVTCHN_FIFO_LINK_BITS, EVTCHNS_PER_BUCKET
+from bus.abi.event_channel import EVTCHN_FIFO_LINK_BITS
 from bus.abi.event_channel import EVTCHN_FIFO_NR_CHANNELS as FIFO_CHANNELS
 from bus.abi.xen import NR_VIRQS, VIRQ_DEBUG, VIRQ_TIMER, VIRQ_XENOPROF, VIRQ_XENPMU
-from bus.addresses import DomId, Port, VcpuId
+from bus.addresses import EVTCHNS_PER_BUCKET, DomId, Port, VcpuId
 from hypervisor.core.config import MachineConfig
 from hypervisor.core.domains import DOMID_SELF, Domain, DomainTable, Dying
 from hypervisor.core.effects import Bind, BindInterrupt, Raise, Unbind

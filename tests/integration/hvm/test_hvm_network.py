@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pc_disks import SEABIOS, need
 
+from tests.integration.hvm.pc_disks import SEABIOS, need
 from toolstack.guestfetch import FetchError, debian
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(320)]

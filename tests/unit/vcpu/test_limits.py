@@ -6,10 +6,10 @@ import random
 import struct
 
 import pytest
-from hvm_programs import protected_mode
 
 from domains.vcpu.api import StopReason
 from domains.vcpu.hvm_testing import CODE, GDT, HANDLERS, HvmGuest
+from tests.unit.vcpu.hvm_programs import protected_mode
 
 pytestmark = pytest.mark.usefixtures("paging")
 

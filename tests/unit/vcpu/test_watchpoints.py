@@ -8,11 +8,11 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from hvm_programs import protected_mode
 
 from domains.vcpu.api import StopReason, Trap
 from domains.vcpu.hvm_testing import HANDLERS, HvmGuest
 from domains.vcpu.testing import CODE, STACK, PvGuest
+from tests.unit.vcpu.hvm_programs import protected_mode
 
 DATA = 0x30000
 WRITE, ACCESS = 1, 3
