@@ -115,7 +115,7 @@ def _xen_notes(place: memoryview) -> Iterable[tuple[int, bytes]]:
         if start + size > len(place):
             return
         if (
-            bytes(place[name : name + min(name_size, 8)]) == b"Xen\0"
+            bytes(place[name : name + min(name_size, 4)]) == b"Xen\0"
             and kind <= elfnote.XEN_ELFNOTE_PHYS32_ENTRY
         ):
             yield kind, bytes(place[start : start + size])

@@ -154,6 +154,10 @@ def test_notes_of_others_are_skipped() -> None:
     found = load_kernel(elf64([Seg(0, b"x")], mixed)).notes
     assert found is not None
     assert (found.entry, found.phys32_entry) == (None, 7)
+    padded = note(1, struct.pack("<Q", 5), b"Xen\0\0\0\0\0")  # a C string, as libelf compares it
+    found = load_kernel(elf64([Seg(0, b"x")], padded)).notes
+    assert found is not None
+    assert found.entry == 5
 
 
 def with_section(content: bytes) -> bytes:
