@@ -217,6 +217,19 @@ class Exits:
             self._cpu.hvm.raise_fault(GP)
         return value
 
+    def on_cr8_read(self) -> int:
+        """The upper half of the local APIC's task priority."""
+        self.counts["cr8"] += 1
+        return self._current().apic.tpr >> 4
+
+    def on_cr8_write(self, priority: int) -> None:
+        """The same; what it lets through now is taken."""
+        self.counts["cr8"] += 1
+        state = self._current()
+        self._interrupts.settle(state)
+        state.apic.tpr = priority << 4
+        self._interrupts.arm(state)
+
     def on_invlpg(self, address: int) -> None:
         """Not asked for."""
 

@@ -45,6 +45,12 @@ class HvmExits(Protocol):
         """A write of CR0, CR3 or CR4 by MOV, LMSW or CLTS, for registers chosen with `trap_control_writes`.
         The value that is really loaded."""
 
+    def on_cr8_read(self) -> int:
+        """MOV from CR8: the task priority, 0 to 15."""
+
+    def on_cr8_write(self, priority: int) -> None:
+        """MOV to CR8, of 0 to 15."""
+
     def on_invlpg(self, address: int) -> None:
         """INVLPG while `trap_invlpg(True)` is on; the address is linear. The vCPU's own translation is
         dropped after."""

@@ -34,6 +34,7 @@ class HvmRecorder:
         self.vcpu: UnicornHvmVcpu | None = None
         self.seen: list[tuple[object, ...]] = []
         self.msrs: dict[int, int] = {}
+        self.priority = 0
         self.ports: dict[int, int] = {}
         self.on_out_hooks: dict[int, object] = {}
 
@@ -96,6 +97,16 @@ class HvmRecorder:
         """Record and allow."""
         self.seen.append(("cr", register, value))
         return value
+
+    def on_cr8_read(self) -> int:
+        """The last one written."""
+        self.seen.append(("cr8",))
+        return self.priority
+
+    def on_cr8_write(self, priority: int) -> None:
+        """Record and keep."""
+        self.seen.append(("cr8", priority))
+        self.priority = priority
 
     def on_invlpg(self, address: int) -> None:
         """Record."""

@@ -38,6 +38,7 @@ VIRQ, NMI, INHIBITED = 0x100, 0x200, 1 << 3
 """interrupt_request bits; the STI and MOV SS shadow in hflags."""
 HF_GUEST: Final = 1 << 21
 HF2_NMI: Final = 1 << 2
+EXIT_CR_READ: Final = 0
 EXIT_CR_WRITE, EXIT_INVLPG, EXIT_MSR, EXIT_SHUTDOWN = 0x10, 0x79, 0x7C, 0x7F
 INTERCEPT_INVLPG, INTERCEPT_MSR, INTERCEPT_SHUTDOWN = 1 << 25, 1 << 28, 1 << 31
 DB, UD, GP = 1, 6, 13
@@ -77,6 +78,7 @@ class UnicornHvmVcpu(Machine):
         }
         base = self._found.vmcb + 16  # after vmcb and tsc_offset
         self._intercept = _u64.from_address(self._env + base)
+        self._intercept_cr_read = ctypes.c_uint16.from_address(self._env + base + 8)
         self._intercept_cr_write = ctypes.c_uint16.from_address(self._env + base + 10)
         self._hidden: Final = mmap.mmap(-1, VMCB_SIZE)
         self._hidden_words: Final = memoryview(self._hidden).cast("I")
@@ -118,7 +120,8 @@ class UnicornHvmVcpu(Machine):
         self.regs.hflags |= HF_GUEST
         value = INTERCEPT_MSR | INTERCEPT_SHUTDOWN | (INTERCEPT_INVLPG if self._trap_invlpg else 0)
         self._intercept.value = value
-        self._intercept_cr_write.value = self._control_traps
+        self._intercept_cr_read.value = 1 << 8
+        self._intercept_cr_write.value = self._control_traps | 1 << 8
 
     def enter_startup(self, vector: int) -> None:
         """After `reset`: what a start-up IPI makes of an application processor (CS = vector << 8, IP 0)."""
@@ -450,6 +453,8 @@ class UnicornHvmVcpu(Machine):
             self._stop(self._uc)
         elif code == EXIT_INVLPG:
             self._invlpg_exit()
+        elif code in (EXIT_CR_READ + 8, EXIT_CR_WRITE + 8):
+            self._task_priority_exit(write=code == EXIT_CR_WRITE + 8)
         elif EXIT_CR_WRITE <= code <= EXIT_CR_WRITE + 4:
             self._control_exit(code - EXIT_CR_WRITE)
         else:
@@ -503,6 +508,20 @@ class UnicornHvmVcpu(Machine):
         loaded = self._exits.on_cr_write(number, value)
         self.set_control(number, loaded)
         regs.rip += prefixes + length
+
+    def _task_priority_exit(self, *, write: bool) -> None:
+        """MOV to or from CR8, with REX.R or (AMD64) LOCK in front."""
+        code, prefixes, rex = self._opcode()
+        regs = self.regs
+        number = code[2] & 7 | (rex & 1) << 3
+        if write:
+            value = regs.gpr(number)
+            if value >> 4:
+                raise GuestFault(GP, 0)
+            self._exits.on_cr8_write(value)
+        else:
+            regs.set_gpr(number, self._exits.on_cr8_read())
+        regs.rip += prefixes + 3
 
     def _invlpg_exit(self) -> None:
         code, prefixes, rex = self._opcode()

@@ -53,6 +53,28 @@ def test_the_callback_waits_for_the_interrupt_flag_and_needs_no_eoi() -> None:
     assert guest.word(COUNT) == 2
 
 
+@pytest.mark.parametrize(("priority", "taken"), [(15, 0), (14, 1)])
+def test_the_task_priority_of_cr8_holds_back_what_is_not_above_it(priority: int, taken: int) -> None:
+    """A vector of class 15; it comes once CR8 lets it. The register is the upper half of the APIC's."""
+    go = struct.pack("<I", DATA + 0x200).hex()
+    # mov eax, priority; mov cr8, rax; l: cmp dword [go], 0; je l; xor eax, eax; mov cr8, rax; nop; mov rdx, cr8; jmp $
+    guest = rig(
+        f"{mov('eax', priority)} 440f22c0 833c25{go}00 74f6 31c0 440f22c0 90 440f20c2 ebfe", flags=IF | 2
+    )
+    state = guest.domain.states[0]
+    state.upcall_vector = VECTOR
+    state.apic.svr = 0x1FF
+    guest.run(1)
+    assert state.apic.tpr == priority << 4
+    guest.domain.deliver(Port(5), VcpuId(0))
+    guest.run(2)
+    assert guest.word(COUNT) == taken
+    guest.buffer[DATA + 0x200] = 1
+    guest.run(2)
+    assert guest.word(COUNT) == 1
+    assert (state.apic.tpr, guest.regs.rdx) == (0, 0)
+
+
 def test_the_callback_comes_again_while_the_flag_is_up() -> None:
     guest = rig("90ebfd", flags=IF | 2)
     guest.handler(VECTOR, INCREMENT + IRETQ)  # forgets to clear the flag

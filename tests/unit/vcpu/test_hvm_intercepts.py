@@ -172,3 +172,24 @@ def test_invlpg_with_small_addresses_and_segments_is_trapped() -> None:
     assert guest.run() is StopReason.HALT
     seen = [item[1] for item in guest.exits.seen if item[0] == "invlpg"]
     assert seen == [0x1234, 0x4321, 0x1000 + 0x4322, 0x4323]
+
+
+def test_cr8_is_the_hypervisors() -> None:
+    """Written and read by any register; more than four bits are #GP; 32-bit code has no such register."""
+    guest = HvmGuest()
+    # mov eax, 11; mov cr8, rax; mov r9, cr8; mov r10d, 5; mov cr8, r10; mov rdx, cr8
+    guest.long_mode("b80b000000 440f22c0 450f20c1 41ba05000000 450f22c2 440f20c2 e6f4ebfe")
+    assert guest.run() is StopReason.REQUESTED
+    assert [item for item in guest.exits.seen if item[0] == "cr8"] == [
+        ("cr8", 11),
+        ("cr8",),
+        ("cr8", 5),
+        ("cr8",),
+    ]
+    assert (guest.vcpu.regs.r9, guest.vcpu.regs.rdx) == (11, 5)
+    guest = HvmGuest()
+    guest.long_mode("b810000000 440f22c0 e6f4ebfe")
+    guest.handler(13, WITH_CODE)
+    assert guest.run() is StopReason.REQUESTED
+    assert guest.vcpu.regs.r15 == guest.body + 5
+    assert not [item for item in guest.exits.seen if item[0] == "cr8"]
