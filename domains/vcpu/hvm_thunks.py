@@ -14,6 +14,8 @@ HF_CS64: Final = 1 << 15
 CODE64_DPL0: Final = 0x00A09B00
 DATA_DPL0: Final = 0x00C09300
 UD: Final = 6
+RETRY: Final = 0xFFFF
+"""In place of a vector: nothing is delivered, the vCPU goes on at RIP."""
 
 
 def _u32(value: int) -> bytes:
@@ -39,6 +41,16 @@ def interrupt_hook(cpu: int, env: int, control: int, found: Offsets, exits: int,
         .jump("75", "correct")
         .emit("b8", _u32(ALWAYS), "0fa3f0")  # mov eax, ALWAYS; bt eax, esi (modulo 32: INT n may match)
         .jump("72", "correct")
+        .emit("83fe0e")  # cmp esi, #PF
+        .jump("75", "deliver")
+        .load("rdx", env)
+        .emit("488b82", _u32(Fixed.CR + 16))  # mov rax, [rdx + CR2]
+        .emit("a9ff0f0000")  # test eax, 4095
+        .jump("75", "deliver")
+        .emit("482b82", _u32(Fixed.SEGMENTS + SEGMENT_SIZE + 8))  # sub rax, [rdx + CS base]
+        .emit("48ffc8", "482b82", _u32(Fixed.RIP))  # dec rax; sub rax, [rdx + RIP]
+        .emit("483dff0f0000")  # cmp rax, 4095: the page behind RIP's, at most a page away
+        .jump("76", "correct")
         .label("deliver")
         .emit("897104")  # mov [rcx+4], esi
         .load("rax", env + found.exception_is_int)
@@ -53,8 +65,11 @@ def interrupt_hook(cpu: int, env: int, control: int, found: Offsets, exits: int,
         .label("correct")
         .call(correct)
         .load("rcx", control + Control.DELIVERING)
-        .emit("89c6", "39f6")  # mov esi, eax; cmp esi, esi
-        .jump("74", "deliver")
+        .emit("89c6", "81fe", _u32(RETRY))  # mov esi, eax; cmp esi, RETRY
+        .jump("75", "deliver")
+        .load("rax", env + found.old_exception)
+        .emit("c700", "ffffffff")  # mov dword [rax], -1
+        .emit("4883c408", "c3")  # add rsp, 8; ret
         .label("exit")
         .emit("c701", "00000000")  # mov dword [rcx], 0
         .load("rax", env + found.exception_is_int)

@@ -21,7 +21,7 @@ from domains.vcpu.context_reader import debug_registers
 from domains.vcpu.corrections import Corrections, general_registers
 from domains.vcpu.hvm_api import HvmExits
 from domains.vcpu.insides import library
-from domains.vcpu.machine import Machine
+from domains.vcpu.machine import LAST_CANONICAL_PAGE, Machine
 from domains.vcpu.operand import memory_operand
 from domains.vcpu.state import HF_CPL, HF_OSFXSR, RAX, RBX, RCX, RDX
 from domains.vcpu.thunks import Control
@@ -41,7 +41,7 @@ HF2_NMI: Final = 1 << 2
 EXIT_CR_READ: Final = 0
 EXIT_CR_WRITE, EXIT_INVLPG, EXIT_MSR, EXIT_SHUTDOWN = 0x10, 0x79, 0x7C, 0x7F
 INTERCEPT_INVLPG, INTERCEPT_MSR, INTERCEPT_SHUTDOWN = 1 << 25, 1 << 28, 1 << 31
-DB, UD, GP = 1, 6, 13
+DB, UD, GP, PF = 1, 6, 13, 14
 IF: Final = 1 << 9
 PE, VM, LMA = 1, 1 << 17, 1 << 10
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
@@ -430,6 +430,13 @@ class UnicornHvmVcpu(Machine):
             words = self._control.d
             if vector == DB:
                 self._watchpoints.forget()
+            elif not words[Control.DELIVERING // 4] and (
+                vector == PF or (vector == GP and self.regs.rip >> 12 == LAST_CANONICAL_PAGE)
+            ):
+                if self._edge_retried():
+                    return hvm_thunks.RETRY
+                if vector == PF:
+                    return vector
             vector, self.regs.error_code = self._corrections.correct(
                 vector,
                 self.regs.error_code,

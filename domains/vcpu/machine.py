@@ -31,6 +31,9 @@ CPU_EXTRA: Final = 12
 """Bytes of a context behind the CPU state: halted, interrupt_request, exception_index."""
 EXCP_INTERRUPT: Final = 0x10000
 """QEMU's number for "leave the run loop" among its exceptions."""
+ONE_INSTRUCTION: Final = 1
+"""As flags of a block to translate."""
+LAST_CANONICAL_PAGE: Final = (1 << 47) - 1 >> 12
 TSC_ONE: Final = 1 << 32
 """The multiplier of a guest whose TSC runs as the host's."""
 
@@ -96,6 +99,8 @@ class Machine(ABC):
         self._exception_index: Final = ctypes.c_int32.from_address(self._cpu + found.cpu_exception_index)
         self._watchpoints: Final = watchpoints.Watchpoints(self._cpu, found.cpu_interrupt_request, self)
         self._watch_hit: Final = self._watchpoints.hit
+        self._next_flags: Final = ctypes.c_uint32.from_address(self._cpu + watchpoints.next_flags_offset())
+        self._edge: tuple[int, int] | None = None
         self._breakpoints: Final = Breakpoints(self._machine, self._env)
         self._memory.undisturbed = self._undisturbed
         self._memory.map_device = self._map_device
@@ -180,6 +185,18 @@ class Machine(ABC):
 
     def _before_run(self, blocks: int) -> None:  # noqa: B027  # one kind has nothing to do here
         """What one kind of guest does before each run."""
+
+    def _edge_retried(self) -> bool:
+        """A fetch from the page behind RIP's faulted, maybe while a block in front of it was translated: RIP is at the block's first
+        instruction then, and none of it has run. True: the hook is to return, and that instruction runs alone; so one after the other, until
+        the one that really faults."""
+        tried = self.regs.rip, self._control.q[Control.COUNTDOWN // 8]
+        if tried == self._edge:
+            self._edge = None
+            return False
+        self._edge = tried
+        self._next_flags.value = ONE_INSTRUCTION
+        return True
 
     def put_off(self) -> bool:
         """MOV SS or POP SS has hit a data breakpoint: #DB comes behind the next instruction. False: that was another instruction, which is

@@ -14,8 +14,8 @@ from unicorn import UC_HOOK_INSN_INVALID, UC_HOOK_INTR, x86_const
 
 from domains.vcpu import thunks
 from domains.vcpu.api import GuestFault, PvMmio, PvSysenter, PvTraps, Trap
-from domains.vcpu.machine import Machine
-from domains.vcpu.state import RAX, RBX, RCX, RDX
+from domains.vcpu.machine import LAST_CANONICAL_PAGE, Machine
+from domains.vcpu.state import CR2, RAX, RBX, RCX, RDX, RIP
 from domains.vcpu.walk import GuestMemory, NotMapped
 
 PV_CR0: Final = 0x80050033
@@ -35,7 +35,9 @@ XEN_IDT: Final = 0xFFFF82D040440000
 IDT_LIMIT: Final = 0xFFF
 ENTRIES: Final = (b"\x0f\x05", b"\x0f\x34")
 """SYSCALL and SYSENTER."""
-DB, GP = 1, 13
+DB, GP, PF = 1, 13, 14
+FETCH: Final = 1 << 4
+"""In the error code of #PF."""
 _UD: Final = 6
 
 M32: Final = 0xFFFFFFFF
@@ -162,10 +164,21 @@ class UnicornVcpu(Machine):
         on_trap, failed, known, words = self._traps.on_trap, self._failed, self._known_traps, self.regs.d
         hit, forget = self._watch_hit, self._watchpoints.forget
         at_error, at_software = self._found.error_code // 4, self._found.exception_is_int // 4
+        q, retried = self.regs.q, self._edge_retried
 
         def hook(uc: int, vector: int, user: int) -> None:
             try:
                 key = (vector, words[at_error], words[at_software])
+                if vector == PF:
+                    if (
+                        key[1] & FETCH
+                        and not q[CR2] & 0xFFF
+                        and q[CR2] - 1 >> 12 == q[RIP] >> 12
+                        and retried()
+                    ):
+                        return
+                elif vector == GP and q[RIP] >> 12 == LAST_CANONICAL_PAGE and not key[2] and retried():
+                    return
                 trap = known.get(key)
                 if trap is None:
                     trap = Trap(vector, key[1], bool(key[2]))

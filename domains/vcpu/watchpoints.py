@@ -88,6 +88,12 @@ def _hit_offset() -> int:
     return hit
 
 
+@functools.cache
+def next_flags_offset() -> int:
+    """In the CPU object: how the next block is translated, once; 1: one instruction."""
+    return _found(_NEXT_FLAGS, library(), "cpu_io_recompile_x86_64", 0x60)
+
+
 def _insert(head: int) -> Code:
     """cpu_watchpoint_insert(rdi cpu, rsi address, rdx length, ecx flags, r8 where to write the entry). The processor ignores the bits of
     the address below the length."""
@@ -338,7 +344,7 @@ def fill(requests: int) -> CodePage:
     lib = library()
     head = _hit_offset() - 16
     leave = _found(_LEAVE, lib, "cpu_exit", 0x20)
-    flags = _found(_NEXT_FLAGS, lib, "cpu_io_recompile_x86_64", 0x60)
+    flags = next_flags_offset()
     name = "breakpoint_handler_x86_64"
     original = lib.address(name)
     moved = _HANDLER.match(lib.code(name, _HANDLER_BYTES))
