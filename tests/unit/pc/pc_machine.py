@@ -230,6 +230,12 @@ class Machine:
     def on_cr_write(self, register: int, value: int) -> int:
         return value
 
+    def on_cr8_read(self) -> int:
+        return 0
+
+    def on_cr8_write(self, priority: int) -> None:
+        pass
+
     def on_invlpg(self, address: int) -> None:
         pass
 
