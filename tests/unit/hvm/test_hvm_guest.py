@@ -371,3 +371,19 @@ def test_lists_of_grant_operations_have_any_length(count: int) -> None:
     number, command, sent = rig.upstream.calls[-1]
     assert (number, command) == (HYPERVISOR_grant_table_op, gt.GNTTABOP_map_grant_ref)
     assert len(sent) == count * gt.GNTTAB_MAP_GRANT_REF.size
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_the_debug_registers_at_first(bits: int) -> None:
+    """As XTF's debug-regs has them: nothing is armed, CR4.DE is clear, DEBUGCTL is 0."""
+    reads = {"0f21c0": 0, "0f21c8": 0, "0f21d0": 0, "0f21d8": 0, "0f21f0": 0xFFFF0FF0, "0f21f8": 0x400}
+    for code, value in reads.items():
+        rig = Rig(code + "ebfe", bits=bits)
+        rig.run(1)
+        assert rig.regs.rax == value, code
+    rig = Rig("0f20e0 ebfe", bits=bits)
+    rig.run(1)
+    assert not rig.regs.rax & 8
+    rig = Rig(mov("ecx", 0x1D9) + mov("eax", 7) + mov("edx", 7) + "0f32ebfe", bits=bits)
+    rig.run(1)
+    assert (rig.regs.rax, rig.regs.rdx) == (0, 0)
