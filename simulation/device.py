@@ -13,6 +13,7 @@ from domains.devices.runtime import DeviceModel
 from drivers.hw.nvme.media import MediaError
 from drivers.hw.nvme.pages import Identity
 from simulation.memory import SimStaging
+from simulation.order import Turns
 
 if TYPE_CHECKING:
     from simulation.machine import Machine
@@ -108,6 +109,9 @@ class Device:
         self.alive = True
         self.frozen_until = 0
         self.inbox: deque[tuple[int, Message]] = deque()
+        self.turns = Turns(machine.overtaken)
+        """To it."""
+        self.turns_back = Turns(machine.overtaken)
         self.staging = staging
         identity = Identity("SIM1", mdts=5, vectors=4, queues=4, namespaces=namespaces({1: media}, {1: 9}))
         self.kind = kind(identity, {1: media}, power_losses=lambda: media.losses)
@@ -127,6 +131,9 @@ class Device:
 
     def post(self, message: Message) -> None:
         """The hypervisor sends."""
+        self.machine.injector.link(self.turns, "device", message, lambda: self._post(message))
+
+    def _post(self, message: Message) -> None:
         scheduler = self.machine.scheduler
         self._due_in = max(self._due_in, scheduler.now + self.machine.latency())
         self.inbox.append((self._due_in, message))

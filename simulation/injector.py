@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from bus.abi.errno import XEN_ENOMEM, XEN_ENOSPC
+from bus.messages.envelope import Message
+from simulation.order import KINDS, Turns, kind_of
 from simulation.plan import Fault, What
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ AT_ONCE: Final = (0,)
 PASSIVE: Final = (
     What.LOSE,
     What.DUPLICATE,
+    What.REORDER,
     What.DELAY,
     What.NO_MEMORY,
     What.NO_PORTS,
@@ -39,6 +42,8 @@ class Injector:
         self.fired: list[Fault] = []
         self.counts: Counter[str] = Counter()
         self._by_event: dict[str, list[Fault]] = {}
+        self._links = False
+        """A plan has events of links."""
 
     def arm(self, faults: tuple[Fault, ...]) -> None:
         """Carry these out: from now on events count, and time runs."""
@@ -55,6 +60,7 @@ class Injector:
                 self.machine.scheduler.first(when, number, lambda fault=fault: self._fire(fault))  # type: ignore[misc]  # bound now
             else:
                 self._by_event.setdefault(fault.event, []).append(fault)
+                self._links = self._links or fault.event.partition(":")[0] in KINDS
 
     @property
     def armed_for(self) -> int:
@@ -114,6 +120,16 @@ class Injector:
             elif fault.what is What.DELAY:
                 delays = [delay + int(fault.for_ms * MS) for delay in delays]
         return delays
+
+    def link(self, turns: Turns, role: str, message: Message, put: Callable[[], None]) -> None:
+        """A message of the process of that role, or to it, passes."""
+        if not self._links:
+            put()
+            return
+        kind = kind_of(message)
+        faults = self.happen(f"{kind}:{role}") if kind else NONE
+        what = [fault.what for fault in faults]
+        turns.through(kind, put, twice=What.DUPLICATE in what, swap=What.REORDER in what)
 
     def hypercall(self, name: str) -> int:
         """A hypercall is made: 0, or the negative errno with which it is refused."""

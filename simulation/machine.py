@@ -35,6 +35,8 @@ from simulation.process import Bell, Process, SimDomain
 from simulation.scheduler import Scheduler
 
 STAGING: Final = 1 << 19
+OVERTAKEN_NS: Final = 50_000_000
+"""So long a message waits to be overtaken, at most."""
 ROLES: Final = {0: "dom0", 1: "domio", 2: "guest"}
 NAMES: Final = {
     (number, command.number): command.name.lower()
@@ -168,10 +170,19 @@ class Machine:
         """A line of the trace."""
         self.lines.append((self.scheduler.now, text))
 
+    def overtaken(self, release: Callable[[], None]) -> None:
+        """A message waits for the next of its kind (simulation.order): for so long."""
+        self.scheduler.after(OVERTAKEN_NS, release)
+
     # ------------------------------------------------------------------ from processes
 
     def from_domain(self, process: Process, message: Message) -> None:
         """A domain's process sends; the hypervisor takes it at once (what varies is when the answer comes)."""
+        self.injector.link(
+            process.turns_back, process.role, message, lambda: self._from_domain(process, message)
+        )
+
+    def _from_domain(self, process: Process, message: Message) -> None:
         core, domid, now = self.core, process.domid, self.now
         message = self.through(message, FROM_ANY_DOMAIN)
         if isinstance(message, Hypercall):
@@ -191,7 +202,8 @@ class Machine:
             process.check()
             core.call(now, domid, message.vcpu, message.token, message.nr, message.cmd, message.data)
         elif isinstance(message, OrderDone):
-            core.order_done(now, domid, message.order, message.rc, message.data)
+            if self.processes.get(domid) is process:
+                core.order_done(now, domid, message.order, message.rc, message.data)
         elif isinstance(message, DeviceAccess):
             self.devices.domain_access(now, domid, message)
         elif isinstance(message, Plug):
@@ -205,6 +217,9 @@ class Machine:
 
     def from_device(self, device: Device, message: Message) -> None:
         """The device's process sends."""
+        self.injector.link(device.turns_back, "device", message, lambda: self._from_device(device, message))
+
+    def _from_device(self, device: Device, message: Message) -> None:
         if device.alive and device is self.device:
             self.devices.receive(self.now, Bdf(device.bdf), self.through(message, FROM_DEVICE))
             self.apply()

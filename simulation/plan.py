@@ -8,7 +8,9 @@
 
 Events (`Injector.happen`): `hypercall:NAME` (as in bus.abi.hypercalls), `grant:map`, `ring:request`, `dma`, `notify:front`,
 `notify:back`, `interrupt`, `xenbus:back:N` and `xenbus:front:N` (XenbusState), `step:NAME` (of drivers.block.backend), `step:net-NAME`
-(of drivers.net.backend) and `ledger:NAME` (of drivers.block.ledger); they are the same names that a trace shows.
+(of drivers.net.backend) and `ledger:NAME` (of drivers.block.ledger); they are the same names that a trace shows. And messages on the link
+of a process (dom0, domio, guest, device) that may come twice or change places (simulation.order): `notification:ROLE`, `answer:ROLE`,
+`done:ROLE`; they are counted, and in a trace, only if a plan has one of them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bus.abi.hypercalls import HYPERCALLS
+from simulation.order import KINDS, NOTIFICATION, refusal
 
 MAX_FAULTS: Final = 64
 MAX_PLAN_BYTES: Final = 1 << 16
@@ -43,7 +46,9 @@ class What(StrEnum):
     LOSE = "lose"
     """The notification that the event names is lost (`notify:front`, `notify:back`, `interrupt`)."""
     DUPLICATE = "duplicate"
-    """The notification comes twice."""
+    """The notification, or the message of the event (`notification:ROLE`, `answer:ROLE`, `done:ROLE`), comes twice."""
+    REORDER = "reorder"
+    """The message of the event changes places with the next of its kind, if that comes within 50 ms."""
     DELAY = "delay"
     """The notification comes `for_ms` later."""
     POWER_CUT = "power-cut"
@@ -76,6 +81,8 @@ NET_STEPS: Final = (
 """Of drivers.net.backend."""
 RARE_STEPS: Final = ("recover.place", "recover.freed", "head.torn", "head.written")
 """Of the ledger, when a connection or a successor begins; not drawn by chance."""
+DOMAINS: Final = ("dom0", "domio", "guest")
+DEVICES: Final = ("device",)
 CALLS: Final = frozenset(
     command.name.lower() for call in HYPERCALLS.values() if call is not None for command in call.commands
 )
@@ -85,6 +92,7 @@ EVENTS: Final = frozenset(
         *(f"xenbus:{end}:{state}" for end in ("front", "back") for state in range(9)),
         *(f"step:{name}" for name in STEPS), *(f"ledger:{name}" for name in (*LEDGER_STEPS, *RARE_STEPS)),
         *(f"step:net-{name}" for name in NET_STEPS), *(f"hypercall:{name}" for name in CALLS),
+        *(f"{kind}:{role}" for kind in KINDS for role in (*DOMAINS, *DEVICES) if (kind, role) != (NOTIFICATION, "device")),
     ]
 )  # fmt: skip
 REAL_ONLY: Final = ("segfault", "silence", "cut", "spurious", "corrupt", "truncate", "no-iommu")
@@ -121,7 +129,6 @@ class Fault(BaseModel):
             raise ValueError("give either event (with n) or at_ms")
         needs: dict[What, tuple[str, ...]] = {
             What.LOSE: NOTIFICATIONS,
-            What.DUPLICATE: NOTIFICATIONS,
             What.DELAY: NOTIFICATIONS,
             What.NO_GRANTS: ("grant:map",),
             What.WRONG_DMA: ("dma",),
@@ -129,6 +136,11 @@ class Fault(BaseModel):
         wanted = needs.get(self.what)
         if wanted is not None and self.event not in wanted:
             raise ValueError(f"{self.what} needs event = one of {', '.join(wanted)}")
+        of_link = self.what is What.REORDER or (
+            self.what is What.DUPLICATE and self.event not in NOTIFICATIONS
+        )
+        if of_link and (why := refusal(self.what, self.event, DEVICES, DOMAINS)):
+            raise ValueError(why)
         if self.what in (What.NO_MEMORY, What.NO_PORTS) and not self.event.startswith("hypercall:"):
             raise ValueError(f"{self.what} needs event = 'hypercall:NAME'")
         if self.event and self.event not in EVENTS:

@@ -18,6 +18,7 @@ from domains.granting import Granting
 from domains.native.domain import NativeDomain, _Channel
 from domains.native.reactor import Callback, Reactor
 from simulation.memory import SimHostMemory
+from simulation.order import Turns
 from simulation.scheduler import Killed, Thread
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Process:
         self.frozen_until = 0
         self.slow_until = 0
         self.slow_factor = 1.0
+        self.turns = Turns(machine.overtaken)
+        """To it."""
+        self.turns_back = Turns(machine.overtaken)
         self.reactor = SimReactor(self)
         self.link = SimLink(self)
         self.host: SimDomain | None = None
@@ -46,7 +50,10 @@ class Process:
         return not self.thread.dead
 
     def post(self, message: Message) -> None:
-        """The hypervisor sends: messages of a link keep their order."""
+        """The hypervisor sends: messages of a link keep their order, unless a plan has them change it."""
+        self.machine.injector.link(self.turns, self.role, message, lambda: self._post(message))
+
+    def _post(self, message: Message) -> None:
         machine = self.machine
         latency = machine.latency()
         if machine.scheduler.now < self.slow_until:

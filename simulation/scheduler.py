@@ -79,6 +79,7 @@ class Scheduler:
         thread.finished = False
 
         def run(*_: object) -> None:
+            thread.ready = False  # it looks for itself
             try:
                 if not thread.dead:
                     body()

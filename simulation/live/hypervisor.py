@@ -19,13 +19,15 @@ from bus.abi.hypercalls import HYPERCALLS
 from bus.abi.xen import HYPERVISOR_grant_table_op
 from bus.dma_lane import pack, unpack
 from bus.messages.device import FROM_ANY_DOMAIN, FROM_DEVICE, Dma, DmaRequest
-from bus.messages.domain import Hypercall, HypercallReply, Raised, Refused
+from bus.messages.domain import Hypercall, HypercallReply, OrderDone, Raised, Refused
 from bus.messages.envelope import BadMessage, Message, decode, encode
 from hypervisor.shell.devices import address_of, is_device
+from hypervisor.shell.heartbeat import PING_ORDER
 from hypervisor.shell.peers import Peer
 from hypervisor.shell.server import Server
 from simulation.live.edge import Edge
 from simulation.live.plan import LINKS, Fault, What
+from simulation.order import ANSWER, Turns, kind_of
 
 STRANGE_IOVA: Final = 0x7FFF_0000_0000
 ANSWER_BYTES: Final = 12
@@ -57,10 +59,16 @@ def size_of(message: Message | DmaRequest) -> int:
 class _Link:
     """One process's link: until when it is slow or silent, and when what it holds is due."""
 
-    def __init__(self) -> None:
+    def __init__(self, hold: Callable[[int, Callable[[], None]], None]) -> None:
+        def later(release: Callable[[], None]) -> None:
+            hold(time.monotonic_ns() + self.wait, release)
+
         self.until = 0
         self.latency = self.jitter = 0
         self.bytes_per_s, self.narrow_until = 0, 0
+        self.turns = {"from": Turns(later), "to": Turns(later)}
+        self.wait = 0
+        """So long a message waits to be overtaken (ns)."""
         self.due = {"from": 0, "to": 0}
         """Nothing passes before this: messages keep their order."""
         self.rng = random.Random(0)
@@ -157,7 +165,21 @@ class FaultyServer(Server):
         self._apply()
 
     def _link(self, number: int) -> _Link:
-        return self._links.setdefault(int(number), _Link())
+        link = self._links.get(int(number))
+        if link is None:
+            link = self._links[int(number)] = _Link(self._hold)
+        return link
+
+    def _turn_of(self, peer: Peer, way: str, kind: str, put: Callable[[], None]) -> None:
+        """A message of that kind (simulation.order) passes, or comes twice, or waits for the next one."""
+        faults = EDGE.happen(f"{kind}:{self._role(peer.domain)}") if kind else []
+        link = self._link(peer.domain)
+        swap = [fault for fault in faults if fault.what is What.REORDER]
+        if swap:
+            link.wait = int(swap[0].latency_ms * MS)
+        self._act([fault for fault in faults if fault not in swap], time.monotonic_ns())
+        twice = any(fault.what is What.DUPLICATE for fault in faults)
+        link.turns[way].through(kind, put, twice=twice, swap=bool(swap))
 
     def _act(self, faults: list[Fault], now: int) -> None:
         """Faults of links; those of processes were carried out by the controller."""
@@ -211,11 +233,17 @@ class FaultyServer(Server):
             return
         if EDGE.timed:  # they came while an answer was waited for
             set_timer(self._timer, now)
-        when = self._link(peer.domain).delay(now, "from", held, lambda: size_of(changed))
-        if when:
-            self._hold(when, lambda: self._pass(peer, changed))
-        else:
-            super()._obey(peer, changed)
+        link, plain = self._link(peer.domain), super()._obey
+
+        def put() -> None:
+            when = link.delay(now, "from", held, lambda: size_of(changed))
+            if when:
+                self._hold(when, lambda: self._pass(peer, changed))
+            elif self.peers.get(peer.domain) is peer:
+                plain(peer, changed)
+
+        pinged = isinstance(changed, OrderDone) and changed.order == PING_ORDER
+        self._turn_of(peer, "from", "" if pinged else kind_of(changed), put)
 
     def _pass(self, peer: Peer, message: Message | DmaRequest) -> None:
         if self.peers.get(peer.domain) is peer:
@@ -273,11 +301,16 @@ class FaultyServer(Server):
             put = self._put(peer, message, faults, plain)
             if put is None:
                 return
-            when = self._link(peer.domain).delay(now, "to", 0, lambda: size_of(message))
-            if when:
-                self._hold(when, put)
-            else:
-                put()
+            passed = put
+
+            def go() -> None:
+                when = self._link(peer.domain).delay(now, "to", 0, lambda: size_of(message))
+                if when:
+                    self._hold(when, passed)
+                else:
+                    passed()
+
+            self._turn_of(peer, "to", kind_of(message), go)
 
         at_once = peer.answer_dma
 
@@ -285,17 +318,20 @@ class FaultyServer(Server):
             """An answer on the DMA lane: it can be late, and not be damaged (its way is the kernel's alone)."""
             now = time.monotonic_ns()
             self._act(EDGE.happen(f"to:{self._role(peer.domain)}"), now)
-            when = self._link(peer.domain).delay(now, "to", 0, lambda: ANSWER_BYTES)
             lane = peer.lane
 
             def put() -> None:
                 if self.peers.get(peer.domain) is peer and peer.lane is lane:
                     at_once(token, fault)
 
-            if when:
-                self._hold(when, put)
-            else:
-                put()
+            def go() -> None:
+                when = self._link(peer.domain).delay(now, "to", 0, lambda: ANSWER_BYTES)
+                if when:
+                    self._hold(when, put)
+                else:
+                    put()
+
+            self._turn_of(peer, "to", ANSWER, go)
 
         peer.send = send  # type: ignore[method-assign]  # this edge
         peer.answer_dma = answer_dma  # type: ignore[method-assign]  # the same

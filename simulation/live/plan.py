@@ -4,7 +4,9 @@ Events, by the process that sees them:
 
 hypervisor
     `hypercall:NAME` (as in bus.abi.hypercalls, lower case), `grant:map`, `grant:unmap`, `dma`, and `from:ROLE` and `to:ROLE`: a message
-    on the link of a process of that role (dom0, domio, domu, nvme)
+    on the link of a process of that role (dom0, domio, netio, domu, nvme). Of these, what may come twice or change places (simulation.order):
+    `notification:ROLE`: events were raised (with doorbells off); `answer:ROLE`: of a hypercall, or of DMA; `done:ROLE`: an order was carried
+    out, or a register access
 dom0
     `xenbus:front:N` and `xenbus:back:N`: that end's XenbusState of a block device becomes N, before anybody is told; `console:TEXT`: a
     console line that the regular expression TEXT matches
@@ -23,12 +25,15 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from simulation.order import KINDS, refusal
+
 EVENTS: Final = (
     "hypercall",
     "grant",
     "dma",
     "from",
     "to",
+    *KINDS,
     "xenbus",
     "console",
     "ring",
@@ -36,6 +41,8 @@ EVENTS: Final = (
     "ledger",
     "media",
 )
+DOMAINS: Final = ("dom0", "domio", "netio", "domu")
+DEVICES: Final = ("nvme",)
 ROLES: Final = ("hypervisor", "dom0", "domio", "netio", "domu", "nvme")
 
 
@@ -61,6 +68,10 @@ class What(StrEnum):
     """The target's connection is closed."""
     LOSE = "lose"
     """The message of the event (`to:ROLE`) is lost if it is a notification (needs doorbells off); at `dma`: its interrupts are."""
+    DUPLICATE = "duplicate"
+    """The message of the event (`notification:ROLE`, `answer:ROLE`, `done:ROLE`) comes twice."""
+    REORDER = "reorder"
+    """That message changes places with the next of its kind on its link, if that comes within `latency_ms`."""
     SPURIOUS = "spurious"
     """The device of the event (`dma`) raises its vectors 0 and 1 besides."""
     CORRUPT = "corrupt"
@@ -89,7 +100,7 @@ LINKS: Final = (What.DELAY, What.BANDWIDTH, What.SILENCE, What.CUT)
 HYPERVISORS: Final = (*LINKS, What.CLOCK_JUMP)
 """What the hypervisor's observer carries out."""
 PASSIVE: Final = (
-    What.LOSE, What.SPURIOUS, What.CORRUPT, What.TRUNCATE, What.NO_MEMORY, What.NO_PORTS, What.NO_GRANTS, What.NO_IOMMU, What.WRONG_DMA,
+    What.LOSE, What.DUPLICATE, What.REORDER, What.SPURIOUS, What.CORRUPT, What.TRUNCATE, What.NO_MEMORY, What.NO_PORTS, What.NO_GRANTS, What.NO_IOMMU, What.WRONG_DMA,
 )  # fmt: skip
 _NEEDS: Final[dict[What, tuple[str, ...]]] = {
     What.LOSE: ("to", "dma"), What.SPURIOUS: ("dma",), What.CORRUPT: ("from", "to"), What.TRUNCATE: ("from", "to"),
@@ -132,6 +143,10 @@ class Fault(BaseModel):
         needs = _NEEDS.get(self.what)
         if needs is not None and kind not in needs:
             raise ValueError(f"{self.what} needs an event of {', '.join(needs)}")
+        if self.what in (What.DUPLICATE, What.REORDER) and (
+            why := refusal(self.what, self.event, DEVICES, DOMAINS)
+        ):
+            raise ValueError(why)
         if self.what in (What.POWER_CUT, What.DEVICE_ERROR) and not self.target.startswith("nvme"):
             raise ValueError(f"{self.what} needs target = 'nvme'")
         if self.what is What.CLOCK_JUMP and self.target != "hypervisor":

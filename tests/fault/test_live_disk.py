@@ -154,3 +154,30 @@ def test_death_at_a_crash_point(worker: ChaosMachine, tmp_path: Path, what: What
         assert worker.faults.wait(fault).pids
         assert (told.group(1), told.group(2)) == ("ACK", written(image))
     worker.check()
+
+
+@pytest.mark.parametrize("event", ["done:domio", "done:domu", "answer:domio", "answer:dom0", "answer:domu"])
+@pytest.mark.parametrize("what", [What.DUPLICATE, What.REORDER])
+def test_answers_that_come_twice_or_in_another_order(
+    worker: ChaosMachine, tmp_path: Path, what: What, event: str
+) -> None:
+    """Of hypercalls and orders, while a disk comes, is written and goes: the first answer counts, and finds who waits for it."""
+    faults = [worker.faults.add(what, event=event, n=n, latency_ms=20) for n in range(1, 9, 2)]
+    with fresh(worker, tmp_path) as (vdev, image):
+        assert put(worker, vdev, image) == "ACK"
+        assert put(worker, vdev, image) == "ACK"
+    worker.check()
+    assert any(worker.faults.hit(fault) for fault in faults)
+
+
+@pytest.mark.parametrize("event", ["answer:nvme", "done:nvme"])
+def test_answers_of_a_device_and_to_it_that_come_twice(
+    worker: ChaosMachine, tmp_path: Path, event: str
+) -> None:
+    """Of DMA and of register accesses, also while the controller is set up: nothing is done for the second."""
+    faults = [worker.faults.add(What.DUPLICATE, event=event, n=n) for n in range(1, 30, 2)]
+    with fresh(worker, tmp_path) as (vdev, image):
+        assert put(worker, vdev, image) == "ACK"
+        assert put(worker, vdev, image) == "ACK"
+    worker.check()
+    assert any(worker.faults.hit(fault) for fault in faults)

@@ -276,6 +276,7 @@ def test_every_fault_that_a_plan_may_name_is_carried_out(what: What) -> None:
     """None is accepted and then not known: each strikes, and changes the run."""
     where: dict[What, dict[str, object]] = {
         What.LOSE: {"event": "interrupt"}, What.DUPLICATE: {"event": "notify:back"}, What.DELAY: {"event": "notify:back"},
+        What.REORDER: {"event": "answer:domio", "n": 3},
         What.NO_MEMORY: {"event": "hypercall:gnttabop_map_grant_ref"}, What.NO_PORTS: {"event": "hypercall:evtchnop_bind_interdomain"},
         What.NO_GRANTS: {"event": "grant:map"}, What.WRONG_DMA: {"event": "dma", "n": 20},
     }  # fmt: skip

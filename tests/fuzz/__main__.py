@@ -60,7 +60,7 @@ def main() -> int:
         ]  # fmt: skip
         begun = time.monotonic()
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=options.seconds + 120, check=False,
+            command, capture_output=True, text=True, errors="replace", timeout=2 * options.seconds + 120, check=False,
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )  # fmt: skip
         text = done.stdout + done.stderr

@@ -21,7 +21,14 @@ from bus.messages.domain import Order
 from bus.messages.warden import Deposit, Deposited
 from bus.packets import PacketLink
 from domains.dom0.builder.errors import BuildError
-from domains.dom0.toolstack.driver_domain import READY_TIMEOUT_S, DriverDomain, DriverDomainBusy, Restarts
+from domains.dom0.toolstack.driver_domain import (
+    MAX_RESTARTS,
+    READY_TIMEOUT_S,
+    WINDOW_S,
+    DriverDomain,
+    DriverDomainBusy,
+    Restarts,
+)
 from domains.dom0.toolstack.driver_guest import DriverGuest
 from domains.dom0.toolstack.vdev import number_of
 from domains.dom0.xc import ControlInterface
@@ -158,7 +165,14 @@ class Disks:
     def _device_ended(self, order: Order, fds: list[int]) -> bytes:
         bdf = order.body["bdf"]
         self._log(f"device {bdf:#x}: its process ended ({order.body['how']})")
-        self._host.reactor.after(RESTART_DELAY_S, lambda: self._plug_again(bdf))
+        wait = self._restarts.setdefault(bdf, Restarts()).wait()
+        if wait is None:
+            self._log(
+                f"device {bdf:#x} ended {MAX_RESTARTS} times, and never ran for {WINDOW_S:.0f} s: it is not plugged in any more; its log says "
+                "why; detach its disk, and attach it again"
+            )
+        else:
+            self._host.reactor.after(RESTART_DELAY_S + wait, lambda: self._plug_again(bdf))
         return b""
 
     def _plug_again(self, bdf: int) -> None:
@@ -168,13 +182,10 @@ class Disks:
                 found = ("nvme", disk.name)
         if found is None:
             return
-        if self._restarts.setdefault(bdf, Restarts()).allowed():
-            try:
-                self._xc.plug(bdf, *found)
-            except HypercallError as error:
-                self._log(f"device {bdf:#x} cannot be plugged in again: {error}")
-        else:
-            self._log(f"device {bdf:#x} ends again and again: it is not plugged in any more")
+        try:
+            self._xc.plug(bdf, *found)
+        except HypercallError as error:
+            self._log(f"device {bdf:#x} cannot be plugged in again: {error}")
 
     # ------------------------------------------------------------------ attaching
 
@@ -271,6 +282,7 @@ class Disks:
         """As far as it was plugged in: what is not there cannot be taken away, and is no error."""
         if disk.waiting is not None or disk.bdf == NO_DEVICE:
             return
+        self._restarts.pop(disk.bdf, None)
         try:
             self._xc.plug(disk.bdf, "nvme", disk.name, present=False)
         except HypercallError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,21 +21,32 @@ from domains.dom0.xenstore_service import XenstoreService
 from domains.native.domain import GrantError, NativeDomain
 
 READY_TIMEOUT_S: Final = 20.0
+WINDOW_S: Final = 10.0
 FAST_RESTARTS: Final = 20
-"""A process that ends more often than this within ten seconds is left alone, and an error is logged."""
+"""At most so many starts within WINDOW_S; what ends more often waits for its turn."""
+MAX_RESTARTS: Final = 200
+"""A process that ended so often, and each time within WINDOW_S of its start, is left alone, and an error is logged."""
 
 
 @dataclass(slots=True)
 class Restarts:
-    """How often something was started again lately."""
+    """When something that ended may be started again."""
 
-    times: list[float] = field(default_factory=list)
+    starts: deque[float] = field(default_factory=lambda: deque(maxlen=FAST_RESTARTS))
+    row: int = 0
+    """Ends since it last ran for WINDOW_S."""
 
-    def allowed(self) -> bool:
-        """One more, now."""
-        now = time.monotonic()
-        self.times = [moment for moment in self.times if now - moment < 10.0] + [now]
-        return len(self.times) <= FAST_RESTARTS
+    def wait(self) -> float | None:
+        """It ended: in how many seconds it is started again. None: never, it ends again and again."""
+        now, starts = time.monotonic(), self.starts
+        if starts and now - starts[-1] >= WINDOW_S:
+            self.row = 0
+        self.row += 1
+        if self.row > MAX_RESTARTS:
+            return None
+        due = max(now, starts[0] + WINDOW_S) if len(starts) == FAST_RESTARTS else now
+        starts.append(due)
+        return due - now
 
 
 class DriverDomainBusy(Exception):
@@ -66,6 +78,8 @@ class DriverDomain:
         self._pages: Final = pages
         self._model: Final = model
         self._restarts = Restarts()
+        self._due = False
+        """It waits for its turn to be restarted."""
         self.domid: DomId | None = None
         self._starting = False
         self.program: DriverGuest | None = None
@@ -163,18 +177,40 @@ class DriverDomain:
                     raise
                 self._host.reactor.once(0.2)
 
+    def _ended(self) -> DomId | None:
+        """Its number, if its process has ended and no other has taken its place."""
+        info = self._xc.domain_info(self.domid) if self.domid is not None else None
+        return self.domid if info is not None and info.flags & 4 else None  # XEN_DOMINF_shutdown
+
     def check(self) -> None:
         """VIRQ_DOM_EXC: has its process ended? It is restarted in place: same domain, memory, ports and rings."""
-        domid = self.domid
-        if domid is None:
+        if self._due or self._ended() is None:
             return
-        info = self._xc.domain_info(domid)
-        if info is None or not info.flags & 4:  # XEN_DOMINF_shutdown
-            return
-        if not self._restarts.allowed():
-            self._log(f"{self.name} ends again and again: it is not restarted any more")
+        wait = self._restarts.wait()
+        if wait is None:
+            self._log(
+                f"{self.name} ended {MAX_RESTARTS} times, and never ran for {WINDOW_S:.0f} s: it is not restarted any more, and what it "
+                "served is gone; its log says why; the next device that is attached to a guest starts it anew"
+            )
+            self._restarts = Restarts()
             self.give_up()
-            return
+        elif wait > 0:
+            self._log(
+                f"{self.name} ended {FAST_RESTARTS} times within {WINDOW_S:.0f} s: a new process starts in {wait:.1f} s"
+            )
+            self._due = True
+            self._host.reactor.after(wait, self._restart_late)
+        else:
+            self._restart()
+
+    def _restart_late(self) -> None:
+        self._due = False
+        self._restart()
+
+    def _restart(self) -> None:
+        domid = self._ended()
+        if domid is None:
+            return  # it was destroyed meanwhile
         if self.program is None:
             self._xc.resume(domid)
         elif not self.program.restart(domid):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from guests.build import build
+from tests.integration.disks.victims import victim
 from tests.support.chaos import chaos_machine
 from tests.support.machines import RunningMachine, running_machine
 from toolstack.domio import KINDS
@@ -71,20 +72,6 @@ def test_every_request_is_answered_as_it_should_be(tmp_path: Path, domio: str) -
     assert untouched == list(range(8192))
 
 
-def victim(machine: RunningMachine, role: str) -> int:
-    """The process of a role, once there is one: the one of before was killed just now. AssertionError."""
-    until = time.monotonic() + 45.0
-    while time.monotonic() < until:
-        if role == "domio":
-            pids = [machine.process_of(machine.domains()["DomIO"]["domid"])]
-        else:
-            pids = machine.processes(role)
-        if len(pids) == 1 and pids[0] > 0:
-            return pids[0]
-        machine.poll(0.01)
-    raise AssertionError(f"no process {role}")
-
-
 def endure(tmp_path: Path, domio: str, deaths: Sequence[str], rounds: int) -> None:
     """Kill the process of each role in turn, at random moments, while the ring is full."""
     image = tmp_path / "disk.img"
@@ -121,6 +108,23 @@ def test_requests_in_flight_survive(tmp_path: Path, domio: str) -> None:
 def test_requests_in_flight_survive_many_deaths(tmp_path: Path, domio: str) -> None:
     """The same, forty times."""
     endure(tmp_path, domio, ("domio", "nvme") * 20, 1000)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_storm_of_kills_is_served(tmp_path: Path) -> None:
+    """Sixty, each as soon as there is a process, which may not have said hello yet: DomIO comes back, and every request is answered."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTORS * 512))
+    with running_machine() as machine:
+        frontend(machine, image, "endure=n200")
+        machine.expect("front", "round 3:", 60.0)
+        pid = 0
+        for _ in range(60):
+            pid = victim(machine, "domio", pid)
+            os.kill(pid, signal.SIGKILL)
+        all_passed(machine, 180.0)
+        machine.check()
 
 
 @pytest.mark.parametrize("domio", KINDS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.disks.disk_images import MODULES, fsck, make_ext4, md5_of, tool
+from tests.integration.disks.victims import victim
 from tests.support.machines import Expected, RunningMachine, running_machine
 from toolstack.guestfetch import debian
 
@@ -56,11 +57,7 @@ def _interrupt(machine: RunningMachine, role: str, number: int, chance: random.R
     until = time.monotonic() + chance.uniform(0.0, 0.4)
     while time.monotonic() < until:
         machine.poll(0.02)
-    if role == "domio":  # the native program, or a guest's process like others
-        pid = machine.process_of(machine.domains()["DomIO"]["domid"])
-    else:
-        (pid,) = machine.processes(role)
-    os.kill(pid, number)
+    os.kill(victim(machine, role), number)
 
 
 def _survive(tmp_path: Path, plan: Sequence[tuple[str, int]], domio: str = "native") -> list[float]:
