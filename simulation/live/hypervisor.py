@@ -178,6 +178,8 @@ class FaultyServer(Server):
         if swap:
             link.wait = int(swap[0].latency_ms * MS)
         self._act([fault for fault in faults if fault not in swap], time.monotonic_ns())
+        if any(fault.what is What.LOSE for fault in faults):
+            return
         twice = any(fault.what is What.DUPLICATE for fault in faults)
         link.turns[way].through(kind, put, twice=twice, swap=bool(swap))
 
@@ -291,10 +293,10 @@ class FaultyServer(Server):
     # ------------------------------------------------------------------ messages that go
 
     def _add_peer(self, peer: Peer) -> None:
-        plain = peer.send
+        sends, replies, raises = peer.send, peer.reply, peer.raised
         self._links.pop(int(peer.domain), None)
 
-        def send(message: Message) -> None:
+        def passes(message: Message, plain: Callable[[Message], None]) -> None:
             now = time.monotonic_ns()
             faults = EDGE.happen(f"to:{self._role(peer.domain)}")
             self._act(faults, now)
@@ -311,6 +313,15 @@ class FaultyServer(Server):
                     passed()
 
             self._turn_of(peer, "to", kind_of(message), go)
+
+        def send(message: Message) -> None:
+            passes(message, sends)
+
+        def reply(token: int, rc: int, data: bytes) -> None:
+            passes(HypercallReply.made(token=token, rc=rc, data=data), lambda _: replies(token, rc, data))
+
+        def raised(events: list[tuple[int, int]]) -> None:
+            passes(Raised.made(events=events), lambda _: raises(events))
 
         at_once = peer.answer_dma
 
@@ -334,6 +345,8 @@ class FaultyServer(Server):
             self._turn_of(peer, "to", ANSWER, go)
 
         peer.send = send  # type: ignore[method-assign]  # this edge
+        peer.reply = reply  # type: ignore[method-assign]  # the same
+        peer.raised = raised  # type: ignore[method-assign]  # the same
         peer.answer_dma = answer_dma  # type: ignore[method-assign]  # the same
         super()._add_peer(peer)
 

@@ -25,7 +25,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from simulation.order import KINDS, refusal
+from simulation.order import KINDS, NOTIFICATION, refusal
 
 EVENTS: Final = (
     "hypercall",
@@ -67,7 +67,8 @@ class What(StrEnum):
     CUT = "cut"
     """The target's connection is closed."""
     LOSE = "lose"
-    """The message of the event (`to:ROLE`) is lost if it is a notification (needs doorbells off); at `dma`: its interrupts are."""
+    """The notification of the event (`notification:ROLE`, with doorbells off) is lost; at `to:ROLE` the message, if it is a notification;
+    at `dma`: its interrupts are."""
     DUPLICATE = "duplicate"
     """The message of the event (`notification:ROLE`, `answer:ROLE`, `done:ROLE`) comes twice."""
     REORDER = "reorder"
@@ -103,7 +104,7 @@ PASSIVE: Final = (
     What.LOSE, What.DUPLICATE, What.REORDER, What.SPURIOUS, What.CORRUPT, What.TRUNCATE, What.NO_MEMORY, What.NO_PORTS, What.NO_GRANTS, What.NO_IOMMU, What.WRONG_DMA,
 )  # fmt: skip
 _NEEDS: Final[dict[What, tuple[str, ...]]] = {
-    What.LOSE: ("to", "dma"), What.SPURIOUS: ("dma",), What.CORRUPT: ("from", "to"), What.TRUNCATE: ("from", "to"),
+    What.LOSE: ("to", "dma", NOTIFICATION), What.SPURIOUS: ("dma",), What.CORRUPT: ("from", "to"), What.TRUNCATE: ("from", "to"),
     What.NO_MEMORY: ("hypercall",), What.NO_PORTS: ("hypercall",), What.NO_GRANTS: ("grant",), What.NO_IOMMU: ("grant",),
     What.WRONG_DMA: ("dma",),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chaos import ChaosMachine, blank, chaos_machine, written
+from tests.support.machines import Expected
 from toolstack.faults import What
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.long]
@@ -181,3 +183,26 @@ def test_answers_of_a_device_and_to_it_that_come_twice(
         assert put(worker, vdev, image) == "ACK"
     worker.check()
     assert any(worker.faults.hit(fault) for fault in faults)
+
+
+def test_notifications_come_twice_late_or_not_at_all(tmp_path: Path) -> None:
+    """With doorbells off they are messages. The block protocol survives the loss of none: the last one is lost, and the guest waits."""
+    with chaos_machine(doorbells=False) as machine:
+        machine.boot()
+        machine.expect("worker", "WORKER", 120.0)
+        cells = itertools.product((What.DUPLICATE, What.REORDER), ("notification:domio", "notification:domu"))
+        for vdev, (what, event) in zip(("xvdc", "xvdd", "xvde", "xvdf"), cells, strict=True):
+            faults = [machine.faults.add(what, event=event, n=n, latency_ms=20) for n in range(1, 9, 2)]
+            image = blank(tmp_path / vdev)
+            machine.attach("worker", vdev, image)
+            assert put(machine, vdev, image) == "ACK"
+            assert put(machine, vdev, image) == "ACK"
+            assert all(machine.faults.hit(fault) for fault in faults)
+        machine.attach("worker", DISK, blank(tmp_path / "last.img"))
+        assert machine.does("worker", DISK, "put")
+        lost = machine.faults.add(What.LOSE, event="notification:domio", n=1)
+        tag = machine.put("worker", DISK)
+        machine.faults.wait(lost, machine.poll)
+        with pytest.raises(Expected):
+            machine.expect("worker", rf"(ACK|FAIL) {tag}", 3.0)
+        machine.check()
