@@ -46,17 +46,19 @@ class Staging:
         self._view = memoryview(bytearray(size))
         self._memory = memory
 
-    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+    def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
         at = (mfn - BASE << 12) + offset
         self._memory.view[at : at + length] = self._view[position : position + length]
 
-    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+    def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
         at = (mfn - BASE << 12) + offset
         self._view[position : position + length] = self._memory.view[at : at + length]
 
 
 class Still:
     """No frame ever moves."""
+
+    any_moving = False
 
     def moving(self, mfn: Mfn) -> bool:
         return False
@@ -110,7 +112,7 @@ def main() -> None:
         return 256
 
     print(f"map and unmap of one page: {best(change):7.0f} ns")
-    service, staging = DmaService(iommu, Still(), lambda mfn: None), Staging(memory, 16 << 20)
+    service, staging = DmaService(iommu, Still(), lambda mfn, count: None), Staging(memory, 16 << 20)
     results: list[DmaResult] = []
     for size in (4096, 131072):
         items = [DmaItem((0x1000 << 12) + i * size, size, True, i * size) for i in range(BATCH)]

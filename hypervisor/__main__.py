@@ -55,10 +55,9 @@ def main() -> None:
     core.physmap.grant_frame = grant_calls.physmap_frame
     core.memory_ops.resources[XENMEM_resource_grant_table] = grant_calls.resource
 
-    def written(mfn: Mfn) -> None:
-        owner = core.frames.owner(mfn)
-        if owner is not None:
-            core.views.frame_written(owner, mfn)
+    def written(mfn: Mfn, count: int) -> None:
+        for owner, first, frames in core.frames.owners(mfn, count):
+            core.views.frame_written(owner, Mfn(first), frames)
 
     def interrupt(now: int, entry: InterruptEntry) -> None:
         devices.interrupt(now, entry)

@@ -193,12 +193,15 @@ class Device:
         if model is None or self.words is None:
             return
         model.doorbells(now, 0, self.words)
-        clears, batches = model.step(now)
-        for _, offset, length in clears:
-            self.words.cast("B")[offset : offset + length] = bytes(length)
-        for batch in batches:
-            items = self.machine.injector.dma(list(batch.items))
-            self._send(Dma.made(token=batch.token, epoch=self.epoch, items=items, vectors=batch.vectors))
+        going = True
+        while going:
+            clears, batches = model.step(now)
+            for _, offset, length in clears:
+                self.words.cast("B")[offset : offset + length] = bytes(length)
+            for batch in batches:
+                items = self.machine.injector.dma(list(batch.items))
+                self._send(Dma.made(token=batch.token, epoch=self.epoch, items=items, vectors=batch.vectors))
+            going = model.unfinished
         deadline = model.next_deadline()
         if deadline is not None and deadline != self._timer:
             self._timer = deadline

@@ -91,10 +91,9 @@ class Machine:
         core.physmap.grant_frame = calls.physmap_frame
         core.memory_ops.resources[XENMEM_resource_grant_table] = calls.resource
 
-        def written(mfn: Mfn) -> None:
-            owner = core.frames.owner(mfn)
-            if owner is not None:
-                core.views.frame_written(owner, mfn)
+        def written(mfn: Mfn, count: int) -> None:
+            for owner, first, frames in core.frames.owners(mfn, count):
+                core.views.frame_written(owner, Mfn(first), frames)
 
         dma = DmaService(iommu, self.grants, written, self._interrupt)
         self.devices: Final = DeviceService(

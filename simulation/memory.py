@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
 from bus.addresses import PAGE_SHIFT, PAGE_SIZE, Mfn
 from domains.hostmem import HostMemory
@@ -127,10 +128,21 @@ class SimStaging:
         self.view = memoryview(bytearray(size))
         self._memory = memory
 
-    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+    def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
         """See Staging."""
-        self._memory._page(mfn)[offset : offset + length] = self.view[position : position + length]
+        for page, start, size in self._parts(mfn, offset, length):
+            page[start : start + size] = self.view[position : position + size]
+            position += size
 
-    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+    def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
         """See Staging."""
-        self.view[position : position + length] = self._memory._page(mfn)[offset : offset + length]
+        for page, start, size in self._parts(mfn, offset, length):
+            self.view[position : position + size] = page[start : start + size]
+            position += size
+
+    def _parts(self, mfn: Mfn, offset: int, length: int) -> Iterator[tuple[memoryview, int, int]]:
+        """(frame, offset in it, bytes)."""
+        while length:
+            size = min(length, PAGE_SIZE - offset)
+            yield self._memory._page(mfn), offset, size
+            mfn, offset, length = Mfn(mfn + 1), 0, length - size

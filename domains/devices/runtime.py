@@ -65,7 +65,11 @@ class DeviceModel(Protocol):
         """When `tick` is due."""
 
     def step(self, now: int) -> tuple[list[tuple[int, int, int]], Sequence[Batch]]:
-        """Do what can be done now: (BAR, offset, length) of the doorbells to zero, and DMA to carry out."""
+        """Do some of what can be done now: (BAR, offset, length) of the doorbells to zero, and DMA to carry out."""
+
+    @property
+    def unfinished(self) -> bool:
+        """There is more to do: call `step` again when that was sent."""
 
     def detach(self) -> None:
         """The end of its epoch: it gives the staging memory back."""
@@ -141,7 +145,7 @@ class DeviceProcess:
         for what comes after a receive found nothing."""
         while True:
             count = self.link.dispatch()
-            if not self._step() and not count:
+            if not self._step() and not count and not (self.model is not None and self.model.unfinished):
                 return
 
     def _now(self) -> int:

@@ -305,14 +305,16 @@ class Frontend:
             fresh = self._pages.allocate(need + number)
             part.pages, part.indirect = fresh[:need], fresh[need:]
         if part.op != BLKIF_OP_READ:
-            for at, page in enumerate(part.pages):
-                piece = part.data[at * PAGE : (at + 1) * PAGE]
-                page.data[: len(piece)] = piece
+            whole, data = length & ~(PAGE - 1), memoryview(part.data)
+            for at, page in zip(range(0, whole, PAGE), part.pages, strict=False):
+                page.data[:] = data[at : at + PAGE]
+            if whole < length:
+                part.pages[-1].data[: length - whole] = data[whole:]
         if not persistent:
             part.refs = self._pages.grant(part.pages, part.op != BLKIF_OP_READ)
-        segments: list[Segment] = [
-            (ref, 0, min(PAGE, length - at * PAGE) // size - 1) for at, ref in enumerate(part.refs)
-        ]
+        last = PAGE // size - 1
+        segments: list[Segment] = [(ref, 0, last) for ref in part.refs]
+        segments[-1] = (part.refs[-1], 0, (length - (need - 1) * PAGE) // size - 1)
         if indirect:
             for at, page in enumerate(part.indirect):
                 data = pack_segments(segments[at * SEGMENTS_PER_PAGE : (at + 1) * SEGMENTS_PER_PAGE])
@@ -361,7 +363,7 @@ class Frontend:
                     read = b""
                     if part.op == BLKIF_OP_READ and status == BLKIF_RSP_OKAY:
                         length = part.count * self.features.sector_size
-                        read = b"".join(bytes(page.data) for page in part.pages)[:length]
+                        read = b"".join([page.data for page in part.pages])[:length]  # whole pages: one copy
                     self._release(part, keep=True)
                     finished.append((part, status, read))
         if self._todo:

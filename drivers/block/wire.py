@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import Final, NamedTuple
 
 from bus.abi.io.blkif import BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD, BLKIF_OP_INDIRECT
@@ -63,7 +64,7 @@ def unpack_segments(data: bytes, offset: int, count: int) -> list[Segment]:
 
 def pack_segments(segments: Sequence[Segment]) -> bytes:
     """The segments' bytes, 8 each; at most 512."""
-    return _SEGMENTS[len(segments)].pack(*(value for segment in segments for value in segment))
+    return _SEGMENTS[len(segments)].pack(*chain.from_iterable(segments))
 
 
 def pack_request(

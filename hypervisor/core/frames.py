@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from errno import EINVAL, ENOMEM
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from bus.addresses import DomId, Mfn
 from hypervisor.core.config import MachineConfig
@@ -158,6 +158,27 @@ class FrameTable:
         if extent is None:
             return set()
         return {mfn for mfn, state in enumerate(extent.state, extent.base) if state in (RAM, XENHEAP)}
+
+    def owners(self, mfn: int, count: int) -> Iterator[tuple[DomId, int, int]]:
+        """(owner, first, count) of the frames from `mfn` on that somebody owns now, in as few runs as there can be."""
+        end = mfn + count
+        while mfn < end:
+            extent = self.find(mfn)
+            if extent is None:
+                mfn += 1
+                continue
+            state, base = extent.state, extent.base
+            stop = min(end, extent.end)
+            kinds = state[mfn - base : stop - base]
+            if kinds.count(RAM) == stop - mfn:  # nearly always
+                yield extent.domain, mfn, stop - mfn
+                mfn = stop
+                continue
+            for owned, group in groupby(kinds, lambda kind: kind in (RAM, XENHEAP)):
+                length = len(list(group))
+                if owned:
+                    yield extent.domain, mfn, length
+                mfn += length
 
     def is_ram_of(self, mfn: int, domain: DomId) -> bool:
         """The frame is guest RAM that the domain owns now."""

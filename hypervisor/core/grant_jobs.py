@@ -104,6 +104,11 @@ class Jobs:
         self._released = True
         self.pump()
 
+    @property
+    def holds_any(self) -> bool:
+        """A job has something in its hands."""
+        return bool(self._locked)
+
     def is_locked(self, key: Hashable) -> bool:
         """A job has this in its hands."""
         return key in self._locked

@@ -217,6 +217,11 @@ class GrantTables:
 
     # -- DMA and grants -------------------------------------------------------------------------------------------
 
+    @property
+    def any_moving(self) -> bool:
+        """Jobs hold frames, or whatever else."""
+        return self._core.jobs.holds_any
+
     def moving(self, mfn: Mfn) -> bool:
         """The frame's content is on its way into a window or home: nobody may touch it just now."""
         return self._core.jobs.is_locked(self._core.frame_key(mfn))

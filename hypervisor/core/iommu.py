@@ -12,12 +12,12 @@ cannot know the new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from errno import EBUSY, EEXIST, ENODEV, ENOENT, ESRCH
 from typing import Final, NamedTuple
 
-from bus.addresses import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bdf, DomId, Mfn
+from bus.addresses import PAGE_MASK, PAGE_SHIFT, Bdf, DomId, Mfn
 from hypervisor.core.errors import XenError
 from hypervisor.core.iommu_faults import FaultLog, FaultReason, FaultRecord
 from hypervisor.core.iommu_interrupts import InterruptEntry, InterruptTable
@@ -52,11 +52,16 @@ class Segment(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The part of a segment that lies in one frame."""
+    """A part of a segment that lies in frames that follow each other: `length` bytes from `offset` in the first of them on."""
 
     mfn: Mfn
     offset: int
     length: int
+
+    @property
+    def frames(self) -> int:
+        """How many they are."""
+        return (self.offset + self.length + PAGE_MASK) >> PAGE_SHIFT
 
 
 class DmaFault(Exception):  # the field's word; it is an answer to a device, not an error of ours
@@ -281,8 +286,8 @@ class Iommu:
             self._on_fault(record)
         return DmaFault(bdf, iova, write, reason)
 
-    def translate(self, now: int, bdf: Bdf, epoch: int, segments: list[Segment]) -> list[list[Piece]]:
-        """The pieces of each segment, all of them allowed. DmaFault for the first that is not; nothing is returned then.
+    def translate(self, now: int, bdf: Bdf, epoch: int, segments: Sequence[Segment]) -> list[list[Piece]]:
+        """The pieces of each segment, every frame of them allowed. DmaFault for the first that is not; nothing is returned then.
 
         The result is good only within this step of the core: whoever keeps it must translate again."""
         device = self._devices.get(bdf)
@@ -304,19 +309,24 @@ class Iommu:
                     raise self.refuse(now, bdf, iova, write, FaultReason.ADDRESS_BEYOND_WIDTH)
                 need = WRITE if write else READ
                 pieces: list[Piece] = []
-                while iova < end:
-                    value = part.get(iova >> PAGE_SHIFT)
+                mfn, following, begin = -1, -1, iova  # of the piece that is being made
+                for page in range(iova >> PAGE_SHIFT, (end + PAGE_MASK) >> PAGE_SHIFT):
+                    value = part.get(page)
                     if value is None:
                         misses += 1
-                        value = self._miss(now, bdf, domain, iova, write)
+                        value = self._miss(now, bdf, domain, max(iova, page << PAGE_SHIFT), write)
                     else:
                         hits += 1
                     if not value & need:
-                        raise self.refuse(now, bdf, iova, write, _denied(write))
-                    offset = iova & PAGE_MASK
-                    size = min(PAGE_SIZE - offset, end - iova)
-                    pieces.append(Piece(Mfn(value >> 2), offset, size))
-                    iova += size
+                        raise self.refuse(now, bdf, max(iova, page << PAGE_SHIFT), write, _denied(write))
+                    if value >> 2 != following:
+                        if mfn >= 0:
+                            at = page << PAGE_SHIFT
+                            pieces.append(Piece(Mfn(mfn), begin & PAGE_MASK, at - begin))
+                            begin = at
+                        mfn = following = value >> 2
+                    following += 1
+                pieces.append(Piece(Mfn(mfn), begin & PAGE_MASK, end - begin))
                 result.append(pieces)
         finally:
             self.tlb.hits += hits

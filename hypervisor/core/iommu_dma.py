@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from bus.addresses import PAGE_SHIFT, Bdf, DomId, Mfn
+from bus.addresses import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bdf, DomId, Mfn
 from bus.trace import NOBODY, Kind, Trace, off
 from hypervisor.core.iommu import DmaFault, Iommu, Piece, Segment
 from hypervisor.core.iommu_faults import FaultReason
@@ -38,18 +38,22 @@ class Staging(Protocol):
     size: int
     """Bytes; fixed when it was made (sealed)."""
 
-    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
-        """Copy from the staging memory into a frame."""
+    def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+        """Copy from the staging memory into a frame, from `offset` in it on, and those that follow it."""
 
-    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
-        """Copy from a frame into the staging memory."""
+    def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+        """Copy from frames into the staging memory."""
 
 
 class StillFrames(Protocol):
     """What DMA needs of the grant tables (`GrantTables`)."""
 
+    @property
+    def any_moving(self) -> bool:
+        """There are frames that nobody may touch just now."""
+
     def moving(self, mfn: Mfn) -> bool:
-        """Nobody may touch the frame just now."""
+        """This is one of them."""
 
     def when_still(self, now: int, mfns: set[Mfn], domain: DomId, run: Callable[[bool], None]) -> None:
         """Call `run` when that is over; with False if it will not be."""
@@ -96,14 +100,14 @@ class _Running:
 
 
 class DmaService:
-    """Carries out batches. `written` is told of each frame that was written (translated code of it is stale),
-    `interrupt` of each vector that goes to a domain."""
+    """Carries out batches. `written` is told which frames were written (the first, and how many that follow each other: translated
+    code of them is stale), `interrupt` of each vector that goes to a domain."""
 
     def __init__(
         self,
         iommu: Iommu,
         frames: StillFrames,
-        written: Callable[[Mfn], None],
+        written: Callable[[Mfn, int], None],
         interrupt: Callable[[int, InterruptEntry], None] = lambda now, entry: None,
         *,
         trace: Trace | None = None,
@@ -163,9 +167,7 @@ class DmaService:
         while running.next < len(batch.items):
             item = batch.items[running.next]
             try:
-                (pieces,) = iommu.translate(
-                    now, batch.bdf, batch.epoch, [Segment(item.iova, item.length, item.write)]
-                )
+                (pieces,) = iommu.translate(now, batch.bdf, batch.epoch, [Segment(*item[:3])])
             except DmaFault as fault:
                 if self._trace.on[0]:
                     self._note(batch, running.next, None, fault.reason)
@@ -173,8 +175,7 @@ class DmaService:
                 return DmaResult(FAULT_EPOCH if stale else running.next, fault.reason, fault.iova)
             if item.position < 0 or item.position + item.length > staging.size:
                 return self._refused(now, batch, running.next, FaultReason.MALFORMED)
-            moving = {piece.mfn for piece in pieces if self._frames.moving(piece.mfn)}
-            if moving:
+            if self._frames.any_moving and (moving := self._moving(pieces)):
                 return self._wait(now, running, moving)
             if self._trace.on[0]:
                 self._note(batch, running.next, pieces, None)
@@ -194,12 +195,23 @@ class DmaService:
             values = (batch.token, place, item.iova, item.length, 0, reason << 16 | NOBODY)
             self._trace.add(Kind.DMA, track, batch.bdf, *values)
         iova = item.iova
-        for mfn, offset, length in pieces or ():
-            owner = self._owner(mfn)
-            machine = mfn << PAGE_SHIFT | offset
-            verdict = NOBODY if owner is None else int(owner)
-            self._trace.add(Kind.DMA, track, batch.bdf, batch.token, place, iova, length, machine, verdict)
-            iova += length
+        for first, start, whole in pieces or ():
+            end = start + whole
+            for step in range(0, end, PAGE_SIZE):  # a record a frame
+                mfn, offset = Mfn(first + (step >> PAGE_SHIFT)), max(start - step, 0)
+                length = min(PAGE_SIZE, end - step) - offset
+                owner = self._owner(mfn)
+                machine = mfn << PAGE_SHIFT | offset
+                verdict = NOBODY if owner is None else int(owner)
+                self._trace.add(
+                    Kind.DMA, track, batch.bdf, batch.token, place, iova, length, machine, verdict
+                )
+                iova += length
+
+    def _moving(self, pieces: list[Piece]) -> set[Mfn]:
+        """Those of the frames that are on their way."""
+        frames = (Mfn(piece.mfn + step) for piece in pieces for step in range(piece.frames))
+        return {mfn for mfn in frames if self._frames.moving(mfn)}
 
     def _wait(self, now: int, running: _Running, moving: set[Mfn]) -> DmaResult | None:
         batch = running.batch
@@ -224,14 +236,14 @@ class DmaService:
         device.requests += 1
         if item.write:
             for mfn, offset, length in pieces:
-                staging.to_frame(position, mfn, offset, length)
+                staging.to_frames(position, mfn, offset, length)
                 position += length
-                self._written(mfn)
+                self._written(mfn, (offset + length + PAGE_MASK) >> PAGE_SHIFT)
             self._tell_written()  # the next item may be the completion that says so
             device.bytes_written += item.length
             return
         for mfn, offset, length in pieces:
-            staging.from_frame(mfn, offset, position, length)
+            staging.from_frames(mfn, offset, position, length)
             position += length
         device.bytes_read += item.length
 

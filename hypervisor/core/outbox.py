@@ -39,8 +39,10 @@ class Outbox:
         self._next_id = 1
         self._max_orders = max_orders
         self._stale: dict[DomId, list[int]] = {}
-        self.stale_now: Callable[[DomId, Sequence[int]], None] | None = None
-        """The shell's: tells a domain's process of stale frames at once. None: the order `drop_code` does, in its turn."""
+        self._stale_runs: dict[DomId, list[tuple[int, int]]] = {}
+        self.stale_now: Callable[[DomId, Sequence[tuple[int, int]]], None] | None = None
+        """The shell's: tells a domain's process at once of stale frames, (first, count) each. None: the order `drop_code` does, in its
+        turn."""
 
     def emit(self, effect: Effect) -> None:
         """Append one effect."""
@@ -48,30 +50,39 @@ class Outbox:
 
     def take(self) -> list[Effect]:
         """All effects since the last call, in order."""
+        self.tell_stale()
         effects, self._effects = self._effects, []
         if effects:  # an order about stale code is one
             self._stale.clear()
         return effects
 
-    def code_is_stale(self, domain: DomId, mfn: Mfn) -> None:
-        """Order `drop_code`: somebody wrote to the frame. Frames of one step of the core go in one order, at the place of the first:
-        nothing leaves before the step is over, and by then all of them are written."""
-        frames = self._stale.get(domain)
-        if frames is None or len(frames) >= MAX_STALE_FRAMES:
-            frames = self._stale[domain] = []
-            self.tell(domain, "drop_code", {"frames": frames})
-        if not frames or frames[-1] != mfn:
-            frames.append(int(mfn))
+    def code_is_stale(self, domain: DomId, mfn: Mfn, count: int = 1) -> None:
+        """Somebody wrote to the frame, and so many from it on. The order `drop_code` names frames of one step of the core together, at the
+        place of the first: nothing leaves before the step is over, and by then all of them are written. Where the shell has another way
+        (`stale_now`), they are told by `tell_stale`, and no later than the step's effects."""
+        if self.stale_now is not None:
+            runs = self._stale_runs.setdefault(domain, [])
+            first, length = runs[-1] if runs else (0, 0)
+            if length and first <= mfn <= first + length:  # behind the last run, or in it
+                runs[-1] = (first, max(length, mfn + count - first))
+            else:
+                runs.append((mfn, count))
+            return
+        for frame in range(mfn, mfn + count):
+            frames = self._stale.get(domain)
+            if frames is None or len(frames) >= MAX_STALE_FRAMES:
+                frames = self._stale[domain] = []
+                self.tell(domain, "drop_code", {"frames": frames})
+            if not frames or frames[-1] != frame:
+                frames.append(frame)
 
     def tell_stale(self) -> None:
         """What `code_is_stale` collected is told at once, where the shell has a way for that (`stale_now`): before the next byte is written
         that says to anybody that those frames were. A domain that polls its memory learns of it in no other order."""
-        if self.stale_now is None or not self._stale:
-            return
-        for domain, frames in self._stale.items():
-            self.stale_now(domain, list(frames))
-            frames.clear()  # the order that waits says nothing more
-        self._stale.clear()
+        if self._stale_runs and self.stale_now is not None:
+            for domain, runs in self._stale_runs.items():
+                self.stale_now(domain, runs)
+            self._stale_runs.clear()
 
     def log(self, level: str, text: str, domain: DomId | None = None) -> None:
         """A line for the hypervisor's log."""

@@ -104,11 +104,12 @@ class DomainViews:
         found.p2m.clear(gfn)
         return True
 
-    def frame_written(self, domain: DomId, mfn: Mfn) -> None:
-        """Order `drop_code`: the hypervisor wrote to the frame; translated code of it is stale. A native domain runs no guest code."""
+    def frame_written(self, domain: DomId, mfn: Mfn, count: int = 1) -> None:
+        """Order `drop_code`: the hypervisor wrote to the frame, or so many from it on; translated code of them is stale. A native domain
+        runs no guest code."""
         found = self._get(domain)
         if found is not None and found.process_alive and found.kind is not Kind.NATIVE:
-            self._outbox.code_is_stale(domain, mfn)
+            self._outbox.code_is_stale(domain, mfn, count)
 
     def crash(self, domain: DomId, reason: str) -> None:
         """Crash the domain: its process is ended."""

@@ -48,17 +48,17 @@ class MemfdStaging:
         self._view = memoryview(self._mapping)
         self._memory = memory
 
-    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+    def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
         """See Staging: one copy."""
-        view, start = self._memory.place_of(mfn)
-        start += offset
-        view[start : start + length] = self._view[position : position + length]
+        for view, start, size in self._memory.places(mfn, offset, length):
+            view[start : start + size] = self._view[position : position + size]
+            position += size
 
-    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+    def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
         """See Staging: one copy."""
-        view, start = self._memory.place_of(mfn)
-        start += offset
-        self._view[position : position + length] = view[start : start + length]
+        for view, start, size in self._memory.places(mfn, offset, length):
+            self._view[position : position + size] = view[start : start + size]
+            position += size
 
     def close(self) -> None:
         """Give it back."""

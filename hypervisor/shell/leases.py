@@ -34,16 +34,11 @@ def cpu_clock(pid: int) -> int:
         return 0
 
 
-def _runs(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of frames that follow each other."""
-    first, count = frames[0], 0
-    for frame in frames:
-        if frame == first + count and count < lp.MAX_STALE_RUN:
-            count += 1
-            continue
-        yield first, count
-        first, count = frame, 1
-    yield first, count
+def _short_runs(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same frames, in runs that fit an entry."""
+    for first, count in runs:
+        for start in range(first, first + count, lp.MAX_STALE_RUN):
+            yield start, min(lp.MAX_STALE_RUN, first + count - start)
 
 
 @dataclass(slots=True)
@@ -142,16 +137,17 @@ class Leases:
             if unit.state is State.HOLDING:
                 self._trace.add(Kind.LEASE, unit.cpu, unit.domain, 1, unit.end or 0, time=now)
 
-    def stale(self, domain: DomId, frames: Sequence[int]) -> None:
-        """These frames of the domain were written by somebody else: its process drops what it translated from them before it runs guest
+    def stale(self, domain: DomId, runs: Sequence[tuple[int, int]]) -> None:
+        """These frames of the domain, (first, count) each, were written by somebody else: its process drops what it translated from them before it runs guest
         code. A vCPU that runs stops before its next block; one that does not needs no waking. A domain without a process, or that runs
         no guest code, has nothing to drop."""
         lease = self._leases.get(domain)
-        if lease is None or not frames:
+        if lease is None or not runs:
             return
         words = lease.page.words
         taken = words[lp.DROPPED]  # its own word: what it says wrong harms its own guest
-        runs = list(_runs(frames))
+        if any(count > lp.MAX_STALE_RUN for _, count in runs):
+            runs = list(_short_runs(runs))
         if taken > lease.stale or lease.stale + len(runs) - taken > lp.STALE_ENTRIES:
             lease.stale += 1
             words[lp.STALE_ALL] = lease.stale

@@ -56,6 +56,25 @@ class MemfdMemory:
         """Where a frame is mapped here: a view, and the frame's offset in it. KeyError if there is no such memory."""
         return self._at(mfn)
 
+    def places(self, mfn: int, offset: int, length: int) -> list[tuple[memoryview, int, int]]:
+        """Where `length` bytes from `offset` in a frame on are mapped here, in the frame and those that follow it: (view, offset in it,
+        bytes) of what lies in a row. KeyError if there is no such memory."""
+        view, start = self._at(mfn)
+        end = offset + length
+        if end <= PAGE_SIZE:
+            return [(view, start + offset, length)]
+        found: list[tuple[memoryview, int, int]] = []
+        begin, next_start = start + offset, start
+        for frame in range(mfn + 1, mfn + ((end + PAGE_SIZE - 1) >> PAGE_SHIFT)):
+            next_start += PAGE_SIZE
+            other, place = self._at(frame)
+            if other is not view or place != next_start:
+                found.append((view, begin, next_start - begin))
+                view, begin, next_start = other, place, place
+        done = sum(size for _, _, size in found)
+        found.append((view, begin, length - done))
+        return found
+
     def _at(self, mfn: int) -> tuple[memoryview, int]:
         placed = self._placed.get(mfn)
         if placed is not None:

@@ -10,7 +10,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from bus.abi.xen import HYPERVISOR_domctl, HYPERVISOR_sysctl
 from bus.addresses import Bdf, DomId
@@ -584,9 +584,6 @@ class Server:
             self._lost.append((effect.domain, str(lost)))
 
     def _order(self, peer: Peer, order: fx.Order) -> None:
-        if order.kind == "drop_code":
-            self.leases.stale(order.domain, cast("list[int]", order.body["frames"]))
-            return
         body = order.body
         if order.windows:
             body = {**body, "windows": [window for window, _ in order.windows]}

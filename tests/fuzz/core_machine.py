@@ -83,7 +83,7 @@ class WholeCore:
         dma = DmaService(
             iommu,
             self.grants,
-            lambda mfn: None,
+            lambda mfn, count: None,
             raise_interrupt,
         )
         self.devices = DeviceService(

@@ -20,6 +20,9 @@ from drivers.hw.nvme.pages import Counters, Identity, Namespace
 LOG: Final = Logger("nvme")
 OPERATIONS = list(MediaOp)
 """Their places are what a trace record says."""
+BURST: Final = 8
+BURST_BYTES: Final = 512 << 10
+"""Requests and bytes that the media do before what is done goes out: others work on that while the media do the rest."""
 MAX_REPORTS = 20
 """Media errors that go to the log, a device's life long."""
 
@@ -95,8 +98,11 @@ class NvmeModel:
     def step(self, now: int) -> tuple[list[tuple[int, int, int]], Sequence[Batch]]:
         """See DeviceModel."""
         controller = self.controller
-        while requests := controller.take_media():
+        count, size = BURST, BURST_BYTES
+        while count > 0 and size > 0 and (requests := controller.take_media(count, size)):
             for request in requests:
+                count -= 1
+                size -= request.length
                 watched = self._trace.on[0]
                 began = self._trace.now() if watched else 0
                 result = self._disks.perform(request, self._staging)
@@ -109,6 +115,11 @@ class NvmeModel:
         clears = [(spec.BAR, offset, length) for offset, length in controller.take_clears()]
         batches: list[DmaBatch] = controller.take_batches()
         return clears, batches
+
+    @property
+    def unfinished(self) -> bool:
+        """See DeviceModel."""
+        return self.controller.media_left
 
     def detach(self) -> None:
         """See DeviceModel."""

@@ -35,6 +35,8 @@ FETCH_BURST: Final = 64
 """Submission entries read at once from one queue: a page of staging memory."""
 ENTRIES_PER_PAGE: Final = PAGE // spec.CQE_SIZE
 ONES: Final = (1 << 64) - 1
+ALL: Final = 1 << 62
+"""Bytes: more than there are."""
 NO_COMMAND: Final = 0xFFFF
 """An identifier that no command has (NVMe 1.4, 5.21.1.12): in trace records."""
 
@@ -414,12 +416,25 @@ class Controller:
 
         next_one(task, MediaResult.OK)
 
-    def take_media(self) -> list[MediaRequest]:
-        """Effect: what the media have to do."""
+    def take_media(self, count: int = MAX_TASKS, size: int = ALL) -> list[MediaRequest]:
+        """Effect: what the media have to do: so many requests, or bytes, at the most, but one at least. What is left is forgotten by a
+        reset."""
         if self._shutting and not self._resetting:
             self._go_on_shutting()
-        requests, self._requests = self._requests, []
-        return requests
+        requests = self._requests
+        stop = 0
+        for request in requests[:count]:
+            stop += 1
+            size -= request.length
+            if size <= 0:
+                break
+        taken, self._requests = requests[:stop], requests[stop:]
+        return taken
+
+    @property
+    def media_left(self) -> bool:
+        """There are requests to take."""
+        return bool(self._requests)
 
     def media_done(self, now: int, token: int, result: MediaResult) -> None:
         """A medium's answer. Unknown tokens are dropped."""
@@ -560,7 +575,7 @@ class Controller:
     # -- DMA ------------------------------------------------------------------------------------------------------
 
     def take_batches(self) -> list[DmaBatch]:
-        """Effect: DMA to carry out. Call it when the media have nothing to do."""
+        """Effect: DMA to carry out. Call it when the media have nothing to do, or did a good part of it."""
         if self._works:
             self._build()
             if self.dma.room and not self._shutting and not self.csts & spec.CSTS_SHST_MASK:

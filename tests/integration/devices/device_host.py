@@ -40,6 +40,8 @@ BASE = 0x1000
 
 
 class _Still:
+    any_moving = False
+
     def moving(self, mfn: Mfn) -> bool:
         return False
 
@@ -62,7 +64,7 @@ class DeviceHost:
         for gfn in range(FRAMES):
             self.iommu.map_page(DOMAIN, gfn, Mfn(BASE + gfn), True)
         self.interrupts: list[int] = []
-        self.dma = DmaService(self.iommu, _Still(), lambda mfn: None, self._interrupt)
+        self.dma = DmaService(self.iommu, _Still(), lambda mfn, count: None, self._interrupt)
         self.epoch = self.iommu.assign(BDF, DOMAIN)
         self.shell = DeviceShell(self.machine)
         self.doorbells = doorbells

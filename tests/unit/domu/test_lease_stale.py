@@ -20,6 +20,12 @@ from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.leases import Leases
 
 GUEST = DomId(1)
+LONG = [
+    (100, lp.MAX_STALE_RUN),
+    (100 + lp.MAX_STALE_RUN, lp.MAX_STALE_RUN),
+    (100 + 2 * lp.MAX_STALE_RUN, 1),
+]
+"""A run that is too long for an entry, as it is told."""
 
 
 class Both:
@@ -58,11 +64,11 @@ def test_runs_of_stale_frames_are_told_once(both: Both) -> None:
     """In order, neighbours together; a vCPU that runs is stopped, nobody is woken."""
     assert Lease(lambda: None).take_stale() == [], "without a page there is nobody to tell"
     assert both.lease.take_stale() == []
-    both.leases.stale(GUEST, [7, 8, 9, 3, 5, 4])
-    both.leases.stale(GUEST, [10])
+    both.leases.stale(GUEST, [(7, 3), (3, 1), (5, 1), (4, 1)])
+    both.leases.stale(GUEST, [(10, 1), (100, 2 * lp.MAX_STALE_RUN + 1)])
     assert both.rings == []
     assert both.page.words[lp.BELL] == 1
-    assert both.lease.take_stale() == [(7, 3), (3, 1), (5, 1), (4, 1), (10, 1)]
+    assert both.lease.take_stale() == [(7, 3), (3, 1), (5, 1), (4, 1), (10, 1), *LONG]
     assert both.lease.take_stale() == []
 
 
@@ -70,7 +76,7 @@ def test_the_ring_goes_round(both: Both) -> None:
     """No frame is lost over many times its size."""
     told: list[int] = []
     for number in range(0, 5 * lp.STALE_ENTRIES, 6):
-        both.leases.stale(GUEST, [2 * (number + step) for step in range(6)])
+        both.leases.stale(GUEST, [(2 * (number + step), 1) for step in range(6)])
         if number % 7 == 0:
             told += [first for first, _ in both.lease.take_stale() or ()]
     told += [first for first, _ in both.lease.take_stale() or ()]
@@ -80,12 +86,12 @@ def test_the_ring_goes_round(both: Both) -> None:
 def test_where_there_is_no_room_all_frames_are_stale(both: Both) -> None:
     """A process that did not look for long drops everything, once; then it is told frame by frame again."""
     for number in range(2 * lp.STALE_ENTRIES):
-        both.leases.stale(GUEST, [2 * number])
+        both.leases.stale(GUEST, [(2 * number, 1)])
     assert both.lease.take_stale() is None
     assert both.lease.take_stale() == []
-    both.leases.stale(GUEST, [12])
+    both.leases.stale(GUEST, [(12, 1)])
     assert both.lease.take_stale() == [(12, 1)]
-    both.leases.stale(GUEST, range(0, 2 * lp.STALE_ENTRIES + 2, 2))
+    both.leases.stale(GUEST, [(2 * number, 1) for number in range(lp.STALE_ENTRIES + 1)])
     assert both.lease.take_stale() is None
 
 
@@ -94,13 +100,13 @@ def test_a_page_that_the_domain_wrote_over_costs_nobody_else(both: Both) -> None
     for value in (0, 1, 1 << 40, (1 << 64) - 1):
         for word in range(lp.SIZE // 8):
             both.page.words[word] = value
-        both.leases.stale(GUEST, [1, 2, 5])
+        both.leases.stale(GUEST, [(1, 2), (5, 1)])
         both.lease.take_stale()
     assert both.lease.take_stale() == []
 
 
 def test_a_domain_without_a_page_is_told_nothing(both: Both) -> None:
     """It has no process, or runs no guest code."""
-    both.leases.stale(DomId(2), [1])
+    both.leases.stale(DomId(2), [(1, 1)])
     both.leases.stale(GUEST, [])
     assert both.lease.take_stale() == []

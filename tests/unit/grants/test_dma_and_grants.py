@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import settings
@@ -44,11 +45,22 @@ class Staging:
         self.data = bytearray(size)
         self._memory = world.memory
 
-    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
-        self._memory.write(mfn, offset, bytes(self.data[position : position + length]))
+    def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+        for frame, start, size in self._parts(mfn, offset, length):
+            self._memory.write(frame, start, bytes(self.data[position : position + size]))
+            position += size
 
-    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
-        self.data[position : position + length] = self._memory.read(mfn, offset, length)
+    def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+        for frame, start, size in self._parts(mfn, offset, length):
+            self.data[position : position + size] = self._memory.read(frame, start, size)
+            position += size
+
+    @staticmethod
+    def _parts(mfn: Mfn, offset: int, length: int) -> Iterator[tuple[Mfn, int, int]]:
+        while length:
+            size = min(length, 4096 - offset)
+            yield mfn, offset, size
+            mfn, offset, length = Mfn(mfn + 1), 0, length - size
 
 
 class Machine(World):
@@ -71,9 +83,12 @@ class Machine(World):
         self.dma_written: list[Mfn] = []
         self.raised: list[InterruptEntry] = []
         self.service = DmaService(
-            self.iommu, self.grants, self.dma_written.append, lambda now, entry: self.raised.append(entry)
+            self.iommu, self.grants, self.note_written, lambda now, entry: self.raised.append(entry)
         )
         self.staging = Staging(self)
+
+    def note_written(self, mfn: Mfn, count: int) -> None:
+        self.dma_written += [Mfn(mfn + step) for step in range(count)]
 
     def translate(self, domain: DomId, gfn: int) -> Mfn | None:
         if domain != ONE:
@@ -136,7 +151,7 @@ def test_the_trace_has_each_piece_and_each_fault() -> None:
     memory = memoryview(bytearray(RING_AT + 64 * RECORD_SIZE))
     memory[:8] = MAGIC.to_bytes(8, "little")
     trace, reader = Trace(memory, lambda: 9), TraceReader(memory)
-    m.service = DmaService(m.iommu, m.grants, m.dma_written.append, trace=trace, owner=lambda mfn: ONE)
+    m.service = DmaService(m.iommu, m.grants, m.note_written, trace=trace, owner=lambda mfn: ONE)
     assert m.request((0x1FFE, 4, True)) == [DONE]
     assert reader.take() == []
     trace.words[ON_WORD] = 1

@@ -35,7 +35,7 @@ class World(Machine):
         limit = core.config.mfn_limit
         iommu = Iommu(self.memory, XenPool(self.memory, Mfn(limit), 256))
         grants = GrantTables(core.frames, core.views, self.memory, core.outbox, iommu)
-        dma = DmaService(iommu, grants, lambda mfn: None, lambda now, entry: None)
+        dma = DmaService(iommu, grants, lambda mfn, count: None, lambda now, entry: None)
         self.devices = DeviceService(
             iommu,
             dma,
@@ -106,10 +106,10 @@ class Staging:
 
     size = 4096
 
-    def to_frame(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
+    def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
         raise AssertionError
 
-    def from_frame(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
+    def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
         raise AssertionError
 
 

@@ -46,9 +46,14 @@ def test_a_request_is_cut_at_frames_and_all_or_nothing() -> None:
     m.map_range(ONE, 0x12, Mfn(0x900), 1, writable=False)
     pieces = m.translate(0, NVME, epoch, [Segment(0x10FF0, 0x1010, True), Segment(0x12FFF, 1, False)])
     assert pieces == [
-        [Piece(Mfn(0x500), 0xFF0, 0x10), Piece(Mfn(0x501), 0, 0x1000)],
+        [Piece(Mfn(0x500), 0xFF0, 0x1010)],
         [Piece(Mfn(0x900), 0xFFF, 1)],
     ]
+    m.map_range(ONE, 0x13, Mfn(0x901), 3, writable=False)
+    (pieces,) = m.translate(0, NVME, epoch, [Segment(0x10800, 0x5001, False)])
+    assert pieces == [Piece(Mfn(0x500), 0x800, 0x1800), Piece(Mfn(0x900), 0, 0x3801)]
+    assert [piece.frames for piece in pieces] == [2, 4]
+    m.unmap_range(ONE, 0x13, 3)
     assert reason(m, NVME, epoch, (0x10000, 16, True), (0x12000, 16, True)) is FaultReason.NO_WRITE_PERMISSION
     assert reason(m, NVME, epoch, (0x11FFF, 2, True)) is FaultReason.NO_WRITE_PERMISSION
     assert reason(m, NVME, epoch, (0x12FFF, 2, False)) is FaultReason.NO_READ_PERMISSION

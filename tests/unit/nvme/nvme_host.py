@@ -96,7 +96,7 @@ class Host:
                 assert len(batch.items) <= 1024
                 self.held.append(batch)
             if self.hold or not self.held:
-                if not batches:
+                if not batches and not self.model.unfinished:
                     return
                 continue
             self.carry_out(self.held.popleft())
