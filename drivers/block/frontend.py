@@ -333,9 +333,9 @@ class Frontend:
     # ------------------------------------------------------------------ responses
 
     def poll(self) -> int:
-        """Take responses; how many. Calls back their askers, after more was put into the rings; what they ask is published
-        together."""
-        finished: list[tuple[_Part, int, bytes]] = []
+        """Take responses; how many. Calls back their askers, each as soon as its data is copied: it is forgotten before the next is, and
+        memory is used again while it is warm. What they ask is published together."""
+        finished: list[tuple[_Part, int]] = []
         for queue in self._queues:
             while self.error is None:
                 produced = queue.ring.rsp_prod
@@ -360,27 +360,25 @@ class Frontend:
                         break
                     del queue.shadow[ident]
                     queue.cons = (queue.cons + 1) & MASK32
-                    read = b""
-                    if part.op == BLKIF_OP_READ and status == BLKIF_RSP_OKAY:
-                        length = part.count * self.features.sector_size
-                        read = b"".join([page.data for page in part.pages])[:length]  # whole pages: one copy
-                    self._release(part, keep=True)
-                    finished.append((part, status, read))
-        if self._todo:
-            self._fill()
+                    finished.append((part, status))
         with self.batch():
-            for part, status, read in finished:
-                whole = part.whole
-                whole.parts -= 1
-                whole.status = whole.status or status
-                if part.op == BLKIF_OP_READ:
-                    whole.data[part.sector] = read
-                if not whole.parts:
-                    ok = whole.status == BLKIF_RSP_OKAY
-                    whole.done(
-                        whole.status, b"".join(whole.data[at] for at in sorted(whole.data)) if ok else b""
-                    )
+            for part, status in finished:
+                self._finish(part, status)
         return len(finished)
+
+    def _finish(self, part: _Part, status: int) -> None:
+        """Its pages are free again, and its asker has its data if that was its last part."""
+        whole = part.whole
+        if part.op == BLKIF_OP_READ and status == BLKIF_RSP_OKAY:
+            length = part.count * self.features.sector_size
+            whole.data[part.sector] = b"".join([page.data for page in part.pages])[:length]  # one copy
+        self._release(part, keep=True)
+        whole.parts -= 1
+        whole.status = whole.status or status
+        if not whole.parts:
+            ok = whole.status == BLKIF_RSP_OKAY
+            data = b"".join([whole.data.pop(at) for at in sorted(whole.data)]) if ok else b""
+            whole.done(whole.status, data)
 
     def _release(self, part: _Part, *, keep: bool) -> None:
         pages, refs = part.pages + part.indirect, part.refs + part.indirect_refs

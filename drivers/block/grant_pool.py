@@ -5,12 +5,23 @@ Bounded; the least recently used idle one goes first. They are mapped with write
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Final
 
 from bus.abi.grant_table import GNTST_eagain, GNTST_okay
 from drivers.block.ports import GrantMapper
 from drivers.block.requests import Request
+
+
+class _Held:
+    """A persistent grant that is mapped."""
+
+    __slots__ = ("iova", "used", "users")
+
+    def __init__(self, iova: int) -> None:
+        self.iova = iova
+        self.users = 0
+        self.used = 0
+        """The turn in which a request took it last."""
 
 
 class GrantPool:
@@ -21,7 +32,8 @@ class GrantPool:
         self._mapper: Final = mapper
         self.persistent: Final = persistent
         self.limit: Final = limit
-        self._held: OrderedDict[int, list[int]] = OrderedDict()  # ref -> [I/O virtual address, users]
+        self._held: dict[int, _Held] = {}
+        self._turn = 0
 
     @property
     def held(self) -> int:
@@ -60,29 +72,29 @@ class GrantPool:
 
     def _map_persistent(self, requests: list[Request]) -> list[int]:
         held = self._held
+        self._turn += 1
         fresh = dict.fromkeys(
-            ref for request in requests for ref, _, _ in request.segments if ref not in held
+            [ref for request in requests for ref, _, _ in request.segments if ref not in held]
         )
         refused: dict[int, int] = {}
         loose: dict[int, int] = {}
         if fresh:
             wanted = {ref for request in requests for ref, _, _ in request.segments}
-            drop: list[int] = []
-            for ref in list(held):
-                if len(held) + len(fresh) <= self.limit:
-                    break
-                if held[ref][1] == 0 and ref not in wanted:
-                    drop.append(held.pop(ref)[0])
-            if drop:
-                self._mapper.unmap_frames(drop)
+            over = len(held) + len(fresh) - self.limit
+            if over > 0:
+                idle = [ref for ref, entry in held.items() if not entry.users and ref not in wanted]
+                idle.sort(key=lambda ref: held[ref].used)
+                if idle[:over]:
+                    self._mapper.unmap_frames([held.pop(ref).iova for ref in idle[:over]])
             for ref, iova in zip(fresh, self._mapper.map_frames([(ref, True) for ref in fresh]), strict=True):
                 if iova < 0:
                     refused[ref] = iova
                 elif len(held) < self.limit:
-                    held[ref] = [iova, 0]
+                    held[ref] = _Held(iova)
                 else:
                     loose[ref] = iova  # no room: for this batch's first user alone
         statuses: list[int] = []
+        turn = self._turn
         owner: dict[int, Request] = {}
         for request in requests:
             if found := [refused[ref] for ref, _, _ in request.segments if ref in refused]:
@@ -92,10 +104,10 @@ class GrantPool:
             for ref, offset, length in request.segments:
                 entry = held.get(ref)
                 if entry is not None:
-                    entry[1] += 1
+                    entry.users += 1
+                    entry.used = turn
                     request.grants.append(ref)
-                    held.move_to_end(ref)
-                    mapped.append((entry[0] + offset, length))
+                    mapped.append((entry.iova + offset, length))
                     continue
                 if owner.setdefault(ref, request) is not request:
                     # Another request of the batch owns that mapping and may end first: a mapping of its own.
@@ -128,7 +140,7 @@ class GrantPool:
                 iovas += request.iovas
                 request.iovas = []
             for ref in request.grants:
-                self._held[ref][1] -= 1
+                self._held[ref].users -= 1
             request.grants = []
             request.mapped = None
         if iovas:
@@ -137,7 +149,7 @@ class GrantPool:
     def close(self) -> None:
         """Unmap everything that is held. No request may be under way."""
         if self._held:
-            self._mapper.unmap_frames([iova for iova, _ in self._held.values()])
+            self._mapper.unmap_frames([entry.iova for entry in self._held.values()])
             self._held.clear()
 
 

@@ -309,6 +309,21 @@ class Iommu:
                     raise self.refuse(now, bdf, iova, write, FaultReason.ADDRESS_BEYOND_WIDTH)
                 need = WRITE if write else READ
                 pieces: list[Piece] = []
+                first, count = iova >> PAGE_SHIFT, (end - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
+                value = part.get(first)
+                if (
+                    value is not None
+                    and value & need
+                    and (
+                        count == 1
+                        # As often as not frames follow each other, and are all in the TLB: looked at all at once.
+                        or [*map(part.get, range(first, first + count))]
+                        == [*range(value, value + 4 * count, 4)]
+                    )
+                ):
+                    hits += count
+                    result.append([Piece(Mfn(value >> 2), iova & PAGE_MASK, length)])
+                    continue
                 mfn, following, begin = -1, -1, iova  # of the piece that is being made
                 for page in range(iova >> PAGE_SHIFT, (end + PAGE_MASK) >> PAGE_SHIFT):
                     value = part.get(page)

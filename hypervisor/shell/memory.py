@@ -19,6 +19,8 @@ from bus.sealed import read_only
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
 MAP_NORESERVE: Final = 0x4000
+_WINDOW_SHIFT: Final = 32
+_PLACE_MASK: Final = (1 << _WINDOW_SHIFT) - 1
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
@@ -50,7 +52,8 @@ class MemfdMemory:
         self._bases: list[int] = []
         self._extents: dict[int, _Region] = {}
         self._windows: dict[int, _Region] = {}
-        self._placed: dict[int, tuple[_Region, int]] = {}
+        self._placed: dict[int, int] = {}
+        """Frames that are in windows: the window's number and, below _WINDOW_SHIFT, the frame's place there."""
 
     def place_of(self, mfn: int) -> tuple[memoryview, int]:
         """Where a frame is mapped here: a view, and the frame's offset in it. KeyError if there is no such memory."""
@@ -63,14 +66,20 @@ class MemfdMemory:
         end = offset + length
         if end <= PAGE_SIZE:
             return [(view, start + offset, length)]
+        count = (end + PAGE_SIZE - 1) >> PAGE_SHIFT
+        place = self._placed.get(mfn)
+        if place is not None and [*map(self._placed.get, range(mfn, mfn + count))] == [
+            *range(place, place + count)
+        ]:  # all in one window, in a row
+            return [(view, start + offset, length)]
         found: list[tuple[memoryview, int, int]] = []
         begin, next_start = start + offset, start
-        for frame in range(mfn + 1, mfn + ((end + PAGE_SIZE - 1) >> PAGE_SHIFT)):
+        for frame in range(mfn + 1, mfn + count):
             next_start += PAGE_SIZE
-            other, place = self._at(frame)
-            if other is not view or place != next_start:
+            other, at = self._at(frame)
+            if other is not view or at != next_start:
                 found.append((view, begin, next_start - begin))
-                view, begin, next_start = other, place, place
+                view, begin, next_start = other, at, at
         done = sum(size for _, _, size in found)
         found.append((view, begin, length - done))
         return found
@@ -78,7 +87,7 @@ class MemfdMemory:
     def _at(self, mfn: int) -> tuple[memoryview, int]:
         placed = self._placed.get(mfn)
         if placed is not None:
-            return placed[0].view, placed[1] << PAGE_SHIFT
+            return self._windows[placed >> _WINDOW_SHIFT].view, (placed & _PLACE_MASK) << PAGE_SHIFT
         index = bisect_right(self._bases, mfn) - 1
         if index >= 0:
             base = self._bases[index]
@@ -113,8 +122,8 @@ class MemfdMemory:
         run, placed = range(mfn, mfn + count), self._placed
         for one in run if count < len(placed) else list(placed):
             if one in placed and one in run:
-                region, frame = placed[Mfn(one)]
-                region.view[frame << PAGE_SHIFT : frame + 1 << PAGE_SHIFT] = bytes(PAGE_SIZE)
+                view, start = self._at(one)
+                view[start : start + PAGE_SIZE] = bytes(PAGE_SIZE)
         flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
         start, end = int(mfn), mfn + count
         while start < end:
@@ -163,7 +172,9 @@ class MemfdMemory:
 
     def place(self, mfn: Mfn, window: int, index: int) -> None:
         """See MachineMemory."""
-        self._placed[mfn] = (self._windows[window], index)
+        if not 0 <= index < self._windows[window].frames:
+            raise KeyError(f"window {window} has no place {index}")
+        self._placed[mfn] = window << _WINDOW_SHIFT | index
 
     def restore(self, mfn: Mfn) -> None:
         """See MachineMemory."""

@@ -362,7 +362,8 @@ class Controller:
                 continue
             sq.active[command.cid] = task
             task.registered = True
-            if command.flags:  # fused commands and SGLs: not supported; the rest of the byte is reserved
+            # Fused commands are not supported, nor SGLs of admin commands; the rest of the byte is reserved.
+            if command.flags and (command.flags != spec.FLAG_SGL or not sq.qid):
                 task.error_location = 1
                 self.complete(task, Status.INVALID_FIELD)
             else:

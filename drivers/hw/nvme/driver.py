@@ -212,9 +212,11 @@ class NvmeDriver:
     def _note(self, queue: QueuePair, cid: int, whole: _Whole, entry: Entry) -> None:
         """Step 1: the pseudophysical addresses that the controller is given."""
         trace, unit, pages = self._trace, self._unit, entry.pages
+        if entry.run:  # an SGL descriptor names them all
+            pages = range(pages[0], pages[0] + entry.run, PAGE)
         block = entry.cdw10 | entry.cdw11 << 32
         blocks = (entry.cdw12 & 0xFFFF) + 1 if pages else 0
-        where = queue.list_of(cid) if len(pages) > 2 or entry.ranges else 0
+        where = queue.list_of(cid) if len(entry.pages) > 2 or entry.ranges else 0
         trace.add(Kind.SUBMIT, queue.qid, unit, cid, whole.token, entry.opcode, block, blocks, where)
         left = blocks * self.block_size
         for number, address in enumerate(pages):
@@ -453,6 +455,7 @@ class NvmeDriver:
             bool(controller.oncs & spec.ONCS_DSM),
             bool(controller.oncs & spec.ONCS_WRITE_ZEROES),
             bool(controller.vwc & spec.VWC_PRESENT),
+            controller.sgls & 3 in (1, 2),
         )
 
     def _health(self) -> Steps:

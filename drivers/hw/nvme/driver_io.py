@@ -27,6 +27,10 @@ _ERRNO: Final = {
     Status.INVALID_OPCODE: EOPNOTSUPP,
     Status.INVALID_FIELD: EINVAL,
     Status.INVALID_PRP_OFFSET: EINVAL,
+    Status.SGL_SEGMENT: EINVAL,
+    Status.SGL_COUNT: EINVAL,
+    Status.SGL_DATA_LENGTH: EINVAL,
+    Status.SGL_TYPE: EINVAL,
     Status.INVALID_NAMESPACE: ENOLINK,
     Status.ABORT_REQUESTED: ETIMEDOUT,
     Status.LBA_OUT_OF_RANGE: EINVAL,
@@ -56,6 +60,8 @@ class Namespace:
     can_discard: bool
     can_zero: bool
     volatile_cache: bool
+    sgl: bool = False
+    """Data in a row may be named by an SGL descriptor."""
 
 
 def _split(extents: Sequence[tuple[int, int]], limit: int) -> list[tuple[list[int], int]]:
@@ -110,8 +116,15 @@ def entries(command: Command, namespace: Namespace) -> list[Entry] | int:
         ]
     opcode = IoOpcode.READ if op is Op.READ else IoOpcode.WRITE
     flags = IO_FUA if command.fua else 0
+    limit = min(namespace.max_pages, MAX_PRP_PAGES)
+    if namespace.sgl and 2 < len(command.extents) <= limit and blocks << shift == len(command.extents) * PAGE:
+        # Whole pages in a row, as persistent grants of a large request mostly are: no list of them.
+        first = command.extents[0][0]
+        if [*command.extents] == [(at, PAGE) for at in range(first, first + (blocks << shift), PAGE)]:
+            made = _transfer(opcode, namespace.nsid, (first,), lba, blocks, flags)
+            return [made._replace(run=blocks << shift)]
     out: list[Entry] = []
-    for pages, length in _split(command.extents, min(namespace.max_pages, MAX_PRP_PAGES)):
+    for pages, length in _split(command.extents, limit):
         if length & ((1 << shift) - 1) or pages[0] & 3:
             return EINVAL
         count = length >> shift

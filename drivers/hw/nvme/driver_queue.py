@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from bus.abi.io.ring import full_barrier
-from drivers.hw.nvme.spec import CQE_SIZE, DSM_RANGE, SQE_SIZE, STATUS_PHASE, DsmRange, status_of
+from drivers.hw.nvme.spec import CQE_SIZE, DSM_RANGE, FLAG_SGL, SQE_SIZE, STATUS_PHASE, DsmRange, status_of
 
 PAGE: Final = 4096
 MAX_PRP_PAGES: Final = PAGE // 8 + 1
@@ -45,6 +45,8 @@ class Entry(NamedTuple):
     cdw12: int = 0
     ranges: Sequence[DsmRange] = ()
     """Of dataset management: put into the command's list page."""
+    run: int = 0
+    """Bytes that lie in a row from the one address of `pages` on, for an SGL; 0: PRPs."""
 
 
 class Finished(NamedTuple):
@@ -102,13 +104,15 @@ class QueuePair:
             second = pages[1]
         elif len(pages) > 2:
             second = self._list(cid, struct.pack(f"<{len(pages) - 1}Q", *pages[1:]))
+        elif entry.run:
+            second = entry.run  # a data block descriptor: its type is 0
         elif entry.ranges:
             first = self._list(cid, b"".join(DSM_RANGE.pack(part) for part in entry.ranges))
         _ENTRY.pack_into(
             self.sq.view,
             self.tail * SQE_SIZE,
             entry.opcode,
-            0,
+            FLAG_SGL if entry.run else 0,
             cid,
             entry.nsid,
             first,

@@ -93,6 +93,7 @@ def controller(identity: Identity) -> bytes:
         cqes=spec.CQE_SHIFT << 4 | spec.CQE_SHIFT,
         nn=max(identity.namespaces, default=1),
         oncs=spec.ONCS_COMPARE | spec.ONCS_DSM | spec.ONCS_WRITE_ZEROES,
+        sgls=spec.SGLS_ANY,
         vwc=spec.VWC_PRESENT | 3 << 1,  # FLUSH of all namespaces at once is supported
         subnqn=f"nqn.2014-08.org.nvmexpress:uuid:{_uuid(identity.serial)}".encode().ljust(256, b"\0"),
         psd0=zero.psd0._replace(max_power=2500),

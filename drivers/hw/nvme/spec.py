@@ -132,6 +132,10 @@ CQE_SIZE: Final = 16
 
 FLAG_FUSE_MASK: Final = 0x3
 FLAG_PSDT_MASK: Final = 0xC0
+FLAG_SGL: Final = 0x40
+"""PSDT: the data pointer is an SGL descriptor; MPTR, if it were used, an address."""
+SGLS_ANY: Final = 0x1
+"""SGLS of IDENTIFY: SGLs are supported, data blocks need no alignment (2: they need that of a dword)."""
 STATUS_PHASE: Final = 1
 STATUS_MORE: Final = 1 << 14
 STATUS_DNR: Final = 1 << 15
@@ -196,6 +200,12 @@ class Status(IntEnum):
     SQ_DELETED = 0x008
     INVALID_NAMESPACE = 0x00B
     COMMAND_SEQUENCE = 0x00C
+    SGL_SEGMENT = 0x00D
+    """A segment's descriptor is invalid."""
+    SGL_COUNT = 0x00E
+    """A segment's descriptor where none may be, or too many descriptors."""
+    SGL_DATA_LENGTH = 0x00F
+    SGL_TYPE = 0x011
     INVALID_PRP_OFFSET = 0x013
     NAMESPACE_WRITE_PROTECTED = 0x020
     LBA_OUT_OF_RANGE = 0x080

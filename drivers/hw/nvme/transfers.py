@@ -1,4 +1,4 @@
-"""A command's data: its buffer in the staging memory, its PRPs, and the way between both."""
+"""A command's data: its buffer in the staging memory, its PRPs or SGL, and the way between both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bus.trace import Purpose
-from drivers.hw.nvme import prp
+from drivers.hw.nvme import prp, sgl, spec
 from drivers.hw.nvme.dma import Unit, merge
 from drivers.hw.nvme.queues import Task
 from drivers.hw.nvme.spec import Status
@@ -16,6 +16,8 @@ from drivers.hw.nvme.staging import PAGE, StagingFull
 
 if TYPE_CHECKING:
     from drivers.hw.nvme.controller import Controller
+
+Step = prp.ListStep | sgl.SegmentStep
 
 
 class Transfers:
@@ -30,9 +32,12 @@ class Transfers:
         self._waiting.clear()
 
     def with_prps(self, task: Task, then: Callable[[Task], None]) -> None:
-        """Get a buffer for `task.length` bytes and the task's `segments` from its PRPs; then go on."""
+        """Get a buffer for `task.length` bytes and the task's `segments` from its PRPs, or its SGL; then go on."""
+        command = task.command
+        begin = sgl.begin if command.flags & spec.FLAG_PSDT_MASK else prp.begin
+        step: Step | None
         try:
-            task.segments, step = prp.begin(task.command.prp1, task.command.prp2, task.length)
+            task.segments, step = begin(command.prp1, command.prp2, task.length)
         except prp.PrpError as error:
             self._c.complete(task, error.status)
             return
@@ -62,19 +67,25 @@ class Transfers:
             return False
         return True
 
-    def _read_list(self, task: Task, step: prp.ListStep | None) -> None:
-        """PRP lists are read into the command's own buffer: the data comes later."""
+    def _read_list(self, task: Task, step: Step | None) -> None:
+        """Lists are read into the command's own buffer: the data comes later."""
         if step is None:
             assert task.prp_done is not None
             task.prp_done(task)
             return
-        item = (step.address, step.entries * prp.ENTRY, False, task.position)
+        size = step.entries * prp.ENTRY if isinstance(step, prp.ListStep) else step.count * sgl.SIZE
+        item = (step.address, size, False, task.position)
         ok, bad = partial(self._list_read, task, step), partial(self._no_data, task)
         self._c.dma.add([Unit([item], ok, bad, (Purpose.LIST, task.sq.qid, task.command.cid))])
 
-    def _list_read(self, task: Task, step: prp.ListStep) -> None:
+    def _list_read(self, task: Task, step: Step) -> None:
+        data = self._c.memory[task.position : task.position + PAGE]
+        further: Step | None
         try:
-            runs, further = prp.go_on(step, self._c.memory[task.position : task.position + PAGE])
+            if isinstance(step, prp.ListStep):
+                runs, further = prp.go_on(step, data)
+            else:
+                runs, further = sgl.go_on(step, data)
         except prp.PrpError as error:
             self._c.complete(task, error.status)
             return

@@ -264,6 +264,33 @@ def test_splitting_keeps_every_byte_and_the_rules_of_prps(parts: list[tuple[int,
     assert back == [iova + 512 * n for iova, length in extents for n in range(length // 512)]
 
 
+def test_whole_pages_in_a_row_need_no_list_where_there_are_sgls() -> None:
+    """One descriptor; what is not in a row, not whole, or short enough for two PRPs, has PRPs as ever."""
+    space = Namespace(1, 1 << 20, 9, False, 32, True, True, True, sgl=True)
+    pages = [(1 << 32 | n << 12, 4096) for n in range(40)]
+
+    def made(extents: list[tuple[int, int]], op: Op = Op.READ) -> list[tuple[int, int, int]]:
+        sectors = sum(length for _, length in extents) // 512
+        found = entries(Command(1, op, 8, sectors, extents, fua=True), space)
+        assert isinstance(found, list)
+        assert sum((entry.cdw12 & 0xFFFF) + 1 for entry in found) == sectors
+        assert all(bool(entry.cdw12 & spec.IO_FUA) for entry in found)
+        return [(entry.pages[0], len(entry.pages), entry.run) for entry in found]
+
+    assert made(pages[:32]) == [(1 << 32, 1, 32 << 12)]
+    assert made(pages[5:8], Op.WRITE) == [(pages[5][0], 1, 3 << 12)]
+    assert made(pages[:2]) == [(1 << 32, 2, 0)]
+    assert made(pages[:33]) == [(1 << 32, 32, 0), (pages[32][0], 1, 0)], "more than one command may have"
+    assert made([*pages[:3], pages[4]]) == [(1 << 32, 4, 0)]
+    assert made([*pages[:3], (pages[3][0], 512)]) == [(1 << 32, 4, 0)]
+    assert made([(1 << 32 | 512, 3584), *pages[1:4]]) == [(1 << 32 | 512, 4, 0)]
+    queue = Rig().up().driver._queues[0]
+    cid = queue.put(Entry(1, 1, (pages[5][0],), 0, 0, 7, run=3 << 12))
+    raw = bytes(queue.sq.view[(queue.tail - 1) * 64 : queue.tail * 64])
+    found = spec.COMMAND.unpack(raw)
+    assert (found.cid, found.flags, found.prp1, found.prp2) == (cid, spec.FLAG_SGL, pages[5][0], 3 << 12)
+
+
 def test_whole_pages_are_one_command_with_a_list() -> None:
     rig = Rig().up()
     extents = [(1 << 32 | n << 12, 4096) for n in range(32)]

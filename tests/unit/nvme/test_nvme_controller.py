@@ -140,7 +140,7 @@ def test_identify(host: Host) -> None:
     page = {"prp1": DATA}
     assert host.status(0, AdminOpcode.IDENTIFY, cdw10=Cns.CONTROLLER, **page) == 0
     controller = spec.IDENTIFY_CONTROLLER.unpack(host.memory, DATA)
-    assert (controller.sqes, controller.cqes, controller.nn, controller.sgls) == (0x66, 0x44, 1, 0)
+    assert (controller.sqes, controller.cqes, controller.nn, controller.sgls) == (0x66, 0x44, 1, 1)
     assert host.status(0, AdminOpcode.IDENTIFY, cdw10=Cns.NAMESPACE, nsid=1, **page) == 0
     namespace = spec.IDENTIFY_NAMESPACE.unpack(host.memory, DATA)
     assert (namespace.nsze, spec.block_shift(namespace)) == (2048, 9)
