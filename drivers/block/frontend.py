@@ -317,8 +317,8 @@ class Frontend:
         segments[-1] = (part.refs[-1], 0, (length - (need - 1) * PAGE) // size - 1)
         if indirect:
             for at, page in enumerate(part.indirect):
-                data = pack_segments(segments[at * SEGMENTS_PER_PAGE : (at + 1) * SEGMENTS_PER_PAGE])
-                page.data[: len(data)] = data
+                packed = pack_segments(segments[at * SEGMENTS_PER_PAGE : (at + 1) * SEGMENTS_PER_PAGE])
+                page.data[: len(packed)] = packed
             if not persistent:
                 part.indirect_refs = self._pages.grant(part.indirect, True)
         return segments

@@ -5,23 +5,11 @@ Bounded; the least recently used idle one goes first. They are mapped with write
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 from bus.abi.grant_table import GNTST_eagain, GNTST_okay
 from drivers.block.ports import GrantMapper
-from drivers.block.requests import Request
-
-
-class _Held:
-    """A persistent grant that is mapped."""
-
-    __slots__ = ("iova", "used", "users")
-
-    def __init__(self, iova: int) -> None:
-        self.iova = iova
-        self.users = 0
-        self.used = 0
-        """The turn in which a request took it last."""
+from drivers.block.requests import Held, Request
 
 
 class GrantPool:
@@ -32,7 +20,7 @@ class GrantPool:
         self._mapper: Final = mapper
         self.persistent: Final = persistent
         self.limit: Final = limit
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._turn = 0
 
     @property
@@ -90,24 +78,38 @@ class GrantPool:
                 if iova < 0:
                     refused[ref] = iova
                 elif len(held) < self.limit:
-                    held[ref] = _Held(iova)
+                    held[ref] = Held(iova)
                 else:
                     loose[ref] = iova  # no room: for this batch's first user alone
         statuses: list[int] = []
         turn = self._turn
         owner: dict[int, Request] = {}
         for request in requests:
+            entries = [*map(held.get, [ref for ref, _, _ in request.segments])]
+            if None not in entries:  # nearly always
+                grants = request.grants = cast("list[Held]", entries)
+                for entry in grants:
+                    entry.users += 1
+                    entry.used = turn
+                request.mapped = [
+                    (entry.iova + offset, length)
+                    for entry, (_, offset, length) in zip(grants, request.segments, strict=True)
+                ]
+                statuses.append(GNTST_okay)
+                continue
             if found := [refused[ref] for ref, _, _ in request.segments if ref in refused]:
                 statuses.append(_worst(found))
                 continue
             mapped, status = [], GNTST_okay
+            taken: list[Held] = []
+            request.grants = taken
             for ref, offset, length in request.segments:
-                entry = held.get(ref)
-                if entry is not None:
-                    entry.users += 1
-                    entry.used = turn
-                    request.grants.append(ref)
-                    mapped.append((entry.iova + offset, length))
+                there = held.get(ref)
+                if there is not None:
+                    there.users += 1
+                    there.used = turn
+                    taken.append(there)
+                    mapped.append((there.iova + offset, length))
                     continue
                 if owner.setdefault(ref, request) is not request:
                     # Another request of the batch owns that mapping and may end first: a mapping of its own.
@@ -139,9 +141,9 @@ class GrantPool:
             if request.iovas:
                 iovas += request.iovas
                 request.iovas = []
-            for ref in request.grants:
-                self._held[ref].users -= 1
-            request.grants = []
+            for grant in request.grants:
+                grant.users -= 1
+            request.grants = ()
             request.mapped = None
         if iovas:
             self._mapper.unmap_frames(iovas)

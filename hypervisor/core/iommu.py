@@ -309,15 +309,16 @@ class Iommu:
                     raise self.refuse(now, bdf, iova, write, FaultReason.ADDRESS_BEYOND_WIDTH)
                 need = WRITE if write else READ
                 pieces: list[Piece] = []
-                first, count = iova >> PAGE_SHIFT, (end - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
-                value = part.get(first)
+                page = iova >> PAGE_SHIFT
+                count = (end - 1 >> PAGE_SHIFT) - page + 1
+                value = part.get(page)
                 if (
                     value is not None
                     and value & need
                     and (
                         count == 1
                         # As often as not frames follow each other, and are all in the TLB: looked at all at once.
-                        or [*map(part.get, range(first, first + count))]
+                        or [*map(part.get, range(page, page + count))]
                         == [*range(value, value + 4 * count, 4)]
                     )
                 ):

@@ -67,10 +67,12 @@ class MemfdMemory:
         if end <= PAGE_SIZE:
             return [(view, start + offset, length)]
         count = (end + PAGE_SIZE - 1) >> PAGE_SHIFT
-        place = self._placed.get(mfn)
-        if place is not None and [*map(self._placed.get, range(mfn, mfn + count))] == [
-            *range(place, place + count)
-        ]:  # all in one window, in a row
+        frames = [*map(self._placed.get, range(mfn, mfn + count))]
+        if (place := frames[0]) is not None:
+            in_a_row = frames == [*range(place, place + count)]  # all in one window
+        else:  # all at home, in one extent
+            in_a_row = frames.count(None) == count and start + (count << PAGE_SHIFT) <= len(view)
+        if in_a_row:
             return [(view, start + offset, length)]
         found: list[tuple[memoryview, int, int]] = []
         begin, next_start = start + offset, start

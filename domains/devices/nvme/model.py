@@ -21,7 +21,7 @@ LOG: Final = Logger("nvme")
 OPERATIONS = list(MediaOp)
 """Their places are what a trace record says."""
 BURST: Final = 8
-BURST_BYTES: Final = 512 << 10
+BURST_BYTES: Final = 1 << 20
 """Requests and bytes that the media do before what is done goes out: others work on that while the media do the rest."""
 MAX_REPORTS = 20
 """Media errors that go to the log, a device's life long."""

@@ -400,8 +400,10 @@ class Controller:
         deallocate: bool = False,
     ) -> None:
         """Ask the medium; `then` gets the result."""
+        token = next(self._media_tokens)
         target = task.command.nsid if nsid is None else nsid
-        self._ask(partial(then, task), op, target, offset, length, position, durable, deallocate)
+        self._media[token] = partial(then, task)
+        self._requests.append(MediaRequest(token, op, target, offset, length, position, durable, deallocate))
 
     def flush_all(self, task: Task) -> None:
         """Flush every namespace, then answer the task."""

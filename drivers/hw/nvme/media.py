@@ -61,8 +61,8 @@ class Media(Protocol):
 
 def read_exactly(fd: int, offset: int, target: memoryview) -> None:
     """pread; what is beyond the end of the file reads as zeroes. MediaError."""
-    done = 0
     try:
+        done = os.preadv(fd, (target,), offset)  # all of it, nearly always
         while done < len(target):
             count = os.preadv(fd, [target[done:]], offset + done)
             if count == 0:
@@ -76,8 +76,8 @@ def read_exactly(fd: int, offset: int, target: memoryview) -> None:
 def write_exactly(fd: int, offset: int, data: memoryview | bytes | bytearray, flags: int = 0) -> None:
     """pwrite. MediaError."""
     view = memoryview(data)
-    done = 0
     try:
+        done = os.pwritev(fd, (view,), offset, flags)
         while done < len(view):
             done += os.pwritev(fd, [view[done:]], offset + done, flags)
     except OSError as error:

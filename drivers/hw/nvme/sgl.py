@@ -27,11 +27,11 @@ class SglError(PrpError):
 
 
 class SegmentStep(NamedTuple):
-    """A piece of a segment that has to be read: `count` descriptors at `address`, `more` of the same segment behind them; `last`: of
+    """A piece of a segment that has to be read: so many `descriptors` at `address`, `more` of the same segment behind them; `last`: of
     the last segment; `left`: bytes of data that are not described yet; `budget`: descriptors that may still come."""
 
     address: int
-    count: int
+    descriptors: int
     more: int
     last: bool
     left: int
@@ -69,9 +69,11 @@ def go_on(current: SegmentStep, data: memoryview) -> tuple[list[tuple[int, int]]
     runs: list[tuple[int, int]] = []
     left = current.left
     end = (
-        current.count - 1 if not current.more else -1
+        current.descriptors - 1 if not current.more else -1
     )  # place of the segment's last descriptor, if it is here
-    for place, (address, size, kind) in enumerate(_DESCRIPTOR.iter_unpack(data[: current.count * SIZE])):
+    for place, (address, size, kind) in enumerate(
+        _DESCRIPTOR.iter_unpack(data[: current.descriptors * SIZE])
+    ):
         if kind == DATA_BLOCK:
             if size > left:
                 raise SglError(Status.SGL_DATA_LENGTH)
@@ -85,7 +87,7 @@ def go_on(current: SegmentStep, data: memoryview) -> tuple[list[tuple[int, int]]
         else:
             return runs, _segment(address, size, kind == LAST_SEGMENT, left, current.budget)
     if current.more:
-        at = current.address + current.count * SIZE
+        at = current.address + current.descriptors * SIZE
         return runs, _piece(at, current.more, current.last, left, current.budget)
     if not current.last:  # another descriptor than that of a segment ends it
         raise SglError(Status.SGL_SEGMENT)

@@ -73,7 +73,7 @@ class Transfers:
             assert task.prp_done is not None
             task.prp_done(task)
             return
-        size = step.entries * prp.ENTRY if isinstance(step, prp.ListStep) else step.count * sgl.SIZE
+        size = step.entries * prp.ENTRY if isinstance(step, prp.ListStep) else step.descriptors * sgl.SIZE
         item = (step.address, size, False, task.position)
         ok, bad = partial(self._list_read, task, step), partial(self._no_data, task)
         self._c.dma.add([Unit([item], ok, bad, (Purpose.LIST, task.sq.qid, task.command.cid))])
