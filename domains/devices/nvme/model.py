@@ -20,7 +20,7 @@ from drivers.hw.nvme.pages import Counters, Identity, Namespace
 LOG: Final = Logger("nvme")
 OPERATIONS = list(MediaOp)
 """Their places are what a trace record says."""
-BURST: Final = 8
+BURST: Final = 16
 BURST_BYTES: Final = 1 << 20
 """Requests and bytes that the media do before what is done goes out: others work on that while the media do the rest."""
 MAX_REPORTS = 20

@@ -234,7 +234,7 @@ def test_more_commands_than_staging_memory_holds() -> None:
 
 
 def test_round_trips_are_few(host: Host) -> None:
-    """One DMA message fetches the entries of 32 reads; data, completions and the interrupt go out together, eight commands at a time: others
+    """One DMA message fetches the entries of 32 reads; data, completions and the interrupt go out together, a burst at a time: others
     work on these while the media do the rest."""
     for n in range(32):
         host.put(1, host.command(IoOpcode.READ, nsid=1, prp1=DATA + n * PAGE, cdw10=8 * n, cdw12=7))
