@@ -50,9 +50,9 @@ def test_a_request_is_cut_at_frames_and_all_or_nothing() -> None:
         [Piece(Mfn(0x900), 0xFFF, 1)],
     ]
     m.map_range(ONE, 0x13, Mfn(0x901), 3, writable=False)
-    (pieces,) = m.translate(0, NVME, epoch, [Segment(0x10800, 0x5001, False)])
-    assert pieces == [Piece(Mfn(0x500), 0x800, 0x1800), Piece(Mfn(0x900), 0, 0x3801)]
-    assert [piece.frames for piece in pieces] == [2, 4]
+    (run,) = m.translate(0, NVME, epoch, [Segment(0x10800, 0x5001, False)])
+    assert run == [Piece(Mfn(0x500), 0x800, 0x1800), Piece(Mfn(0x900), 0, 0x3801)]
+    assert [piece.frames for piece in run] == [2, 4]
     m.unmap_range(ONE, 0x13, 3)
     assert reason(m, NVME, epoch, (0x10000, 16, True), (0x12000, 16, True)) is FaultReason.NO_WRITE_PERMISSION
     assert reason(m, NVME, epoch, (0x11FFF, 2, True)) is FaultReason.NO_WRITE_PERMISSION

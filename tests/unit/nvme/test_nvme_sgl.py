@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvme_host import DATA, PAGE, Host
 
 from drivers.hw.nvme import sgl, spec
 from drivers.hw.nvme.spec import IoOpcode, Status
+from tests.unit.nvme.nvme_host import DATA, PAGE, Host
 
 LISTS = 0x90000
 """Where descriptors are put."""
