@@ -93,6 +93,11 @@ class PagedRing:
         if len(data) > self.entry_size:
             raise ValueError(f"{len(data)} bytes do not fit a slot of {self.entry_size}")
         start = ring.slot_offset(index, self.entry_size, self.size)
+        offset = start & 4095
+        end = offset + len(data)
+        if end <= 4096:  # nearly always
+            self._pages[start >> 12][offset:end] = data
+            return
         while data:
             page, offset = divmod(start, 4096)
             part = data[: 4096 - offset]

@@ -35,7 +35,7 @@ from hypervisor.core.frames import FrameTable
 from hypervisor.core.hooks import DomainHooks
 from hypervisor.core.hypercalls import Call, Dispatcher, Result
 from hypervisor.core.iommu import Iommu
-from hypervisor.core.iommu_dma import DmaBatch, DmaItem, DmaResult, DmaService, Staging
+from hypervisor.core.iommu_dma import DmaBatch, DmaResult, DmaService, Staging
 from hypervisor.core.iommu_interrupts import InterruptEntry
 from hypervisor.core.memory_news import MemoryNews
 from hypervisor.core.outbox import Outbox
@@ -199,10 +199,9 @@ class DeviceService(DomainHooks):
     def _submit(
         self, now: int, plugged: _Plugged, batch: Dma | DmaRequest, done: Callable[[DmaResult], None]
     ) -> None:
-        items = [DmaItem(*item) for item in batch.items]
         vectors = list(batch.vectors)
         self._dma.submit(
-            now, DmaBatch(plugged.bdf, batch.epoch, items, vectors, batch.token), plugged.staging, done
+            now, DmaBatch(plugged.bdf, batch.epoch, batch.items, vectors, batch.token), plugged.staging, done
         )
 
     # -- registers ------------------------------------------------------------------------------------------------

@@ -286,15 +286,17 @@ class Iommu:
             self._on_fault(record)
         return DmaFault(bdf, iova, write, reason)
 
-    def translate(self, now: int, bdf: Bdf, epoch: int, segments: Sequence[Segment]) -> list[list[Piece]]:
-        """The pieces of each segment, every frame of them allowed. DmaFault for the first that is not; nothing is returned then.
+    def translate(
+        self, now: int, bdf: Bdf, epoch: int, segments: Sequence[tuple[int, int, bool]]
+    ) -> list[list[Piece]]:
+        """The pieces of each segment (a `Segment`, or a plain tuple of that shape), every frame of them allowed. DmaFault for the first that is not; nothing is returned then.
 
         The result is good only within this step of the core: whoever keeps it must translate again."""
         device = self._devices.get(bdf)
-        first = segments[0] if segments else Segment(0, 0, False)
+        first = Segment(*segments[0]) if segments else Segment(0, 0, False)
         if device is None or device.domain is None or device.epoch != epoch:
             raise self.refuse(now, bdf, first.iova, first.write, FaultReason.CONTEXT_NOT_PRESENT)
-        if not 1 <= len(segments) <= MAX_SEGMENTS or sum(s.length for s in segments) > MAX_BYTES:
+        if not 1 <= len(segments) <= MAX_SEGMENTS or sum([length for _, length, _ in segments]) > MAX_BYTES:
             raise self.refuse(now, bdf, first.iova, first.write, FaultReason.MALFORMED)
         domain = device.domain
         result: list[list[Piece]] = []

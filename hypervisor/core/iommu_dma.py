@@ -9,13 +9,13 @@ a grant window or home, the item waits for it and is translated anew, so that wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from bus.addresses import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bdf, DomId, Mfn
 from bus.trace import NOBODY, Kind, Trace, off
-from hypervisor.core.iommu import DmaFault, Iommu, Piece, Segment
+from hypervisor.core.iommu import DmaFault, Iommu, Piece
 from hypervisor.core.iommu_faults import FaultReason
 from hypervisor.core.iommu_interrupts import InterruptEntry
 
@@ -74,7 +74,8 @@ class DmaBatch:
 
     bdf: Bdf
     epoch: int
-    items: list[DmaItem]
+    items: Sequence[tuple[int, int, bool, int]]
+    """`DmaItem`s (plain tuples, for speed)."""
     vectors: list[int]
     """MSI-X entries to raise after the last item."""
     token: int = 0
@@ -128,7 +129,7 @@ class DmaService:
         """Carry the batch out and call `done`: at once, unless one of its frames, or an earlier batch, must be waited
         for. It never raises for what a device says."""
         # No two items of a batch share staging memory; a device that says so wants the hypervisor busy.
-        total = sum(item.length for item in batch.items)
+        total = sum([length for _, length, _, _ in batch.items])
         if len(batch.items) > MAX_ITEMS or len(batch.vectors) > MAX_VECTORS or total > staging.size:
             done(self._refused(now, batch, 0, FaultReason.MALFORMED))
             return
@@ -145,7 +146,7 @@ class DmaService:
         return len(self._queues.get(bdf, ()))
 
     def _refused(self, now: int, batch: DmaBatch, index: int, reason: FaultReason) -> DmaResult:
-        item = batch.items[index] if index < len(batch.items) else DmaItem(0, 0, False, 0)
+        item = DmaItem(*batch.items[index]) if index < len(batch.items) else DmaItem(0, 0, False, 0)
         if self._trace.on[0] and index < len(batch.items):
             self._note(batch, index, None, reason)
         fault = self._iommu.refuse(now, batch.bdf, item.iova, item.write, reason)
@@ -166,14 +167,15 @@ class DmaService:
         iommu, batch, staging = self._iommu, running.batch, running.staging
         while running.next < len(batch.items):
             item = batch.items[running.next]
+            position = item[3]
             try:
-                (pieces,) = iommu.translate(now, batch.bdf, batch.epoch, [Segment(*item[:3])])
+                (pieces,) = iommu.translate(now, batch.bdf, batch.epoch, (item[:3],))
             except DmaFault as fault:
                 if self._trace.on[0]:
                     self._note(batch, running.next, None, fault.reason)
                 stale = fault.reason is FaultReason.CONTEXT_NOT_PRESENT
                 return DmaResult(FAULT_EPOCH if stale else running.next, fault.reason, fault.iova)
-            if item.position < 0 or item.position + item.length > staging.size:
+            if position < 0 or position + item[1] > staging.size:
                 return self._refused(now, batch, running.next, FaultReason.MALFORMED)
             if self._frames.any_moving and (moving := self._moving(pieces)):
                 return self._wait(now, running, moving)
@@ -188,7 +190,8 @@ class DmaService:
         self, batch: DmaBatch, index: int, pieces: list[Piece] | None, reason: FaultReason | None
     ) -> None:
         """Steps 2 and 3 of an item, for the trace: what was asked, and where each piece of it is; or the fault."""
-        item, place = batch.items[index], index << 1 | batch.items[index].write
+        item = DmaItem(*batch.items[index])
+        place = index << 1 | item.write
         domain = self._iommu.device(batch.bdf).domain
         track = NOBODY if domain is None else domain
         if reason is not None:
@@ -216,7 +219,7 @@ class DmaService:
     def _wait(self, now: int, running: _Running, moving: set[Mfn]) -> DmaResult | None:
         batch = running.batch
         domain = self._iommu.device(batch.bdf).domain
-        item = batch.items[running.next]
+        item = DmaItem(*batch.items[running.next])
         reason = FaultReason.NO_WRITE_PERMISSION if item.write else FaultReason.NO_READ_PERMISSION
         if not running.waits or domain is None:
             return self._refused(now, batch, running.next, reason)
@@ -231,21 +234,24 @@ class DmaService:
         self._frames.when_still(now, moving, domain, still)
         return None
 
-    def _move(self, bdf: Bdf, item: DmaItem, pieces: list[Piece], staging: Staging) -> None:
-        device, position = self._iommu.device(bdf), item.position
+    def _move(
+        self, bdf: Bdf, item: tuple[int, int, bool, int], pieces: list[Piece], staging: Staging
+    ) -> None:
+        device = self._iommu.device(bdf)
+        _, whole, write, position = item
         device.requests += 1
-        if item.write:
+        if write:
             for mfn, offset, length in pieces:
                 staging.to_frames(position, mfn, offset, length)
                 position += length
                 self._written(mfn, (offset + length + PAGE_MASK) >> PAGE_SHIFT)
             self._tell_written()  # the next item may be the completion that says so
-            device.bytes_written += item.length
+            device.bytes_written += whole
             return
         for mfn, offset, length in pieces:
             staging.from_frames(mfn, offset, position, length)
             position += length
-        device.bytes_read += item.length
+        device.bytes_read += whole
 
     def _raise_vectors(self, now: int, batch: DmaBatch) -> DmaResult:
         for vector in batch.vectors:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bus import sealed
-from bus.addresses import Bdf, DomId, Mfn
+from bus.addresses import PAGE_SIZE, Bdf, DomId, Mfn
 from bus.dma_lane import HypervisorEnd
 from bus.doorbell import Doorbell
 from bus.messages.device import Attach, DeviceHello
@@ -50,12 +50,22 @@ class MemfdStaging:
 
     def to_frames(self, position: int, mfn: Mfn, offset: int, length: int) -> None:
         """See Staging: one copy."""
+        if offset + length <= PAGE_SIZE:
+            view, start = self._memory.place_of(mfn)
+            start += offset
+            view[start : start + length] = self._view[position : position + length]
+            return
         for view, start, size in self._memory.places(mfn, offset, length):
             view[start : start + size] = self._view[position : position + size]
             position += size
 
     def from_frames(self, mfn: Mfn, offset: int, position: int, length: int) -> None:
         """See Staging: one copy."""
+        if offset + length <= PAGE_SIZE:
+            view, start = self._memory.place_of(mfn)
+            start += offset
+            self._view[position : position + length] = view[start : start + length]
+            return
         for view, start, size in self._memory.places(mfn, offset, length):
             self._view[position : position + size] = view[start : start + size]
             position += size

@@ -259,7 +259,9 @@ class Controller:
 
         def next_one(result: MediaResult) -> None:
             if left:
-                self._ask(next_one, MediaOp.FLUSH, nsid=left.pop(0))
+                token = next(self._media_tokens)
+                self._media[token] = next_one
+                self._requests.append(MediaRequest(token, MediaOp.FLUSH, left.pop(0)))
             elif self.cc & spec.CC_SHN_MASK:
                 self.csts = self.csts & ~spec.CSTS_SHST_MASK | spec.SHST_COMPLETE << spec.CSTS_SHST_SHIFT
 
@@ -370,21 +372,6 @@ class Controller:
                 start(task)
 
     # -- media ----------------------------------------------------------------------------------------------------
-
-    def _ask(
-        self,
-        then: Callable[[MediaResult], None],
-        op: MediaOp,
-        nsid: int,
-        offset: int = 0,
-        length: int = 0,
-        position: int = 0,
-        durable: bool = False,
-        deallocate: bool = False,
-    ) -> None:
-        token = next(self._media_tokens)
-        self._media[token] = then
-        self._requests.append(MediaRequest(token, op, nsid, offset, length, position, durable, deallocate))
 
     def media(
         self,

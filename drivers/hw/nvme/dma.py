@@ -62,6 +62,10 @@ class _Batch:
 
 def merge(segments: list[tuple[int, int]], to_memory: bool, position: int) -> list[Item]:
     """Items for (address, length) runs and a contiguous buffer; neighbours in address become one item."""
+    if len(segments) == 1:
+        address, length = segments[0]
+        if length <= MAX_ITEM:
+            return [(address, length, to_memory, position)]
     items: list[Item] = []
     start, size, at = -1, 0, position
     for address, length in segments:

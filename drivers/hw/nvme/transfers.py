@@ -41,6 +41,14 @@ class Transfers:
         except prp.PrpError as error:
             self._c.complete(task, error.status)
             return
+        if step is None and not self._waiting:  # nearly always
+            try:
+                task.position = self._c.staging.allocate(task.length)
+            except StagingFull:
+                pass
+            else:
+                then(task)
+                return
         task.prp_done = then
         task.start = partial(self._read_list, step=step)
         self._waiting.append(task)
