@@ -379,3 +379,23 @@ def test_a_guest_that_scatters_its_pages_costs_bounded_memory(machine: Machine) 
     assert reserve(machine, domid, abi.XENMEM_decrease_reservation, far_apart[:done]).rc == done
     assert reserve(machine, domid, abi.XENMEM_populate_physmap, [512 * 150]).rc == 1, "empty chunks are freed"
     InvariantChecker(machine.core).assert_holds()
+
+
+def test_owners_of_a_run_of_frames() -> None:
+    """In as few runs as there can be, over free and leaving frames, Xen's own, and two domains' ranges; frame by frame it is `owner`."""
+    frames = FrameTable(FakeMemory(), MachineConfig())
+    frames.create_extent(DomId(1), 16)
+    frames.create_extent(DomId(2), 16)
+    first = frames.allocate_ram(DomId(1), 3)
+    frames.allocate_xenheap(DomId(1), 2)
+    second = frames.allocate_ram(DomId(2), 2)
+    frames.get_ref(Mfn(first + 2))
+    assert not frames.release(Mfn(first + 2)), "a reference holds it: it is leaving"
+    frames.release(Mfn(first + 5))
+    assert list(frames.owners(first, 2)) == [(1, first, 2)]
+    assert list(frames.owners(first, 8)) == [(1, first, 2), (1, first + 3, 2), (1, first + 6, 2)]
+    begin, end = int(first) - 3, int(second) + 8
+    runs = list(frames.owners(begin, end - begin))
+    told = {mfn: domid for domid, start, count in runs for mfn in range(start, start + count)}
+    assert told == {mfn: owner for mfn in range(begin, end) if (owner := frames.owner(mfn)) is not None}
+    assert set(told.values()) == {1, 2}

@@ -79,3 +79,47 @@ def test_memory_that_is_not_there_is_an_error(memory: MemfdMemory) -> None:
     """Before anything of the run is touched beyond it."""
     with pytest.raises(KeyError, match="0x110"):
         memory.clear(Mfn(BASE + 16))
+
+
+@pytest.mark.parametrize("placed", ["none", "all in a row", "all backwards", "one", "two windows"])
+def test_a_run_is_where_its_frames_are(memory: MemfdMemory, placed: str) -> None:
+    """Every run of bytes, over extents and windows, is named in as many parts as it lies in, and these are its bytes."""
+    memory.create_window(1, 16)
+    memory.create_window(2, 16)
+    places = {
+        "none": {},
+        "all in a row": {n: (1, n) for n in range(16)},
+        "all backwards": {n: (1, 15 - n) for n in range(16)},
+        "one": {5: (1, 5)},
+        "two windows": {n: (1 + n // 4 % 2, n) for n in range(16)},
+    }[placed]
+    for frame, (window, index) in places.items():
+        memory.place(Mfn(BASE + frame), window, index)
+    whole = bytes(n * 31 + (n >> 12) & 0xFF for n in range(16 * PAGE_SIZE))
+    for frame in range(16):
+        memory.write(Mfn(BASE + frame), 0, whole[frame * PAGE_SIZE : (frame + 1) * PAGE_SIZE])
+    for start, length in (
+        (0, 65536),
+        (1, 65534),
+        (4095, 2),
+        (20000, 30000),
+        (32767, 2),
+        (8192, 4096),
+        (0, 1),
+    ):
+        mfn, offset = Mfn(BASE + start // PAGE_SIZE), start % PAGE_SIZE
+        parts = memory.places(mfn, offset, length)
+        assert (
+            b"".join(bytes(view[at : at + size]) for view, at, size in parts) == whole[start : start + length]
+        )
+        if (start, length) == (0, 65536):
+            fewest = {"none": 2, "all in a row": 1, "all backwards": 16, "one": 4, "two windows": 4}
+            assert len(parts) == fewest[placed]
+    with pytest.raises(KeyError):
+        memory.places(Mfn(BASE + 14), 0, 3 * PAGE_SIZE)
+    with pytest.raises(KeyError):
+        memory.place(BASE, 1, 16)
+    for frame in places:
+        memory.restore(Mfn(BASE + frame))
+    memory.drop_window(1)
+    memory.drop_window(2)
