@@ -260,7 +260,7 @@ MUTANTS: Final = {
         Mutant(
             "notify-before-publish",
             "the frontend is notified of responses, and then they are published",
-            20,
+            120,
             _notify_before_publish,
         ),
         Mutant(
