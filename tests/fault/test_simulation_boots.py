@@ -89,7 +89,7 @@ def test_a_mutant_is_in_the_boot_and_does_not_stay_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mutant", "seeds"), [("net-answered-before-copied", range(12)), ("notify-before-publish", range(13, 14))]
+    ("mutant", "seeds"), [("net-answered-before-copied", range(12)), ("notify-before-publish", range(72, 73))]
 )
 def test_what_happens_between_a_notification_and_the_next_step_is_seen(
     mutant: str, seeds: range, monkeypatch: pytest.MonkeyPatch

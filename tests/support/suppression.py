@@ -12,9 +12,11 @@ import ctypes
 import json
 import mmap
 import os
-import signal
+import subprocess
+import sys
+import tempfile
 import time
-import traceback
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from bus.abi.io.ring import full_barrier
@@ -79,32 +81,31 @@ class Outcome(NamedTuple):
 def races(count: int, *, fence: bool = True, native: bool = False) -> Outcome:
     """So many races (and the requests that came before the back end asked). `fence` False: the frontend does not order: to see that a lost
     wake-up is seen. `native`: the back end's end of the ring is `PagedRing`. AssertionError if one side stops."""
-    memory = mmap.mmap(-1, PAGE_SIZE)
-    page = memoryview(memory)
-    PagedRing([page], 112).init()
-    reads, writes = os.pipe()
-    child = os.fork()
-    if child == 0:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(PAGE_SIZE)
+        memory = mmap.mmap(file.fileno(), PAGE_SIZE)
+        PagedRing([memoryview(memory)], 112).init()
+        # Not a fork: what this process has of the vCPU's library is its own.
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.support.suppression",
+                str(file.fileno()),
+                str(count),
+                str(int(native)),
+            ],
+            cwd=Path(__file__).parent.parent.parent,
+            pass_fds=[file.fileno()],
+            stdout=subprocess.PIPE,
+        )
+    with child:
         try:
-            os.close(reads)
-            outcome = _native(page, count) if native else _guest(memory, count)
-            os.write(writes, json.dumps(outcome).encode())
-        except BaseException:
-            traceback.print_exc()
+            code = FRONTEND.replace(SHORT, LONG) if native else FRONTEND
+            _run(memory, code if fence else code.replace(MFENCE, NO_FENCE), rbx=0, rdx=1)
+            told, _ = child.communicate(timeout=PATIENCE_S)
         finally:
-            os._exit(0)
-    os.close(writes)
-    finished = False
-    try:
-        code = FRONTEND.replace(SHORT, LONG) if native else FRONTEND
-        _run(memory, code if fence else code.replace(MFENCE, NO_FENCE), rbx=0, rdx=1)
-        finished = True
-    finally:
-        if not finished:
-            os.kill(child, signal.SIGKILL)
-        with os.fdopen(reads, "rb") as pipe:
-            told = pipe.read()
-        os.waitpid(child, 0)
+            child.kill()
     assert told, "the back end's process failed"
     return Outcome(*json.loads(told))
 
@@ -161,3 +162,12 @@ def _until(words: memoryview, word: int, value: int) -> None:
         os.sched_yield()
         if time.monotonic() > end:
             raise AssertionError(f"word {word} is {words[word]}, not {value}")
+
+
+if __name__ == "__main__":
+    shared = mmap.mmap(int(sys.argv[1]), PAGE_SIZE)
+    races_to_decide = int(sys.argv[2])
+    told_of = (
+        _native(memoryview(shared), races_to_decide) if int(sys.argv[3]) else _guest(shared, races_to_decide)
+    )
+    print(json.dumps(told_of))
