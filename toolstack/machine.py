@@ -178,18 +178,26 @@ class Machine:
 class JoinedMachine:
     """A machine that somebody else started: `close` takes down what is one's own on it."""
 
-    def __init__(self, name: str) -> None:
-        """MachineError if it does not run."""
+    def __init__(self, name: str, *, domio: str = "native") -> None:
+        """MachineError if it does not run, or if `domio` is not native and it has a DomIO already; InputError if that program is not to
+        be had."""
         from toolstack.client import ControlClient
 
         self.runtime = runtime_directory(name)
-        self.client = ControlClient(self.runtime.control)
+        program = open_program() if check_kind(domio, "domio") == "guest" else None
         self._guests: list[str] = []
         try:
-            self.client.request("follow")
-        except MachineError:
-            self.client.close()
-            raise
+            self.client = ControlClient(self.runtime.control)
+            try:
+                self.client.request("follow")
+                if program is not None:
+                    use_program(self.client, *program)
+            except MachineError:
+                self.client.close()
+                raise
+        finally:
+            if program is not None:
+                os.close(program[0])
 
     def owns(self, guest: str) -> None:
         """A guest to end in `close`, if it has not ended by then."""

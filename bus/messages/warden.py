@@ -29,7 +29,8 @@ class Spawn(Message):
     settings: Annotated[dict[str, Any], Field(max_length=64)] = {}
     endpoint: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_-]*$")] = ""
     kind: Annotated[str, Field(max_length=16, pattern=r"^[a-z]*$")] = ""
-    """What kind of domain it serves ('pv', 'hvm', 'native'; '': a device): by it the warden chooses among containers."""
+    """What kind of domain it serves ('pv', 'hvm', 'native'; 'driver': a driver domain that is a guest program; '': a device): by it
+    the warden chooses among containers."""
 
 
 class Signal(Message):

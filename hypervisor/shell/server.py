@@ -32,7 +32,7 @@ from bus.trace import Kind as TraceKind
 from hypervisor.core import effects as fx
 from hypervisor.core.core import HypervisorCore
 from hypervisor.core.devices import DeviceService
-from hypervisor.core.domains import Kind
+from hypervisor.core.domains import DRIVER_GUEST, Kind
 from hypervisor.core.errors import XenError
 from hypervisor.core.scheduler_calls import SchedulerCalls
 from hypervisor.shell.devices import DeviceShell, address_of, is_device, peer_id
@@ -511,6 +511,8 @@ class Server:
             trace = self.traces.page(effect.domain, effect.role, "")
             domain = self.core.domains.get(effect.domain)
             kind = domain.kind.value if domain is not None else ""
+            if domain is not None and domain.spec.ssidref == DRIVER_GUEST:
+                kind = "driver"  # in containers it has one of its own: no guest's
             peer = self.processes.start(effect.domain, effect.role, self._settings, trace=trace, kind=kind)
             self._add_peer(peer)
             self._open_lease(peer)

@@ -125,7 +125,7 @@ class Run:
                 memory = max(MACHINE_MEMORY_MB, request.domain["memory_mb"] + MACHINE_SPARE_MB)
                 machine: Machine | JoinedMachine
                 if request.join:
-                    machine = JoinedMachine(state.machine)
+                    machine = JoinedMachine(state.machine, domio=request.domio)
                 else:
                     machine = Machine(memory_mb=memory, cpus=request.cpus, domio=request.domio)
                 try:

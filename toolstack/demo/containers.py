@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -27,16 +28,22 @@ from toolstack.demo.guest import CMDLINE, ROOT_MB, RootedFiles, get_rooted
 from toolstack.demo.rogue import targets
 from toolstack.demo.show import Show
 from toolstack.demo.telling import MORE_WRITES, STEP_S, Record, StepFailed, Telling
+from toolstack.domio import check_kind, open_program, use_program
 from toolstack.errors import MachineError
 from toolstack.machine import runtime_directory
 from toolstack.warden.operator import Operator
+from toolstack.xlcfg.devices import parse_vif
 
 UP_S: Final = 120.0
 BOOT_S: Final = 240.0
 BACK_S: Final = 60.0
 """For a container to be back: its engine waits longer from time to time."""
-NEEDED: Final = ("hypervisor", "dom0", "nvme", "domio", "domu-pv", "domu-pvh")
-"""Containers without which there is no story; compose.yaml has more in its profiles."""
+NEEDED: Final = ("hypervisor", "dom0", "nvme", "netio", "domu-pv", "domu-pvh")
+"""Containers without which there is no story, beside the one that DomIO is in; compose.yaml has more in its profiles."""
+MORE_ANSWERS: Final = 3
+"""How many further answers of one guest to the other count as going on."""
+ANSWER: Final = re.compile(r"bytes from [0-9.]+: seq=(\d+) ")
+VIF: Final = "bridge=xenbr0"
 IMAGES: Final = Path(os.environ.get("DOMICILE_IMAGES", "/images"))
 
 
@@ -66,6 +73,9 @@ class ContainerTelling(Telling):
     def __init__(self, show: Show) -> None:
         super().__init__(show)
         self.runtime = runtime_directory(os.environ.get("DOMICILE_MACHINE", "default"))
+        kind = check_kind(os.environ.get("DOMICILE_DOMIO_KIND", "native"), "DOMICILE_DOMIO_KIND")
+        self.domio = "domio-guest" if kind == "guest" else "domio"
+        """The container of the driver domain."""
 
     # ------------------------------------------------------------------ steps
 
@@ -92,6 +102,13 @@ class ContainerTelling(Telling):
             self.show.line(f"    {row.name:<12} uid {row.uid}  {doing}", "dim")
         if len({row.uid for row in agents.values()}) != len(agents):
             raise StepFailed("two containers have one uid")
+        if self.domio == "domio-guest" and not agents[self.domio].role:  # of an earlier story, it is there
+            program, path = open_program()
+            try:
+                use_program(self.client, program, path)
+            finally:
+                os.close(program)
+            self.show.line("    DomIO will be a guest program on an emulated CPU, in container domio-guest")
         text = f"{len(agents)} containers, each with a uid of its own"
         return None, text
 
@@ -102,7 +119,7 @@ class ContainerTelling(Telling):
         def there() -> bool:
             nonlocal agents
             agents = self.operator.agents()
-            return all(name in agents and agents[name].connected for name in NEEDED)
+            return all(name in agents and agents[name].connected for name in (*NEEDED, self.domio))
 
         self._wait("containers come up", there, BACK_S, "")
         return {name: row for name, row in agents.items() if row.connected}
@@ -115,7 +132,7 @@ class ContainerTelling(Telling):
         disk = {"vdev": "xvda", "format": "raw", "readonly": False, "target": str(files.disk)}
         self._create(
             "debian", kernel=str(files.rooted.kernel), ramdisk=str(files.rooted.ramdisk), memory_mb=128,
-            cmdline=f"{files.rooted.cmdline} {CMDLINE}", disks=[disk],
+            cmdline=f"{files.rooted.cmdline} {CMDLINE}", disks=[disk], vifs=[parse_vif(VIF, "vif")],
         )  # fmt: skip
         debian = self._guests["debian"]
         self._wait(
@@ -141,11 +158,22 @@ class ContainerTelling(Telling):
                 self.show.line(f"    it is domain {number}, in container {row.name}, uid {row.uid}", "dim")
 
     def _blow(self, agent: str, what: str, title: str) -> tuple[None, str]:
-        """Strike; the guest goes on, and a new process does the work."""
+        """Strike; the guest writes on, and a new process does the work."""
+        old = self._strike(agent, what, title)
+        count, first = self._goes_on("the blow has fallen")
+        self._replaced(agent, what, old, seconds_to_next_write=round(first, 3), writes_after=count)
+        self.show.line(f"    the guest goes on: {count} more writes, the first after {first:.1f} s", "good")
+        return None, f"next write after {first:.1f} s"
+
+    def _strike(self, agent: str, what: str, title: str) -> AgentStatus:
+        """How the container was before."""
         old = self.operator.agents()[agent]
         self.show.line(title, "head")
         self.operator.strike(agent, what)
-        count, first = self._goes_on("the blow has fallen")
+        return old
+
+    def _replaced(self, agent: str, what: str, old: AgentStatus, **facts: float) -> None:
+        """A new process is in that container."""
 
         def replaced() -> bool:
             new = self.operator.agents()[agent]
@@ -156,13 +184,11 @@ class ContainerTelling(Telling):
         new = self.operator.agents()[agent]
         blow = {
             "container": agent, "what": what, "begun": [old.begun, new.begun], "enrolled": [old.enrolled, new.enrolled],
-            "seconds_to_next_write": round(first, 3), "writes_after": count,
+            **facts,
         }  # fmt: skip
         self.record.facts["blows"].append(blow)
         place = "a new container and process" if what == "leave" else "a new process"
         self.show.line(f"    {place} took its place: number {new.begun} in {agent}", "dim")
-        self.show.line(f"    the guest goes on: {count} more writes, the first after {first:.1f} s", "good")
-        return None, f"next write after {first:.1f} s"
 
     def _end(self) -> tuple[None, str]:
         debian = self._guests["debian"]
@@ -215,29 +241,31 @@ class ContainerStory(ContainerTelling):
                 files = self._step("get guests and make a disk", lambda: self._files(directory))
                 self._step("a PV guest boots from its disk", lambda: self._boot(files))
                 self._step("a PVH guest boots beside it", lambda: self._beside(files))
+                self._step("the two reach each other through NetIO", self._answers)
                 self._step(
                     "DomIO is killed; the guest goes on",
                     lambda: self._blow(
-                        "domio", "kill", "SIGKILL to DomIO, the driver domain, while the guest writes"
+                        self.domio, "kill", "SIGKILL to DomIO, the driver domain, while the guest writes"
                     ),
                 )
                 self._step(
                     "DomIO is frozen; the guest goes on",
-                    lambda: self._blow("domio", "stop", "SIGSTOP to DomIO: it stands, and does not work"),
+                    lambda: self._blow(self.domio, "stop", "SIGSTOP to DomIO: it stands, and does not work"),
                 )
                 if self._container_death:
                     self._step(
                         "DomIO's container ends; the guest goes on",
                         lambda: self._blow(
-                            "domio", "leave", "DomIO's whole container ends; the engine starts it again"
+                            self.domio, "leave", "DomIO's whole container ends; the engine starts it again"
                         ),
                     )
                 self._step(
                     "the NVMe process is killed; the guest goes on",
                     lambda: self._blow("nvme", "kill", "SIGKILL to the NVMe controller's process"),
                 )
+                self._step("NetIO is killed; the guests reach each other again", self._net_blow)
                 self._step("a DMA attack is stopped at the IOMMU", self._attack)
-                self._step("the PVH guest noticed nothing", self._unharmed)
+                self._step("the PVH guest ran on all the time", self._unharmed)
                 self._step("the guest ends in order", self._end)
                 self._step("the host finds every acknowledged write", lambda: self._look(files.disk))
             except StepFailed:
@@ -256,16 +284,47 @@ class ContainerStory(ContainerTelling):
 
     def _beside(self, files: RootedFiles) -> tuple[None, str]:
         self.show.line(
-            "Guest 'beside' (PVH): Debian's Linux again, without a disk: it is to notice nothing of what follows",
+            "Guest 'beside' (PVH): Debian's Linux again, without a disk: it is to run on through all that follows",
             "head",
         )
         self._create(
             "beside", type="pvh", kernel=str(files.ticker.kernel), ramdisk=str(files.ticker.ramdisk), memory_mb=128,
-            cmdline=f"{files.ticker.cmdline} {CMDLINE}",
+            cmdline=f"{files.ticker.cmdline} {CMDLINE}", vifs=[parse_vif(VIF, "vif")],
         )  # fmt: skip
         self._wait("Linux boots", lambda: "TICK 0" in self._guests["beside"].text, BOOT_S, "beside")
         self._where("beside")
         return None, "it prints a line a second"
+
+    def _answers(self) -> tuple[None, str]:
+        """'beside' pings 'debian', a second after the other, for as long as it runs."""
+        self.show.line("The two are on one bridge of NetIO, the driver domain of the network", "head")
+        self._more_answers("beside pings debian")
+        line = [line for line in self._guests["beside"].lines if ANSWER.search(line)][-1]
+        self.show.line(f"    | {line}", "good")
+        return None, line
+
+    def _more_answers(self, what: str) -> float:
+        """Wait for answers to what is asked from now on; seconds to the first."""
+        beside = self._guests["beside"]
+        asked, begin, first = max(_answered(beside.text), default=-1), time.monotonic(), 0.0
+
+        def more() -> bool:
+            nonlocal first
+            # The question after the last answered one may have been on its way: it does not count.
+            new = [number for number in _answered(beside.text) if number > asked + 1]
+            if new and not first:
+                first = time.monotonic() - begin
+            return len(new) >= MORE_ANSWERS
+
+        self._wait(what, more, STEP_S, "beside")
+        return first
+
+    def _net_blow(self) -> tuple[None, str]:
+        old = self._strike("netio", "kill", "SIGKILL to NetIO while one guest pings the other")
+        first = self._more_answers("the blow has fallen; the guests reach each other again")
+        self._replaced("netio", "kill", old, seconds_to_next_answer=round(first, 3))
+        self.show.line(f"    the other guest answers again, the first time after {first:.1f} s", "good")
+        return None, f"next answer after {first:.1f} s"
 
     def _unharmed(self) -> tuple[None, str]:
         beside = self._guests["beside"]
@@ -312,6 +371,11 @@ class ContainerStory(ContainerTelling):
 def _ticks(text: str) -> list[int]:
     words = [line.split() for line in text.splitlines()]
     return [int(line[1]) for line in words if len(line) == 2 and line[0] == "TICK" and line[1].isdigit()]
+
+
+def _answered(text: str) -> list[int]:
+    """Numbers of the questions that were answered."""
+    return [int(found[1]) for found in ANSWER.finditer(text)]
 
 
 def tell(show: Show, record: Record, json_file: str = "") -> int:

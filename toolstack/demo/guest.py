@@ -85,7 +85,10 @@ exec switch_root /mnt /sbin/init
 """In the ramdisk: the modules are loaded; the root file system is on the disk."""
 ROOT_MB: Final = 64
 ROOT_FILES: Final = 500
+ADDRESSES: Final = ("10.77.0.1", "10.77.0.2")
+"""Of the two guests on their bridge."""
 ROOT_WRITER: Final = f"""
+ip addr add {ADDRESSES[0]}/24 dev eth0 && ip link set eth0 up || echo "FAILED: no network"
 echo "ROOT $(grep ' / ' /proc/mounts | tail -n 1)"
 (read -r word </dev/hvc0; touch /dev/enough) &
 n=0
@@ -100,11 +103,13 @@ mount -o remount,ro / && echo UNMOUNTED
 poweroff -f
 """
 """On the disk: as WRITER, but the disk is the root file system."""
-TICKER: Final = """
+TICKER: Final = f"""
+ip addr add {ADDRESSES[1]}/24 dev eth0 && ip link set eth0 up || echo "FAILED: no network"
+ping {ADDRESSES[0]} &
 n=0
 while true; do echo "TICK $n"; n=$((n+1)); sleep 1; done
 """
-"""For a guest that has nothing to do with the disk: it is to notice nothing."""
+"""For a guest that has nothing to do with the disk: it is to notice nothing. It asks the other one over the network, too."""
 
 
 @dataclass(slots=True)
@@ -119,8 +124,8 @@ class RootedFiles:
 def get_rooted(directory: Path) -> RootedFiles:
     """As `get_files`, for the story in containers. MachineError."""
     try:
-        rooted = debian(modules=MODULES, extra={"etc/rc.guest": SWITCH.encode()})
-        ticker = debian(extra={"etc/rc.guest": TICKER.encode()})
+        rooted = debian(modules=(*MODULES, "xen-netfront"), extra={"etc/rc.guest": SWITCH.encode()})
+        ticker = debian(modules=("xen-netfront",), extra={"etc/rc.guest": TICKER.encode()})
         disk = root_disk(directory / "root.ext4", ROOT_MB, extra={"etc/rc.guest": ROOT_WRITER.encode()})
     except FetchError as error:
         raise MachineError(str(error)) from None

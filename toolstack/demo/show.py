@@ -79,7 +79,7 @@ class Waiting:
             print(f"\r\x1b[K{text}", end="", file=self._show.out, flush=True)
         elif now - self._told >= QUIET_S:
             self._told = now
-            self._show.line(f"    ... {self._text}: {seconds:.0f} s {more}".rstrip())
+            self._show.line(f"    ... {self._text}: {seconds:.0f} s")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

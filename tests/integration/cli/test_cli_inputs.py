@@ -26,7 +26,6 @@ from tests.integration.cli.cli_command import Domicile
         (["run", "{text}", "--send", "a"], ["--send 'a'", "--expect"]),
         (["run", "{text}", "--disk", "x"], ["--disk", "vdev"]),
         (["run", "{text}", "--domio", "linux"], ["--domio 'linux'", "native, guest"]),
-        (["run", "{text}", "--domio", "guest", "--join"], ["--domio", "domicile up"]),
         (["run", "{text}", "--name", "a b"], ["name 'a b'"]),
         (["run", "{text}", "--tiemout", "1"], ["--tiemout"]),
         (["run", "{text}", "--pvshim"], ["--pvshim", "--type pvh"]),
