@@ -32,6 +32,8 @@ CONTAINERS = {
     "dom0": "dom0",
     "nvme": "nvme",
     "domio": "domio",
+    "netio": "netio",
+    "domio-guest": "domu=driver",
     "domu-pv": "domu=pv",
     "domu-pvh": "domu=hvm",
 }

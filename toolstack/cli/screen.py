@@ -7,29 +7,20 @@ from collections.abc import Sequence
 
 from drivers.pc.keys import keys_of_character
 from drivers.pc.vga_render import Picture
+from toolstack import screenshot
 from toolstack.cli.output import warn
 from toolstack.cli.state import connect
 from toolstack.cli.terminal import write_all
-from toolstack.errors import InputError, MachineError
+from toolstack.errors import InputError
 
 
 def take(domain: str) -> Picture:
     """The screen as it is now. MachineError."""
     client = connect()
     try:
-        result, files = client.request_files("screenshot", {"domain": domain})
+        return screenshot.take(client, domain)
     finally:
         client.close()
-    try:
-        width, height = int(result["width"]), int(result["height"])
-        size = 3 * width * height
-        rgb = os.pread(files[0], size, 0) if len(files) == 1 else b""
-    finally:
-        for fd in files:
-            os.close(fd)
-    if len(rgb) != size or not size:
-        raise MachineError(f"screenshot {domain}: the picture is not whole")
-    return Picture(width, height, rgb)
 
 
 def save(domain: str, file: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 _COLOURS = {"good": "32", "bad": "31;1", "dim": "2", "head": "1"}
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e]")
 QUIET_S = 5.0
 """Where there is no terminal: how often a wait says that it goes on."""
 
@@ -75,7 +77,8 @@ class Waiting:
         if self._show.moves:
             self._frame += 1
             sign = "|/-\\"[self._frame % 4]
-            text = f"  {sign} {self._text} ({seconds:.0f} s) {more}"[:100]
+            # A guest's words, without what would move the cursor.
+            text = f"  {sign} {self._text} ({seconds:.0f} s) {CONTROL.sub('', more)}"[:99]
             print(f"\r\x1b[K{text}", end="", file=self._show.out, flush=True)
         elif now - self._told >= QUIET_S:
             self._told = now

@@ -109,6 +109,7 @@ class Domain:
     machine: GuestMachine
     name: str
     domid: int = -1
+    type: str = "pv"
     ended: str | None = None
     """Why it ended: poweroff, reboot, crash, watchdog, destroyed ...; None while it runs."""
     details: str = ""
@@ -153,6 +154,12 @@ class Domain:
         if self.ended is None:
             self.machine.request("destroy", {"domain": self.name})
             self.wait_end()
+
+    def screenshot(self) -> bytes:
+        """A full HVM guest's screen as it is now, as PNG. MachineError: it has none, or has ended."""
+        from toolstack.screenshot import take
+
+        return take(self.machine.machine.client, self.name).png()
 
     def stats(self) -> dict[str, Any]:
         """Counters of the domain, as `domicile run --json` has them."""
@@ -215,7 +222,7 @@ class GuestMachine:
             "disks": [disk_fields(disk, number) for number, disk in enumerate(disks)],
             "vifs": [parse_vif(vif, "vif") if isinstance(vif, str) else vif for vif in vifs], **more,
         }  # fmt: skip
-        domain = Domain(self, wanted)
+        domain = Domain(self, wanted, type=type)
         before = self.domains.get(wanted)
         self.domains[wanted] = domain
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,8 @@ def _file_name(nodeid: str) -> str:
 
 
 def _keep(running: GuestMachine, directory: Path, item: pytest.Item) -> None:
-    """Console of each guest, details of crashes, the hypervisor's log, the processes' logs."""
+    """Console of each guest, the screen of each full HVM guest that still runs, details of crashes, the hypervisor's log, the
+    processes' logs, what ports of bridges saw."""
     from toolstack.errors import MachineError
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -168,11 +170,18 @@ def _keep(running: GuestMachine, directory: Path, item: pytest.Item) -> None:
     texts |= {f"log-{name}": text for name, text in running.logs().items() if text}
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8", errors="replace")
+    screens = {}
+    for name, domain in running.domains.items():
+        if domain.type == "hvm" and domain.ended is None:
+            with suppress(MachineError):  # it ends just now, or the machine is gone
+                screens[f"screen-{name}.png"] = domain.screenshot()
+    for name, png in screens.items():
+        (directory / name).write_bytes(png)
     captures = {f"network-{number}-{one.bridge}.pcap": one for number, one in enumerate(running.networks)}
     for name, network in captures.items():
         network.save(directory / name)
     item.add_report_section(
-        "teardown", "domicile", f"kept in {directory}: {', '.join(sorted([*texts, *captures]))}"
+        "teardown", "domicile", f"kept in {directory}: {', '.join(sorted([*texts, *screens, *captures]))}"
     )
 
 

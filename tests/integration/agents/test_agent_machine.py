@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import ICMP
+from scapy.layers.l2 import Ether
 
+from guests.build import build
+from tests.integration.network.net_packets import MAC, echo
 from tests.support.agents import BOUND_S, CONTAINERS, AgentMachine, agent_machine
 from toolstack.cli.images import Images, make_config
 from toolstack.demo.guest import GREETING, get_files
+from toolstack.domio import use_program
 from toolstack.errors import MachineError
 from toolstack.guestfetch import fetch
+from toolstack.xlcfg.devices import parse_vif
 
 pytestmark = pytest.mark.timeout(180)
 
 
-def grub(machine: AgentMachine, name: str, **fields: object) -> None:
-    """A guest that is at its prompt."""
+def grub(machine: AgentMachine, name: str, up: str = "grub>", **fields: object) -> None:
+    """A guest that is at its prompt, or has printed what says that it is up."""
     with Images() as images:
         given = {"name": name, "kernel": str(fetch("grub").kernel), "memory_mb": 64, "on_reboot": "destroy"}
         config = make_config({**given, **fields}, images)
         machine.client.request("create", {"config": config, "attach": True}, images.descriptors)
-    machine.expect(name, "grub>")
+    machine.expect(name, up)
+
+
+def blow(machine: AgentMachine, agent: str, what: str) -> None:
+    """Strike; another process takes the place of that one."""
+    begun = machine.operator.agents()[agent].begun
+    if what == "container":
+        machine.kill_container(agent)
+        machine.start_agent(agent)
+    else:
+        machine.operator.strike(agent, what)
+    machine.wait(
+        lambda: machine.operator.agents()[agent].begun > begun, f"{what} {agent}: another takes its place"
+    )
 
 
 def is_prompt(machine: AgentMachine, name: str) -> None:
@@ -67,19 +87,65 @@ def test_a_guest_reads_its_disk_while_driver_domain_and_device_are_killed_stoppe
             ("nvme", "kill"),
         ):
             if agent:
-                begun = machine.operator.agents()[agent].begun
-                if what == "container":
-                    machine.kill_container(agent)
-                    machine.start_agent(agent)
-                else:
-                    machine.operator.strike(agent, what)
-                machine.wait(
-                    lambda agent=agent, begun=begun: machine.operator.agents()[agent].begun > begun,
-                    f"{what} {agent}: another takes its place",
-                )
+                blow(machine, agent, what)
             machine.type("grub", f"cat (xen/xvda)/{name}\r")
             machine.expect("grub", text)
         assert machine.operator.agents()["domio"].enrolled == 2
+        machine.check()
+
+
+def test_domio_as_a_guest_program_has_a_container_of_its_own(tmp_path: Path) -> None:
+    """It takes no guest's place, and is replaced as the native one is: by an operator's order, and by the end of its container."""
+    with agent_machine() as machine:
+        program = os.open(build("domio"), os.O_RDONLY)
+        use_program(machine.client, program, "domio")
+        os.close(program)
+        disk = str(get_files(tmp_path).disk)
+        grub(machine, "grub", disks=[{"vdev": "xvda", "format": "raw", "readonly": True, "target": disk}])
+        name, text = GREETING
+        for what in ("", "kill", "stop", "container"):
+            if what:
+                blow(machine, "domio-guest", what)
+            machine.type("grub", f"cat (xen/xvda)/{name}\r")
+            machine.expect("grub", text)
+        agents = machine.operator.agents()
+        assert agents["domio-guest"].role == "domu"
+        assert agents["domio"].begun == 0
+        assert agents["domu-pv"].role == "domu"
+        machine.check()
+
+
+def answers(machine: AgentMachine, port: socket.socket, seq: int) -> None:
+    """The guest on the bridge answers a ping, which is asked again as on any network."""
+    answered = False
+
+    def asked() -> bool:
+        nonlocal answered
+        with contextlib.suppress(BlockingIOError):
+            port.send(bytes(echo(seq, 100)))
+            while not answered:
+                frame = Ether(port.recv(1 << 16))
+                answered = bool(frame.haslayer(ICMP)) and (frame[ICMP].type, frame[ICMP].seq) == (0, seq)
+        return answered
+
+    machine.wait(asked, f"answer {seq}")
+
+
+def test_guests_reach_each_other_and_tests_through_netio_in_its_container() -> None:
+    """Whatever becomes of its process, or of the whole container: frontends and ports stay."""
+    with agent_machine() as machine:
+        grub(machine, "net", "net: up", kernel=str(build("net")), vifs=[parse_vif(f"mac={MAC}", "vif")])
+        _, files = machine.client.request_files("network-port", {"bridge": "xenbr0", "mirror": False})
+        with socket.socket(fileno=files[0]) as port:
+            port.setblocking(False)
+            for seq, what in enumerate(("", "kill", "stop", "container")):
+                if what:
+                    blow(machine, "netio", what)
+                answers(machine, port, seq)
+        agents = machine.operator.agents()
+        assert agents["netio"].role == "netio"
+        assert agents["netio"].enrolled == 2
+        assert not agents["domio"].role
         machine.check()
 
 

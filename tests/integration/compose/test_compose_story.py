@@ -20,11 +20,14 @@ from typing import Any
 
 import pytest
 
+from guests.build import build
+from tests.integration.network.net_packets import MAC, echo, go_on
+
 docker = pytest.importorskip("docker")
 REPO = Path(__file__).parents[3]
 IMAGE = os.environ.get("DOMICILE_IMAGE", "domicile:latest")
 PYTHON = "/opt/domicile/bin/python"
-MACHINE = ("warden", "hypervisor", "dom0", "nvme", "domio", "domu-pv", "domu-pvh")
+MACHINE = ("warden", "hypervisor", "dom0", "nvme", "domio", "netio", "domu-pv", "domu-pvh")
 GRUB = "/opt/guests/domicile/packages/grub-xen-host/usr/lib/grub-xen/grub-x86_64-xen.bin"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -110,7 +113,18 @@ def composed(engine: Any) -> Iterator[Composed]:
     """A project that is gone afterwards, with its containers, volumes and networks."""
     project = Composed(engine)
     yield project
-    project.run("--profile", "chaos", "--profile", "kernel", "down", "--volumes", "--timeout", "5")
+    project.run(
+        "--profile",
+        "chaos",
+        "--profile",
+        "kernel",
+        "--profile",
+        "domio-guest",
+        "down",
+        "--volumes",
+        "--timeout",
+        "5",
+    )
     label = {"label": f"com.docker.compose.project={project.name}"}
     for left in engine.containers.list(all=True, filters=label):  # of `run`
         left.remove(force=True)
@@ -145,7 +159,7 @@ print(json.dumps({'rows': rows, 'links': links,
     'root': tries(lambda: open('/x', 'w')), 'sockets': tries(lambda: open('/run/domicile/x', 'w')),
     'mem': tries(lambda: open('/proc/1/mem', 'rb')),
     'kill': tries(lambda: os.kill(1, 9)),
-    'reach': {n: tries(lambda: connect(n)) for n in ('control', 'warden', 'agents/hypervisor', 'agents/domio', 'agents/nvme')}}))
+    'reach': {n: tries(lambda: connect(n)) for n in ('control', 'warden', 'agents/hypervisor', 'agents/domio', 'agents/nvme', 'agents/netio')}}))
 """
 
 
@@ -171,7 +185,7 @@ def test_each_container_is_confined(composed: Composed) -> None:
         assert mounts == ["/run/domicile"]
         uids[service] = container.attrs["Config"]["User"]
     assert len(set(uids.values())) == len(MACHINE)
-    for service in ("domio", "hypervisor", "domu-pv"):
+    for service in ("domio", "netio", "hypervisor", "domu-pv"):
         seen = composed.python(service, LOOK)
         roles = {row["role"]: row for row in seen["rows"]}
         role = "domicile-domu" if service == "domu-pv" else f"domicile-{service}"
@@ -215,6 +229,24 @@ def test_the_story_ends_well_and_its_exit_status_is_the_result(composed: Compose
 
 
 @pytest.mark.long
+def test_the_story_with_domio_as_a_guest_program(composed: Composed) -> None:
+    """Its own profile starts a container for it; the one of the native DomIO stays empty."""
+    done = composed.run(
+        "--profile",
+        "domio-guest",
+        "up",
+        "--no-color",
+        "--exit-code-from",
+        "story",
+        DOMICILE_DOMIO_KIND="guest",
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
+    assert re.search(r"all well: (\d+) of \1 steps", done.stdout)
+    assert re.search(r"number \d+ in domio-guest", done.stdout)
+    assert not re.search(r"domio begins", done.stdout)
+
+
+@pytest.mark.long
 def test_the_story_with_a_container_that_ends(composed: Composed) -> None:
     """DomIO's container ends in the story, and the engine's restart policy brings it back."""
     done = composed.run("up", "-d", DOMICILE_CONTAINER_DEATH="yes")
@@ -233,6 +265,76 @@ def kill_first_process(container: Any) -> None:
         os.kill(container.attrs["State"]["Pid"], signal.SIGKILL)
     except (PermissionError, ProcessLookupError) as error:
         pytest.skip(f"the engine's processes are not ours to kill: {error}")
+
+
+ASK = r"""
+import socket, sys, time
+from toolstack.client import ControlClient
+from toolstack.machine import runtime_directory
+question, seq = bytes.fromhex(sys.argv[1]), int(sys.argv[2])
+client = ControlClient(runtime_directory('default').control)
+_, files = client.request_files('network-port', {'bridge': 'xenbr0', 'mirror': False})
+with socket.socket(fileno=files[0]) as port:
+    port.settimeout(0.5)
+    deadline = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline, 'no answer'
+        try:
+            port.send(question)
+            if seq < 0:
+                break
+            frame = port.recv(1 << 16)
+        except TimeoutError:
+            continue
+        # IPv4, ICMP, an echo's answer of that number
+        if frame[12:14] == b'\x08\x00' and frame[23] == 1 and frame[34] == 0 and frame[40:42] == seq.to_bytes(2, 'big'):
+            break
+"""
+
+
+@pytest.mark.long
+def test_the_network_is_cut_and_comes_back(composed: Composed, tmp_path: Path) -> None:
+    """NetIO's container is killed and started by hand, killed so that the restart policy brings it back, and paused: an operator's
+    packets reach a guest afterwards each time, and the guest has seen nothing of it."""
+    composed.up(*MACHINE)
+    shutil.copy(build("net"), tmp_path / "net.elf")
+    tmp_path.chmod(0o755)
+    (tmp_path / "net.elf").chmod(0o644)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOMICILE_KERNELS", str(tmp_path))
+        name = f"{composed.name}-guest"
+        told = Told(
+            composed, tmp_path / "log", "run", "--name", name, "kernel", "net.elf", "--vif", f"mac={MAC}", "--timeout", "300"
+        )  # fmt: skip
+        told.wait_for("net: up")
+        operator = composed.engine.containers.get(name)
+
+        def tell(packet: Any, seq: int = -1) -> None:
+            status, said = operator.exec_run([PYTHON, "-P", "-c", ASK, bytes(packet).hex(), str(seq)])
+            assert status == 0, said
+
+        def ask(seq: int) -> None:
+            tell(echo(seq, 100), seq)
+
+        ask(1)
+        netio = composed.container("netio")
+        netio.kill()
+        netio.wait(timeout=30)
+        netio.start()
+        ask(2)
+        before = composed.healthy("netio").attrs["State"]["StartedAt"]
+        kill_first_process(composed.container("netio"))
+        ask(3)
+        assert composed.container("netio").attrs["State"]["StartedAt"] != before, "not even ended"
+        netio.pause()
+        select.select([], [], [], 3.0)  # how long it stands is what is tested
+        netio.unpause()
+        ask(4)
+        tell(go_on())
+        told.wait_for("net: up again")
+        tell(go_on())
+        assert told.process.wait(60) == 0, told.log.read_text()[-3000:]
+        assert "not ok" not in told.log.read_text()
 
 
 PLAN = """

@@ -10,6 +10,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from toolstack.demo.guest import GREETING, get_files
+from toolstack.guestfetch import fetch
 
 pytestmark = pytest.mark.timeout(240)
 REPO = Path(__file__).parents[3]
@@ -21,9 +25,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("wheel")
     source = base / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source / name)
-    for package in ("bus", "hypervisor", "domains", "drivers", "simulation", "toolstack"):
+    for package in ("bus", "hypervisor", "domains", "drivers", "simulation", "toolstack", "guests"):
         shutil.copytree(REPO / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
     subprocess.run([*command, "-w", str(base), str(source)], check=True, timeout=200, cwd=base)
@@ -109,6 +113,77 @@ def test_a_failure_shows_the_consoles_tail_and_keeps_artefacts(project: Project)
     (kept,) = (project.directory / "kept").iterdir()
     assert "by-the-tail" in (kept / "console-stranger.txt").read_text()
     assert (kept / "dmesg.txt").exists()
+
+
+HVM = """
+from pathlib import Path
+import pytest
+
+@pytest.mark.hvm
+def test_looks_at_a_screen(domain):
+    guest = domain("", name="pc", type="hvm", memory_mb=32, serial=True)
+    guest.console.expect("No bootable device")
+    Path("taken.png").write_bytes(guest.screenshot())
+    guest.console.expect("never printed", timeout=1)
+
+@pytest.mark.pv
+def test_has_no_screen(domain):
+    from toolstack.errors import MachineError
+    from toolstack.guestfetch import fetch
+    with pytest.raises(MachineError, match="no screen"):
+        domain(fetch("grub").kernel).screenshot()
+"""
+
+
+def letters(png: Path) -> int:
+    """How many pixels of a picture of text are lit."""
+    with Image.open(png) as picture:
+        assert picture.size == (720, 400)
+        return sum(picture.convert("L").histogram()[1:])
+
+
+def test_a_failure_keeps_the_screen_of_an_hvm_guest(project: Project) -> None:
+    """As it was: what the firmware wrote."""
+    project.write(HVM)
+    status, output = project.run("-n", "2", "--domicile-artifacts", "kept", "--strict-markers")
+    assert status == 1, output
+    assert "1 failed, 1 passed" in output
+    (screen,) = (project.directory / "kept").rglob("screen-*.png")
+    assert screen.name == "screen-pc.png"
+    assert f"kept in {Path('kept') / screen.parent.name}: " in output
+    assert screen.name in output
+    assert 1000 < letters(screen) < 60000, "letters on black"
+    assert letters(project.directory / "taken.png") == pytest.approx(
+        letters(screen), abs=200
+    )  # but for the cursor
+
+
+def test_the_wheel_holds_domio_as_a_guest_program(installed: Path, tmp_path: Path) -> None:
+    """Built, and a guest finds its disk behind it."""
+    disk = get_files(tmp_path).disk
+    name, text = GREETING
+    command = [
+        str(installed),
+        "-P",
+        "-m",
+        "toolstack.cli",
+        "run",
+        str(fetch("grub").kernel),
+        "--domio",
+        "guest",
+        "--timeout",
+        "100",
+    ]
+    script = ["--expect", "grub> $", "--send", rf"cat (xen/xvda)/{name}\r", "--until", text]
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DOMICILE_DOMIO")
+    }
+    environment["XDG_CACHE_HOME"] = str(tmp_path)  # nothing of what this checkout has built is found
+    done = subprocess.run(
+        [*command, "--disk", f"{disk},raw,xvda,w", *script],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
 
 SHARED = """

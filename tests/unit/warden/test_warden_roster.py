@@ -66,6 +66,17 @@ def test_a_process_goes_to_the_container_for_its_kind_before_one_for_any() -> No
     assert roster("any", "pv").spawn(0.0, 1, "domu", "hvm", 1) == [Give(1, "any")]
 
 
+def test_a_driver_domain_that_is_a_guest_program_takes_no_guests_container() -> None:
+    """It has one of its own, which no guest takes."""
+    made = Roster.of(map(AgentSpec.parse, [*SPECS[:4], "domio-guest:6:6:domu=driver"]))
+    for name in ("pv", "domio-guest"):
+        made.enrolled(0.0, name)
+    assert made.spawn(0.0, 1, "domu", "driver", 1) == [Give(1, "domio-guest")]
+    assert made.spawn(0.0, 2, "domu", "pv", 2) == [Give(2, "pv")]
+    assert made.spawn(0.0, 3, "domu", "driver", 3) == []
+    assert made.spawn(0.0, 4, "domu", "pv", 4) == []
+
+
 def test_a_role_without_container_is_refused_at_once() -> None:
     """The hypervisor is not left waiting for what cannot come."""
     (over,) = roster().spawn(0.0, 1, "nvme", "", 1)
