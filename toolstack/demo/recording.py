@@ -27,7 +27,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-COLUMNS, ROWS = 100, 26
+COLUMNS, ROWS = 120, 28
 IDLE_S: Final = 1.0
 """The picture's longest wait."""
 END_S: Final = 6.0
@@ -158,7 +158,7 @@ def _paced(events: Iterable[Event]) -> Iterable[Event]:
     """With waits cut; what changes fast, at most once in STEP_S unless a line ends with it."""
     now = last = 0.0
     held = ""
-    told = 0.0
+    told = -STEP_S
     for when, text in events:
         now += min(when - last, IDLE_S)
         last = when
