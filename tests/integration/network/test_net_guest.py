@@ -16,9 +16,9 @@ from toolstack.plugin.guests import GuestMachine
 from toolstack.plugin.network import Network
 
 TRANSPORTS = [
-    pytest.param("doorbells", marks=pytest.mark.domicile_machine(memory_mb=1024)),
+    pytest.param("doorbells", marks=pytest.mark.domicile_machine(memory_mb=1024, doorbells=True)),
     pytest.param("zeromq-alone", marks=pytest.mark.domicile_machine(memory_mb=1024, doorbells=False)),
-    pytest.param("tcp", marks=pytest.mark.domicile_machine(memory_mb=1024, transport="tcp")),
+    pytest.param("tcp", marks=pytest.mark.domicile_machine(memory_mb=1024, transport="tcp", doorbells=True)),
 ]
 
 
