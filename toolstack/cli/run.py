@@ -277,8 +277,8 @@ class Run:
                 self.outcome.stats = machine.client.request(
                     "stats", {**about, "fresh": True}, timeout=COLLECT_S
                 )
-        except MachineError:
-            pass  # its process does not answer: there is nothing to tell
+        except MachineError as error:  # its process does not answer: that is what there is to tell
+            self.outcome.details = self.outcome.details or str(error)
 
     # ------------------------------------------------------------------ what is told
 

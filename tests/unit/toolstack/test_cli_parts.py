@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ from toolstack.cli.run import COUNTERS, Run, RunRequest
 from toolstack.cli.script import WINDOW, ConsoleScript, compile_pattern, decode_escapes
 from toolstack.cli.terminal import EscapeKeys, write_all
 from toolstack.cli.xenstore import printable
-from toolstack.errors import InputError, MachineError
+from toolstack.errors import EXIT_TIMEOUT, InputError, MachineError
 
 ROW = {
     "domid": 1,
@@ -203,6 +205,19 @@ class TestRecord:
         record = self.make({"hypercalls": {}, "events": 0})
         assert (record["hypercalls"], record["exceptions"], record["events"]) == ({}, None, 0)
         assert record["not_counted"] == ["exceptions"]
+
+
+class TestCollect:
+    def test_a_guest_that_does_not_answer_at_its_timeout_is_told(self) -> None:
+        """Where it was is not known: the record and standard error say why."""
+
+        def refuse(*args: object, **more: object) -> None:
+            raise MachineError("domain web, vCPU 0: its process does not answer")
+
+        run = Run(RunRequest({"name": "web", "kernel": "/k"}, ConsoleScript()))
+        run.outcome.status = EXIT_TIMEOUT
+        run._collect(cast(Any, SimpleNamespace(client=SimpleNamespace(request=refuse))))
+        assert run.record()["details"] == "domain web, vCPU 0: its process does not answer"
 
 
 class TestImages:
